@@ -1,0 +1,1 @@
+"""Plain tensors in, plain tensors out."""

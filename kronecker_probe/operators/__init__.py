@@ -1,0 +1,1 @@
+"""Structured PSD operators on m x n matrices."""

@@ -1,0 +1,1 @@
+"""Quality numbers: metrics and the comparison table."""

@@ -1,0 +1,1 @@
+"""Measuring along a training run, and storing what was measured."""
