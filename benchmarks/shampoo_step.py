@@ -1,0 +1,171 @@
+"""Time and memory of a Shampoo step beside AdamW's and beside the floor of its matrix products.
+
+The floor is what no implementation of the method can leave out in a step without a refresh: the
+two products that update the factors and the two that apply the inverse roots, for the same
+shapes. Everything is measured in one run, in turn, and medians are printed.
+
+    python benchmarks/shampoo_step.py [--device cuda] [--seconds 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import kronecker_probe as kp
+
+MODELS = {"MLP 784-512-512-10": (784, 512, 512, 10), "MLP 64-128-64-10": (64, 128, 64, 10)}
+FREQUENCY = 10
+WARM_UP = 2 * FREQUENCY
+
+
+def parameters(widths: tuple[int, ...], device: str) -> list[nn.Parameter]:
+    """The weights and biases of an MLP, with gradients of a realistic size."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False)]
+    params = list(nn.Sequential(*layers).to(device).parameters())
+    for param in params:
+        param.grad = torch.randn_like(param).mul_(1e-2)
+    return params
+
+
+def matrix_products(params: list[nn.Parameter]) -> Callable[[], None]:
+    """The floor: factor updates and applications alone, on tensors of the right shapes."""
+    work = []
+    for param in params:
+        assert param.grad is not None
+        matrix = param.grad.reshape(param.shape[0], -1)
+        sides = [size for size in matrix.shape if size > 1]
+        factors = [torch.zeros(size, size, device=matrix.device) for size in sides]
+        roots = [torch.randn(size, size, device=matrix.device) for size in sides]
+        work.append((matrix, factors, roots))
+
+    def products() -> None:
+        for matrix, factors, roots in work:
+            factors[0].addmm_(matrix, matrix.T, beta=0.999, alpha=0.001)
+            applied = roots[0] @ matrix
+            if len(factors) > 1:
+                factors[1].addmm_(matrix.T, matrix, beta=0.999, alpha=0.001)
+                applied = applied @ roots[1]
+
+    return products
+
+
+def timer(device: str) -> Callable[[Callable[[], object]], float]:
+    """Milliseconds of a call, the device's queue included."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    return milliseconds
+
+
+def peak_temporary_bytes(call: Callable[[], object], device: str) -> int:
+    """The most that is allocated during a call above what was there before it.
+
+    On the CPU every event of torch's allocator counts, those inside operators included (the
+    private buffers of the BLAS library do not pass through it).
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    def tensors() -> Iterator[Tensor]:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    return sum(t.numel() * t.element_size() for t in tensors() if t.numel() > 1)
+
+
+def measure(widths: tuple[int, ...], device: str, seconds: float) -> list[tuple[str, ...]]:
+    adamw = torch.optim.AdamW(parameters(widths, device), lr=1e-6, foreach=True)
+    shampoo = kp.optim.Shampoo(
+        parameters(widths, device),
+        lr=1e-6,
+        precondition_frequency=FREQUENCY,
+        start_preconditioning_step=FREQUENCY,
+    )
+    count = sum(param.numel() for param in parameters(widths, device))
+    floor_call = matrix_products(parameters(widths, device))
+    milliseconds = timer(device)
+    times: dict[str, list[float]] = {name: [] for name in ("adamw", "floor", "plain", "amortized")}
+    for _ in range(WARM_UP):
+        adamw.step(), shampoo.step(), floor_call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["amortized"]) < 3:
+        cycle = []
+        for _ in range(FREQUENCY):  # the last one refreshes the roots
+            times["adamw"].append(milliseconds(adamw.step))
+            times["floor"].append(milliseconds(floor_call))
+            cycle.append(milliseconds(shampoo.step))
+        times["plain"].extend(cycle[:-1])
+        times["amortized"].append(statistics.mean(cycle))
+    peak_adamw = peak_temporary_bytes(adamw.step, device) / count
+    peak_plain = peak_temporary_bytes(shampoo.step, device) / count
+    for _ in range(FREQUENCY - 2):
+        shampoo.step()
+    peak_refresh = peak_temporary_bytes(shampoo.step, device) / count
+    median = {name: statistics.median(values) for name, values in times.items()}
+
+    def row(name: str, key: str, state: str, peak: str) -> tuple[str, ...]:
+        time_of = median[key]
+        ratios = (f"{time_of / median['adamw']:.2f}", f"{time_of / median['floor']:.2f}")
+        return (name, f"{time_of:.3f}", *ratios, state, peak)
+
+    held = f"{state_bytes(shampoo) / count:.1f}"
+    return [
+        row("AdamW (foreach)", "adamw", f"{state_bytes(adamw) / count:.1f}", f"{peak_adamw:.1f}"),
+        row("matrix products alone", "floor", "", ""),
+        row("Shampoo, no refresh", "plain", held, f"{peak_plain:.1f}"),
+        row(f"Shampoo, amortized over F={FREQUENCY}", "amortized", held, f"{peak_refresh:.1f}"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to run")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time for each model")
+    arguments = parser.parse_args()
+    threads = torch.get_num_threads()
+    print(
+        f"Shampoo step; torch {torch.__version__}, {arguments.device}, {threads} threads, float32"
+    )
+    heads = ("", "ms/step", "x AdamW", "x products", "state B/param", "peak temp B/param")
+    for name, widths in MODELS.items():
+        rows = measure(widths, arguments.device, arguments.seconds)
+        print(f"\n{name}")
+        for cells in (heads, *rows):
+            print(f"  {cells[0]:<30}" + "".join(f"{cell:>18}" for cell in cells[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Shampoo's factors as an estimate of H, and their square."""
+
+from __future__ import annotations
+
+from kronecker_probe.operators.kronecker import KroneckerOperator
+from kronecker_probe.operators.second_moment import SecondMoment
+
+
+def shampoo(target: SecondMoment) -> KroneckerOperator:
+    """L^{1/2} kron R^{1/2}, with L = E[G G^T] and R = E[G^T G].
+
+    What Shampoo's exponent -1/4 takes for H when H^{-1/2} is wanted (Gupta et al., 2018;
+    Morwani et al., 2024, Section 3).
+    """
+    return KroneckerOperator(target.left_factor.power(0.5), target.right_factor.power(0.5))
+
+
+def shampoo_squared(target: SecondMoment) -> KroneckerOperator:
+    """L kron R / Tr L: one simultaneous power step from the identity, with H's trace.
+
+    Morwani et al. (2024), Section 3; exact when H is a Kronecker product. It is also the
+    von Neumann optimum and, on unshared per-example gradients, TKFAC.
+    """
+    trace = target.trace()
+    scale = 1.0 / trace if trace > 0 else 0.0
+    return KroneckerOperator(target.left_factor, target.right_factor, scale)

@@ -1,0 +1,240 @@
+"""What a measurement table says, in sentences; pure functions of the table.
+
+Used for the titles of the figures, the report, and the end of a run on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+
+# in the order in which figures and tables list them
+LABELS = {
+    "optimal": "optimal Kronecker",
+    "shampoo-squared": "Shampoo²",
+    "kfac": "K-FAC",
+    "shampoo": "Shampoo",
+    "eigen-corrected": "eigenvalue-corrected",
+    "diagonal": "diagonal",
+    "live": "live (held by the optimizer)",
+}
+METRICS = {
+    "cosine": "cosine similarity to H",
+    "relative_error": "relative error ‖H − P‖ / ‖H‖",
+    "best_scale_error": "relative error at the best scale",
+    "best_scale": "best scale c of c·P",
+}
+# Kronecker products without a fit: the ones that the optimum bounds and a reader chooses among
+_CHOICES = ("shampoo-squared", "kfac", "shampoo")
+_EQUAL = 5e-4  # differences that three decimals do not show
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far one approximation falls behind the optimal Kronecker product, at worst.
+
+    Attributes:
+        approximation: its name in the table.
+        worst: the largest difference in cosine (or in an error) over the rows of the table.
+        parameter: where it is largest.
+        step: when it is largest; None for a table of one shot.
+    """
+
+    approximation: str
+    worst: float
+    parameter: str
+    step: int | None
+
+
+def label(approximation: str) -> str:
+    """The name of an approximation as figures and sentences print it."""
+    return LABELS.get(approximation, approximation)
+
+
+def ordered(approximations: Any) -> list[str]:
+    """Approximations in the order of :data:`LABELS`, unknown ones last, by name."""
+    rank = {name: number for number, name in enumerate(LABELS)}
+    return sorted(set(approximations), key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def check_metric(metric: str) -> None:
+    """Raises UnknownNameError unless ``metric`` compares approximations."""
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+
+
+def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
+    """One metric in wide form: a row per (step, parameter), a column per approximation.
+
+    Rows keep the table's order of parameters within a step. A table without a ``step`` column
+    (one shot) gets step 0.
+
+    Raises:
+        UnknownNameError: ``metric`` is none of :data:`METRICS`.
+        InvalidInputError: the table holds two values for one step, parameter and approximation.
+    """
+    check_metric(metric)
+    chosen = table[(table["metric"] == metric) & table["approximation"].notna()]
+    if "step" not in chosen:
+        chosen = chosen.assign(step=0)
+    key = ["step", "parameter", "approximation"]
+    twice = chosen[chosen.duplicated(key)]
+    if len(twice):
+        where = ", ".join(f"{name} {twice.iloc[0][name]}" for name in key)
+        raise InvalidInputError(
+            f"The table holds several values of {metric!r} for {where}; "
+            "filter it, for example by its draws or kind column."
+        )
+    wide = chosen.set_index(key)["value"].unstack("approximation").astype("float64")
+    order = {name: number for number, name in enumerate(chosen["parameter"].unique())}
+    ranks = [(step, order[parameter]) for step, parameter in wide.index]
+    return wide.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)][ordered(wide.columns)]
+
+
+def last_step(table: pd.DataFrame) -> int | None:
+    """The last step with quality numbers; None for a table without steps."""
+    if "step" not in table:
+        return None
+    measured = table.loc[table["approximation"].notna(), "step"]
+    return int(measured.max()) if len(measured) else None
+
+
+def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
+    """Each Kronecker approximation's worst gap to the optimum, the smallest gap first.
+
+    For the errors, the gap is the error in excess of the optimum's. Undefined values are left
+    out; without an optimum there is no gap.
+    """
+    wide = scores(table, metric)
+    if "optimal" not in wide:
+        return []
+    found = []
+    for name in _CHOICES:
+        if name not in wide:
+            continue
+        gap = (wide["optimal"] - wide[name]) * (1 if metric == "cosine" else -1)
+        if gap.notna().any():
+            step, parameter = gap.idxmax()  # type: ignore[misc]
+            when = int(step) if "step" in table else None
+            found.append(Gap(name, max(float(gap.max()), 0.0), str(parameter), when))
+    return sorted(found, key=lambda gap: gap.worst)
+
+
+def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
+    """What to conclude from ``metric`` over all of the table: the title of its figures."""
+    wide = scores(table, metric)
+    if not wide.notna().any(axis=None):
+        return f"No {METRICS[metric]} is defined in this table; its notes say why"
+    if metric == "best_scale":
+        return _scale_headline(wide)
+    ranking = gaps(table, metric)
+    if not ranking:
+        return _range_headline(wide, metric)
+    steps, layers = (wide.index.get_level_values(level) for level in ("step", "parameter"))
+    closest, farthest = ranking[0], ranking[-1]
+    where = ""
+    if layers.nunique() > 1:
+        undefined = wide[[gap.approximation for gap in ranking]].isna().any(axis=None)
+        where = " in every layer where it is defined" if undefined else " in every layer"
+    verb = "stays" if steps.nunique() > 1 else "is"
+    of = "the optimal Kronecker product" if metric == "cosine" else "the optimal product's error"
+    sentence = (
+        f"{label(closest.approximation)} {verb} within {_within(closest.worst)} of {of}{where}"
+    )
+    if len(ranking) > 1 and farthest.worst > closest.worst + _EQUAL:
+        place = [farthest.parameter] if layers.nunique() > 1 else []
+        place += [f"step {farthest.step}"] if steps.nunique() > 1 else []
+        named = f" ({', '.join(place)})" if place else ""
+        by = "up to " if place else ""
+        sentence += (
+            f"; {label(farthest.approximation)} lags by {by}{_within(farthest.worst)}{named}"
+        )
+    return sentence
+
+
+def _range_headline(wide: pd.DataFrame, metric: str) -> str:
+    """For a table without an optimum, or with nothing beside it: the best mean and its range."""
+    means = wide.mean()
+    best = str(means.idxmax() if metric == "cosine" else means.idxmin())
+    return f"The {METRICS[metric]} of the {label(best)} approximation is {_span(wide[best])}"
+
+
+def _scale_headline(wide: pd.DataFrame) -> str:
+    distance = (wide - 1).abs().max().dropna()
+    worst = str(distance.idxmax())
+    return (
+        f"{label(worst)} is farthest from its best scale: c = {_span(wide[worst])}, "
+        "where 1 needs no correction"
+    )
+
+
+def conclusions(table: pd.DataFrame) -> list[str]:
+    """One sentence per measured parameter, about its last measured step.
+
+    Args:
+        table: a measurement table; ``step`` may be missing (one shot), and any of the
+            approximations; undefined values (NaN) are told as such.
+
+    Returns:
+        The sentences, in the table's order of parameters.
+    """
+    wide = scores(table)
+    rows = (table["metric"] == "cosine") & table["approximation"].notna()
+    names = table.loc[rows, "parameter"].unique()
+    return [_conclusion(table, wide.xs(name, level="parameter"), str(name)) for name in names]
+
+
+def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
+    """The sentence about one parameter; ``wide`` has a row per step."""
+    step = int(wide.index[-1])
+    last = wide.iloc[-1].dropna()
+    when = f"at step {step}, " if "step" in table else ""
+    if last.empty:
+        return f"{parameter}: {when}every cosine is undefined ({_why(table, parameter)})."
+    if "optimal" not in last:
+        parts = [f"{label(str(name))} has cosine {value:.3f}" for name, value in last.items()]
+        return f"{parameter}: {when}{', '.join(parts)}."
+    top = float(last["optimal"])
+    first = wide["optimal"].dropna()
+    trend = f" ({first.iloc[0]:.3f} at step {first.index[0]})" if len(first) > 1 else ""
+    clauses = [f"{when}the best Kronecker product reaches cosine {top:.3f}{trend}"]
+    behind = {name: max(top - float(last[name]), 0.0) for name in _CHOICES if name in last}
+    if behind:
+        near = sorted(behind, key=lambda name: behind[name])
+        first_name, *others = [f"{label(name)} within {_within(behind[name])}" for name in near]
+        clauses[0] += ": " + ", ".join([first_name.replace("within", "comes within", 1), *others])
+        clauses[0] += " of it"
+    if "eigen-corrected" in last:
+        corrected = float(last["eigen-corrected"])
+        beyond = ", beyond any Kronecker product" if corrected > top + _EQUAL else ""
+        clauses.append(f"correcting the eigenvalues gives {corrected:.3f}{beyond}")
+    if "live" in last:
+        clauses.append(f"the optimizer's live preconditioner is at {float(last['live']):.3f}")
+    return f"{parameter}: {'; '.join(clauses)}."
+
+
+def _why(table: pd.DataFrame, parameter: str) -> str:
+    """The last note beside an undefined cosine of ``parameter``, the optimum's by preference."""
+    rows = table[(table["parameter"] == parameter) & (table["metric"] == "cosine")]
+    if "note" in rows:
+        told = rows[rows["value"].isna() & rows["note"].notna()]
+        preferred = told[told["approximation"] != "live"]
+        for notes in (preferred["note"], told["note"]):
+            if len(notes):
+                return str(notes.iloc[-1])
+    return "no reason noted"
+
+
+def _within(gap: float) -> str:
+    """Three decimals, rounded up, so that "within 0.012" is true."""
+    return f"{max(math.ceil(gap * 1000 - 1e-6), 1) / 1000:.3f}"
+
+
+def _span(values: pd.Series[Any]) -> str:
+    low, high = f"{values.min():.3f}", f"{values.max():.3f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,56 @@
+"""Which output gradients are pulled back: the exact Gauss-Newton, sampled labels, true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.gradients.losses import ResolvedLoss
+
+DRAWS = ("ggn", "fisher", "empirical-fisher")
+
+
+def check_draws(draws: str, label_draws: int) -> None:
+    """Refuse an unknown kind, and label draws where no labels are drawn.
+
+    Raises:
+        UnknownNameError: No such kind of draws.
+        InvalidInputError: ``label_draws`` is not positive, or not 1 without sampled labels.
+    """
+    if draws not in DRAWS:
+        raise unknown_name("draws", draws, DRAWS)
+    if label_draws < 1:
+        raise InvalidInputError(f"label_draws={label_draws}; give a positive number.")
+    if draws != "fisher" and label_draws != 1:
+        raise InvalidInputError(
+            f"label_draws={label_draws} with draws={draws!r}: labels are sampled only by 'fisher'."
+        )
+
+
+def n_columns(draws: str, loss: ResolvedLoss, outputs: Tensor, label_draws: int) -> int:
+    """C, the gradient columns of a datum."""
+    if draws == "ggn":
+        return loss.n_columns(outputs)
+    return label_draws if draws == "fisher" else 1
+
+
+def output_gradients(
+    draws: str,
+    loss: ResolvedLoss,
+    outputs: Tensor,
+    targets: Tensor,
+    label_draws: int,
+    seed: int,
+) -> Iterator[Tensor]:
+    """The C cotangents of the outputs, of their shape, at least float32; all data at once."""
+    if draws == "ggn":
+        yield from loss.root_columns(outputs)
+    elif draws == "fisher":
+        generator = torch.Generator(device=outputs.device).manual_seed(seed)
+        for _ in range(label_draws):
+            yield loss.sampled(outputs, generator)
+    else:
+        yield loss.true_gradient(outputs, targets)

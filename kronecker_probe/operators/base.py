@@ -1,0 +1,118 @@
+"""The contract of every operator: symmetric and PSD on R^{m x n}."""
+
+from __future__ import annotations
+
+import abc
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.linalg.memory import require_memory
+
+
+class Operator(abc.ABC):
+    """A symmetric PSD linear map on m x n matrices, an mn x mn matrix in row-major vec.
+
+    Every number is float64 inside, whatever the dtype of the samples.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the matrices that it acts on."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where it lives."""
+
+    @abc.abstractmethod
+    def norm(self) -> float:
+        """The Frobenius norm of the mn x mn matrix."""
+
+    @abc.abstractmethod
+    def trace(self) -> float:
+        """The trace of the mn x mn matrix."""
+
+    @abc.abstractmethod
+    def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        """diag((Q_L kron Q_R)^T P (Q_L kron Q_R)) as a matrix.
+
+        Args:
+            left_basis: Q_L, float64 [m, r].
+            right_basis: Q_R, float64 [n, s].
+
+        Returns:
+            float64 [r, s].
+        """
+
+    @abc.abstractmethod
+    def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
+        """<P, A kron C> of symmetric ``left`` A [m, m] and ``right`` C [n, n]."""
+
+    @abc.abstractmethod
+    def _apply(self, x: Tensor) -> Tensor:
+        """P x of float64 ``x`` [b, m, n]."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """P x, for one matrix [m, n] or a batch [..., m, n], in the dtype of ``x``.
+
+        Raises:
+            InvalidInputError: The last two dimensions are not (m, n).
+        """
+        if x.shape[-2:] != self.shape:
+            raise InvalidInputError(
+                f"apply got {list(x.shape)}; this operator acts on [..., {self.shape[0]}, "
+                f"{self.shape[1]}]."
+            )
+        flat = x.reshape(-1, *self.shape).to(device=self.device, dtype=torch.float64)
+        return self._apply(flat).reshape(x.shape).to(x.dtype)
+
+    def inner(self, other: Operator) -> float:
+        """<P, Q> = tr(P Q), between any two operators of one shape."""
+        from kronecker_probe.operators.inner import inner
+
+        return inner(self, other)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of the mn x mn matrix, as float64 [m, n]."""
+        m, n = self.shape
+        return self.projected_diagonal(
+            torch.eye(m, dtype=torch.float64, device=self.device),
+            torch.eye(n, dtype=torch.float64, device=self.device),
+        )
+
+    def to_dense(self) -> Tensor:
+        """The mn x mn matrix, float64.
+
+        Raises:
+            MemoryBudgetError: It does not fit in memory; the message says how large it is.
+        """
+        m, n = self.shape
+        require_memory(16 * (m * n) ** 2, f"A dense {m * n} x {m * n} matrix", self.device)
+        basis = torch.eye(m * n, dtype=torch.float64, device=self.device)
+        return self._apply(basis.view(-1, m, n)).reshape(m * n, m * n)
+
+    def to_scipy(self) -> LinearOperator:
+        """A scipy LinearOperator of shape (mn, mn), float64, on row-major vectors."""
+        size = self.shape[0] * self.shape[1]
+
+        def matmat(x: np.ndarray) -> np.ndarray:
+            batch = torch.from_numpy(np.ascontiguousarray(x.T)).double()
+            out = self.apply(batch.view(-1, *self.shape).to(self.device))
+            return out.cpu().reshape(-1, size).numpy().T
+
+        def matvec(x: np.ndarray) -> np.ndarray:
+            return matmat(x.reshape(size, 1))[:, 0]
+
+        return LinearOperator(
+            shape=(size, size),
+            dtype=np.dtype(np.float64),
+            matvec=matvec,
+            rmatvec=matvec,
+            matmat=matmat,
+            rmatmat=matmat,
+        )

@@ -1,0 +1,59 @@
+"""A diagonal operator in the coordinates of the parameter."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.operators.base import Operator
+
+
+@final
+class DiagonalOperator(Operator):
+    """P: G -> D o G, what Adam and AdaGrad hold.
+
+    Args:
+        values: D, [m, n], nonnegative.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        if values.ndim != 2:
+            raise InvalidInputError(f"A diagonal has shape [m, n]; got {list(values.shape)}.")
+        self.values = values.double()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.values))
+
+    def trace(self) -> float:
+        return float(self.values.sum())
+
+    def power(self, p: float) -> DiagonalOperator:
+        """P^p entrywise; for p <= 0 zero entries stay zero."""
+        powered = self.values.clamp_min(torch.finfo(torch.float64).tiny).pow(p)
+        return DiagonalOperator(torch.where(self.values > 0, powered, torch.zeros_like(powered)))
+
+    def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        return left_basis.square().T @ self.values @ right_basis.square()
+
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
+        return float(left.diagonal() @ self.values @ right.diagonal())
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self.values * x
+
+    def __repr__(self) -> str:
+        return f"DiagonalOperator({self.shape[0]} x {self.shape[1]})"

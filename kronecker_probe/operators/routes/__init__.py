@@ -1,0 +1,1 @@
+"""Three exact ways to the same numbers: sample space, parameter space, dense."""

@@ -1,0 +1,105 @@
+"""Dense: the rearranged m^2 x n^2 matrix R(H), for small layers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.linalg.golub_kahan import leading_triples
+from kronecker_probe.linalg.gram import chunk_rows
+from kronecker_probe.linalg.memory import require_memory
+from kronecker_probe.operators.dense import project_rearranged, rearrange, restore
+from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
+from kronecker_probe.operators.routes.base import LeadingProduct, Route
+from kronecker_probe.operators.routes.parameter_space import matrix_product
+from kronecker_probe.operators.rows import Rows
+
+
+@final
+class DenseSpace(Route):
+    """R(H) in R^{m^2 x n^2}, formed once; everything else is read off it."""
+
+    name: ClassVar[str] = "dense"
+
+    @cached_property
+    def rearranged(self) -> Tensor:
+        """R(H), float64 [m^2, n^2]."""
+        m, n = self.shape
+        require_memory(8 * (m * n) ** 2, f"R(H), {m * m} x {n * n},", self.weights.device)
+        if isinstance(self.samples, FactoredSamples) and self.samples.n_positions == 1:
+            return self._from_factors(self.samples)
+        out = torch.zeros(m * n, m * n, dtype=torch.float64, device=self.weights.device)
+        step = chunk_rows(self.samples.n_columns * m * n)
+        for i in range(0, self.samples.n_data, step):
+            g = self.samples.matrices(i, i + step).flatten(2)
+            weighted = (g * self.weights[i : i + step, None, None]).flatten(0, 1)
+            out.addmm_(g.flatten(0, 1).T, weighted)
+        return rearrange(out, self.shape)
+
+    def _from_factors(self, samples: FactoredSamples) -> Tensor:
+        """sum_i w_i vec(S_i) vec(a_i a_i^T)^T, C times fewer products than through H."""
+        m, n = self.shape
+        out = torch.zeros(m * m, n * n, dtype=torch.float64, device=self.weights.device)
+        step = chunk_rows(m * m + n * n)
+        for i in range(0, samples.n_data, step):
+            d = samples.output_grads[i : i + step, :, 0].double()
+            a = samples.inputs[i : i + step, 0].double()
+            left = (d.mT @ d * self.weights[i : i + step, None, None]).flatten(1)
+            right = (a[:, :, None] * a[:, None]).flatten(1)
+            out.addmm_(left.T, right)
+        return out
+
+    def to_dense(self) -> Tensor:
+        """H, float64 [mn, mn]."""
+        return restore(self.rearranged, self.shape)
+
+    def norm_squared(self) -> float:
+        return float(torch.linalg.vector_norm(self.rearranged).square())
+
+    @cached_property
+    def _left(self) -> MatrixFactor:
+        m, n = self.shape
+        eye = torch.eye(n, dtype=torch.float64, device=self.weights.device)
+        return MatrixFactor((self.rearranged @ eye.reshape(-1)).view(m, m))
+
+    @cached_property
+    def _right(self) -> MatrixFactor:
+        m, n = self.shape
+        eye = torch.eye(m, dtype=torch.float64, device=self.weights.device)
+        return MatrixFactor((self.rearranged.T @ eye.reshape(-1)).view(n, n))
+
+    def left_factor(self) -> Factor:
+        return self._left
+
+    def right_factor(self) -> Factor:
+        return self._right
+
+    def _outer_factors(
+        self, outputs: Rows, inputs: Rows, input_weights: Tensor
+    ) -> tuple[Factor, Factor]:
+        return (
+            MatrixFactor(outputs.outer_sum(self.weights)),
+            MatrixFactor(inputs.outer_sum(input_weights)),
+        )
+
+    def factor_inner(self, left: Factor, right: Factor) -> float:
+        return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))
+
+    def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
+        return project_rearranged(self.rearranged, left.vectors, right.vectors)
+
+    def leading(self) -> LeadingProduct:
+        found = leading_triples(
+            forward=lambda v: self.rearranged @ v,
+            adjoint=lambda u: self.rearranged.T @ u,
+            start=self.rearranged.T @ self._left.matrix.reshape(-1),
+        )
+        return matrix_product(found)
+
+    def spectrum(self, k: int | None) -> Tensor:
+        values: Tensor = torch.linalg.svdvals(self.rearranged)
+        return values.cpu()[:k]

@@ -1,0 +1,170 @@
+"""The target: a second moment of gradient matrices, never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.linalg.memory import require_memory
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
+from kronecker_probe.operators.planner import Plan, make_plan
+from kronecker_probe.operators.routes.base import LeadingProduct, Route
+from kronecker_probe.operators.routes.dense_space import DenseSpace
+from kronecker_probe.operators.routes.kernels import squared_product_sum
+from kronecker_probe.operators.routes.parameter_space import ParameterSpace
+from kronecker_probe.operators.routes.sample_space import SampleSpace
+
+_ROUTES: dict[str, Callable[..., Route]] = {
+    r.name: r for r in (SampleSpace, ParameterSpace, DenseSpace)
+}
+
+
+@final
+class SecondMoment(Operator):
+    """H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T of gradient samples.
+
+    The three exact routes (sample space, parameter space, dense) give the same numbers; the
+    planner takes the cheapest.
+
+    Args:
+        samples: The draws.
+        route: "auto", "sample" (factored samples with T = 1 only), "parameter" or "dense".
+
+    Raises:
+        InvalidInputError: ``samples`` are no GradientSamples.
+        UnknownNameError: No such route.
+        UnsupportedError: The route cannot hold these samples.
+        MemoryBudgetError: No route, or not the one asked for, fits in memory.
+    """
+
+    def __init__(self, samples: GradientSamples, route: str = "auto") -> None:
+        if not isinstance(samples, GradientSamples):
+            raise InvalidInputError(
+                f"SecondMoment got a {type(samples).__name__}; give GradientSamples: one entry of "
+                "kp.capture(...), or GradientSamples.from_matrices / from_factors."
+            )
+        self.samples = samples
+        self._plan = make_plan(samples, route)
+
+    @cached_property
+    def _route(self) -> Route:
+        return _ROUTES[self._plan.route](self.samples)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.samples.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.samples.device
+
+    def plan(self) -> Plan:
+        """The routes with their predicted seconds and bytes, and the one taken; printable."""
+        return self._plan
+
+    @cached_property
+    def _norm(self) -> float:
+        return math.sqrt(max(0.0, self._route.norm_squared()))
+
+    def norm(self) -> float:
+        return self._norm
+
+    def trace(self) -> float:
+        """Tr H = E|G|^2 = Tr L = Tr R."""
+        return self.left_factor.trace()
+
+    @cached_property
+    def left_factor(self) -> Factor:
+        """L = E[G G^T], the left partial trace."""
+        return self._route.left_factor()
+
+    @cached_property
+    def right_factor(self) -> Factor:
+        """R = E[G^T G], the right partial trace."""
+        return self._route.right_factor()
+
+    def kfac_factors(self) -> tuple[Factor, Factor]:
+        """E[d d^T] and E[a a^T] of factored samples (expand form for T > 1).
+
+        Raises:
+            UnsupportedError: The samples have no factors.
+        """
+        return self._route.kfac_factors()
+
+    @cached_property
+    def leading_product(self) -> LeadingProduct:
+        """The leading Kronecker product of R(H): sigma_1, U_1, V_1."""
+        return self._route.leading()
+
+    def kronecker_spectrum(self, k: int | None = None) -> Tensor:
+        """Singular values of R(H), whose best rank-r approximations are sums of r products.
+
+        Args:
+            k: How many, the largest ones; None for all that the route can give: the complete
+                spectrum of unshared layers (min(N, m^2, n^2) values) and of small layers, else
+                the leading 16.
+
+        Returns:
+            float64 CPU [k], descending, unnormalized; their squares sum to |H|^2 when complete.
+            Values below about 1e-8 of the largest are rounding in sample space. Fewer than k
+            when R(H) has a smaller rank; a Lanczos solve lists a repeated value once.
+
+        Raises:
+            InvalidInputError: k is not positive.
+        """
+        if k is not None and k < 1:
+            raise InvalidInputError(f"kronecker_spectrum got k={k}; give a positive number.")
+        return self._route.spectrum(k)
+
+    def factor_inner(self, left: Factor, right: Factor) -> float:
+        """<H, left kron right> of two factors."""
+        return self._route.factor_inner(left, right)
+
+    def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
+        return self.factor_inner(MatrixFactor(left), MatrixFactor(right))
+
+    def cross_inner(self, other: SecondMoment) -> float:
+        """<H, H'> of two sets of samples."""
+        if other.samples is self.samples:
+            return self.norm() ** 2
+        return squared_product_sum(self.samples, other.samples)
+
+    @cached_property
+    def _diagonals(self) -> list[tuple[Eigenbasis, Eigenbasis, Tensor]]:
+        return []
+
+    def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
+        """diag((Q_L kron Q_R)^T H (Q_L kron Q_R)), float64 [r, s]; kept for the same bases."""
+        for known_left, known_right, values in self._diagonals:
+            if known_left is left and known_right is right:
+                return values
+        values = self._route.eigen_diagonal(left, right)
+        self._diagonals[:] = [(left, right, values)]
+        return values
+
+    def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        return self._route.eigen_diagonal(Eigenbasis.of(left_basis), Eigenbasis.of(right_basis))
+
+    def diagonal(self) -> Tensor:
+        return self._route.kernels.projected_diagonal(None, None)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self._route.kernels.apply(x)
+
+    def to_dense(self) -> Tensor:
+        m, n = self.shape
+        require_memory(16 * (m * n) ** 2, f"A dense {m * n} x {m * n} matrix", self.device)
+        route = self._route if isinstance(self._route, DenseSpace) else DenseSpace(self.samples)
+        return route.to_dense()
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return f"SecondMoment({m} x {n}, {self.samples!r}, route={self._plan.route!r})"

@@ -1,0 +1,100 @@
+"""What a step refuses, before it changes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
+from kronecker_probe.optim.shapes import state_dtype
+
+
+def check_parameter(param: Tensor, name: str) -> None:
+    """Refuses parameters that are not real floating-point numbers.
+
+    Raises:
+        UnsupportedError: Complex, integer or sparse.
+    """
+    if not param.is_floating_point() or param.layout != torch.strided:
+        raise UnsupportedError(
+            f"{name} is {param.dtype}, {param.layout}; Shampoo takes dense real floating-point "
+            "parameters. Leave it to another optimizer."
+        )
+
+
+def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """Refuses gradients that would spoil the state, with one transfer from each device and dtype.
+
+    Args:
+        params: Parameters with a gradient.
+        name_of: The name of a parameter in messages, asked for only when one is refused.
+
+    Raises:
+        UnsupportedError: A sparse gradient.
+        NonFiniteError: A NaN or an infinity, or an entry so large that its square overflows.
+    """
+    gradients = []
+    for param in params:
+        assert param.grad is not None
+        if param.grad.layout != torch.strided:
+            raise UnsupportedError(
+                f"{name_of(param)} has a sparse gradient, which Shampoo does not take. "
+                "Use sparse=False in its layer, or another optimizer for it."
+            )
+        gradients.append(param.grad)
+    for param, peak in zip(params, _peaks(gradients), strict=True):
+        if not math.isfinite(peak):
+            raise NonFiniteError(
+                f"The gradient of {name_of(param)} holds a NaN or an infinity. Nothing was "
+                "changed: skip this batch, clip, or lower the learning rate."
+            )
+        limit = math.sqrt(torch.finfo(state_dtype(param.dtype)).max / param.numel())
+        if peak > limit:
+            raise NonFiniteError(
+                f"The gradient of {name_of(param)} reaches {peak:.3g}; squares of entries above "
+                f"{limit:.3g} overflow its statistics. Nothing was changed: scale the loss down."
+            )
+
+
+def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+    """Refuses a loaded state that does not fit its parameter.
+
+    Args:
+        state: The state of one parameter, as loaded.
+        shapes: Every tensor that the optimizer may hold for it, with its shape.
+        name: The parameter, for messages.
+
+    Raises:
+        InvalidInputError: Not a state of Shampoo, or one of another shape.
+    """
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise InvalidInputError(f"The loaded state of {name} is not one of Shampoo: no int 'step'.")
+    for key, value in state.items():
+        if key == "step":
+            continue
+        if key not in shapes or not isinstance(value, Tensor):
+            raise InvalidInputError(
+                f"The loaded state of {name} holds {key!r}, which is not a state of Shampoo under "
+                f"the loaded options. Known: {', '.join(sorted(shapes))}."
+            )
+        if tuple(value.shape) != shapes[key]:
+            raise InvalidInputError(
+                f"{key} in the loaded state of {name} has shape {list(value.shape)}; the parameter "
+                f"needs {list(shapes[key])}. Load the state of the same model."
+            )
+
+
+def _peaks(gradients: list[Tensor]) -> list[float]:
+    """The largest absolute entry of each, NaN where one is NaN."""
+    batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        batches.setdefault((gradient.device, gradient.dtype), []).append(index)
+    peaks = [0.0] * len(gradients)
+    for indices in batches.values():
+        norms = torch._foreach_norm([gradients[index] for index in indices], math.inf)
+        for index, peak in zip(indices, torch.stack(norms).tolist(), strict=True):
+            peaks[index] = peak
+    return peaks

@@ -1,0 +1,125 @@
+"""How close an approximation is to its target, from the inner products <H,P>, <H,H>, <P,P>."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from kronecker_probe.errors import UndefinedMetricWarning
+from kronecker_probe.operators.base import Operator
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """The three numbers that every Frobenius metric needs.
+
+    Attributes:
+        cross: <H, P>.
+        target: |H|.
+        approximation: |P|.
+    """
+
+    cross: float
+    target: float
+    approximation: float
+
+    @staticmethod
+    def of(target: Operator, approximation: Operator) -> InnerProducts:
+        """Compute them once for all metrics of a pair."""
+        return InnerProducts(target.inner(approximation), target.norm(), approximation.norm())
+
+    @property
+    def undefined(self) -> str:
+        """Why quality is undefined here; empty when it is defined."""
+        if self.target == 0.0:
+            return "H = 0: no quality number is defined"
+        if self.approximation == 0.0:
+            return "P = 0: no cosine or scale is defined"
+        return ""
+
+    @property
+    def cosine(self) -> float:
+        """<H, P> / (|H| |P|)."""
+        if self.undefined:
+            return math.nan
+        return self.cross / self.target / self.approximation
+
+    @property
+    def relative_error(self) -> float:
+        """|H - P| / |H|."""
+        if self.target == 0.0:
+            return math.nan
+        ratio = self.approximation / self.target
+        cross = self.cross / self.target / self.target
+        return math.sqrt(max(0.0, 1.0 - 2.0 * cross + ratio * ratio))
+
+    @property
+    def best_scale(self) -> float:
+        """The c that minimizes |H - c P|: <H, P> / |P|^2."""
+        if self.approximation == 0.0:
+            return math.nan
+        return self.cross / self.approximation / self.approximation
+
+    @property
+    def best_scale_error(self) -> float:
+        """|H - c P| / |H| at the best c: sqrt(1 - cos^2)."""
+        cosine = self.cosine
+        return math.nan if math.isnan(cosine) else math.sqrt(max(0.0, 1.0 - cosine * cosine))
+
+
+def cosine_similarity(target: Operator, approximation: Operator) -> float:
+    """cos(H, P) = <H, P> / (|H| |P|) (Morwani et al., 2024, Section 3).
+
+    Returns:
+        A float; NaN with an UndefinedMetricWarning when H or P is zero.
+
+    Raises:
+        InvalidInputError: The shapes differ.
+    """
+    return _defined(InnerProducts.of(target, approximation), "cosine")
+
+
+def relative_error(target: Operator, approximation: Operator) -> float:
+    """|H - P| / |H| of P as it stands.
+
+    It comes from inner products, so values below about 1e-8 are rounding.
+
+    Returns:
+        A float; NaN with an UndefinedMetricWarning when H is zero.
+
+    Raises:
+        InvalidInputError: The shapes differ.
+    """
+    return _defined(InnerProducts.of(target, approximation), "relative_error")
+
+
+def best_scale(target: Operator, approximation: Operator) -> float:
+    """The scale c for which c P is closest to H: <H, P> / |P|^2.
+
+    Returns:
+        A float; NaN with an UndefinedMetricWarning when P is zero.
+
+    Raises:
+        InvalidInputError: The shapes differ.
+    """
+    return _defined(InnerProducts.of(target, approximation), "best_scale")
+
+
+def best_scale_error(target: Operator, approximation: Operator) -> float:
+    """|H - c P| / |H| at the best scale c, which is sqrt(1 - cos^2).
+
+    Returns:
+        A float; NaN with an UndefinedMetricWarning when H or P is zero.
+
+    Raises:
+        InvalidInputError: The shapes differ.
+    """
+    return _defined(InnerProducts.of(target, approximation), "best_scale_error")
+
+
+def _defined(products: InnerProducts, metric: str) -> float:
+    value: float = getattr(products, metric)
+    if math.isnan(value):
+        warnings.warn(f"{metric}: {products.undefined}.", UndefinedMetricWarning, stacklevel=3)
+    return value

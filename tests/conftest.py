@@ -1,0 +1,22 @@
+"""Shared fixtures, and a hypothesis profile that draws the same examples on every machine."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=40, database=None
+)
+hypothesis.settings.register_profile(  # a search for new counterexamples: HYPOTHESIS_PROFILE=...
+    "explore", deadline=None, derandomize=False, max_examples=1000, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240617)

@@ -1,0 +1,329 @@
+"""Every method of the target, on every route, against the dense oracle; and its bad inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+import kronecker_probe as kp
+from kronecker_probe.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from tests import oracle
+from tests.cases import (
+    CASE_ROUTE_IDS,
+    CASE_ROUTES,
+    CASES,
+    Case,
+    as_numpy,
+    assert_close,
+    dense,
+    factors_case,
+    matrices_case,
+)
+from tests.tolerances import ENTRIES, FLOAT32, SCALAR, SPECTRUM
+
+on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CASE_ROUTE_IDS)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_samples_describe_themselves(case: Case) -> None:
+    samples = case.samples()
+    n_data, n_columns = case.G.shape[:2]
+    assert tuple(samples.shape) == case.shape
+    assert len(samples) == samples.n_data == n_data
+    assert samples.n_columns == n_columns
+    if case.inputs is not None:
+        assert samples.n_positions == (case.inputs.shape[1] if case.inputs.ndim == 3 else 1)
+    assert samples.weights.dtype == torch.float64
+    np.testing.assert_array_equal(as_numpy(samples.weights), case.weights)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_samples_form_their_matrices(case: Case) -> None:
+    samples, n_data = case.samples(), len(case.G)
+    for start, stop in ((0, n_data), (0, 1), (n_data - 1, n_data), (n_data // 3, n_data // 2 + 1)):
+        block = samples.matrices(start, stop)
+        assert block.dtype == torch.float64
+        assert_close(as_numpy(block), case.G[start:stop], ENTRIES, scale=np.linalg.norm(case.G))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_subset_keeps_data_with_their_weights(case: Case) -> None:
+    if case.given_weights is None:
+        case = case.with_(given_weights=case.weights)
+    index = np.array([len(case.G) - 1, 0])
+    H = kp.SecondMoment(case.samples().subset(torch.as_tensor(index)))
+    expected = oracle.second_moment(case.G[index], case.weights[index])
+    assert_close(dense(H), expected, ENTRIES, scale=oracle.norm(case.H))
+
+
+# ---------------------------------------------------------------- the target
+
+
+@on_every_route
+def test_norm_and_trace(case: Case, route: str) -> None:
+    H = case.operator(route)
+    assert tuple(H.shape) == case.shape
+    assert_close(H.norm(), oracle.norm(case.H), SCALAR)
+    assert_close(H.trace(), np.trace(case.H), SCALAR)
+
+
+@on_every_route
+def test_norm_by_the_gram_identity(case: Case, route: str) -> None:
+    g = (np.sqrt(case.weights)[:, None, None, None] * case.G).reshape(-1, len(case.H))
+    assert_close(case.operator(route).norm() ** 2, np.sum((g @ g.T) ** 2), SCALAR)
+
+
+@on_every_route
+def test_dense_and_diagonal(case: Case, route: str) -> None:
+    H = case.operator(route)
+    assert_close(dense(H), case.H, ENTRIES)
+    assert_close(as_numpy(H.diagonal()), np.diag(case.H).reshape(case.shape), ENTRIES)
+
+
+@on_every_route
+def test_apply(case: Case, route: str, rng: np.random.Generator) -> None:
+    H = case.operator(route)
+    for batch in ((), (1,), (2, 3)):
+        X = rng.standard_normal((*batch, *case.shape))
+        product = H.apply(torch.tensor(X))
+        bound = oracle.norm(case.H) * np.linalg.norm(X)
+        assert_close(as_numpy(product), oracle.apply(case.H, X), ENTRIES, scale=bound)
+
+
+@on_every_route
+def test_apply_to_an_empty_batch(case: Case, route: str) -> None:
+    X = torch.zeros(0, *case.shape, dtype=torch.float64)
+    assert case.operator(route).apply(X).shape == X.shape
+
+
+@on_every_route
+def test_apply_to_a_float32_matrix(case: Case, route: str, rng: np.random.Generator) -> None:
+    X = rng.standard_normal(case.shape).astype(np.float32)
+    product = as_numpy(case.operator(route).apply(torch.tensor(X)))
+    bound = oracle.norm(case.H) * float(np.linalg.norm(X))
+    assert_close(product, oracle.apply(case.H, X.astype(np.float64)), FLOAT32, scale=bound)
+
+
+@on_every_route
+def test_inner_with_itself_is_the_squared_norm(case: Case, route: str) -> None:
+    H = case.operator(route)
+    assert_close(H.inner(H), oracle.norm(case.H) ** 2, SCALAR)
+
+
+@on_every_route
+def test_inner_between_routes(case: Case, route: str) -> None:
+    other = case.operator("parameter")
+    assert_close(case.operator(route).inner(other), oracle.norm(case.H) ** 2, SCALAR)
+
+
+@on_every_route
+def test_scipy_view(case: Case, route: str, rng: np.random.Generator) -> None:
+    view = case.operator(route).to_scipy()
+    size = len(case.H)
+    assert isinstance(view, LinearOperator)
+    assert view.shape == (size, size)
+    assert view.dtype == np.float64
+    x, X = rng.standard_normal(size), rng.standard_normal((size, 2))
+    bound = oracle.norm(case.H) * float(np.linalg.norm(X))
+    assert_close(view @ x, case.H @ x, ENTRIES, scale=bound)
+    assert_close(view @ X, case.H @ X, ENTRIES, scale=bound)
+    assert_close(view.rmatvec(x), case.H @ x, ENTRIES, scale=bound)
+
+
+def test_scipy_view_serves_an_eigensolver() -> None:
+    case = factors_case("", 30, 5, 4)
+    values = eigsh(case.operator().to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    expected = np.linalg.eigvalsh(case.H)[-3:]
+    assert_close(np.sort(values), expected, SCALAR)
+
+
+# ---------------------------------------------------------------- the Kronecker spectrum
+
+
+@on_every_route
+def test_kronecker_spectrum(case: Case, route: str) -> None:
+    spectrum = case.operator(route).kronecker_spectrum()
+    assert spectrum.ndim == 1
+    assert spectrum.dtype == torch.float64
+    assert spectrum.device.type == "cpu"
+    values, expected = as_numpy(spectrum), oracle.kronecker_spectrum(case.H, case.shape)
+    m, n = case.shape
+    assert np.all(values >= 0)
+    assert np.all(np.diff(values) <= 0)
+    assert 1 <= len(values) <= min(m * m, n * n)
+    assert_close(values, expected[: len(values)], SPECTRUM, scale=expected[0])
+    assert_close(values[0], expected[0], SCALAR)
+
+
+@pytest.mark.parametrize(
+    ("case", "route"),
+    [(case, route) for case, route in CASE_ROUTES if "sample" in case.routes],
+    ids=str,
+)
+def test_kronecker_spectrum_of_unshared_factors_is_complete(case: Case, route: str) -> None:
+    H = case.operator(route)
+    m, n = case.shape
+    values = as_numpy(H.kronecker_spectrum())
+    assert len(values) == min(len(case.G), m * m, n * n)
+    assert_close(np.sum(values**2), H.norm() ** 2, SCALAR)
+
+
+@on_every_route
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_leading_singular_values(case: Case, route: str, k: int) -> None:
+    values = as_numpy(case.operator(route).kronecker_spectrum(k))
+    expected = oracle.kronecker_spectrum(case.H, case.shape)
+    assert 1 <= len(values) <= k
+    assert_close(values, expected[: len(values)], SPECTRUM, scale=expected[0])
+    left_out = expected[len(values) : k]  # fewer than k only where the rest is zero
+    assert_close(left_out, np.zeros_like(left_out), SPECTRUM, scale=expected[0])
+
+
+@pytest.mark.parametrize("k", [0, -1])
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_spectrum_of_no_values_is_refused(route: str, k: int) -> None:
+    with pytest.raises(InvalidInputError, match=str(k)):
+        factors_case("", 6, 4, 3).operator(route).kronecker_spectrum(k)
+
+
+# ---------------------------------------------------------------- routes and plans
+
+
+def test_sample_route_needs_unshared_factors() -> None:
+    for case in (matrices_case("", 4, 3, 2), factors_case("", 4, 3, 2, positions=2)):
+        with pytest.raises(UnsupportedError, match=r"sample.*parameter|parameter.*sample"):
+            case.operator("sample")
+
+
+def test_unknown_route_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"'denze'.*Did you mean 'dense'"):
+        factors_case("", 4, 3, 2).operator("denze")
+
+
+def test_plan_prints_its_routes() -> None:
+    text = str(factors_case("", 6, 4, 3).operator().plan())
+    for route in ("sample", "parameter", "dense"):
+        assert route in text
+
+
+# ---------------------------------------------------------------- bad input
+
+G = torch.ones(4, 3, 2, dtype=torch.float64)
+D = torch.ones(4, 3, dtype=torch.float64)
+A = torch.ones(4, 2, dtype=torch.float64)
+
+
+def _with(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[1] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_samples_are_refused(value: float) -> None:
+    from_matrices, from_factors = kp.GradientSamples.from_matrices, kp.GradientSamples.from_factors
+    named = r"(?i)nan|inf|finite"
+    with pytest.raises(NonFiniteError, match=named):
+        from_matrices(_with(G, value))
+    with pytest.raises(NonFiniteError, match=r"output_grads"):
+        from_factors(_with(D, value), A)
+    with pytest.raises(NonFiniteError, match=r"inputs"):
+        from_factors(D, _with(A, value))
+    with pytest.raises(NonFiniteError, match=r"weights"):
+        from_matrices(G, _with(torch.ones(4), value))
+    with pytest.raises(NonFiniteError, match=r"weights"):
+        from_factors(D, A, _with(torch.ones(4), value))
+
+
+def test_negative_weights_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"weights.*-0\.5"):
+        kp.GradientSamples.from_matrices(G, _with(torch.ones(4), -0.5))
+    with pytest.raises(InvalidInputError, match=r"weights.*-0\.5"):
+        kp.GradientSamples.from_factors(D, A, _with(torch.ones(4), -0.5))
+
+
+@pytest.mark.parametrize(
+    ("output_grads", "inputs"),
+    [
+        (torch.ones(4, 3), torch.ones(5, 2)),  # N
+        (torch.ones(4, 6, 3), torch.ones(4, 5, 2)),  # T
+        (torch.ones(4, 2, 6, 3), torch.ones(4, 5, 2)),  # T, with columns
+        (torch.ones(4, 6, 3), torch.ones(4, 2)),  # positions on one side only
+        (torch.ones(4, 3), torch.ones(4, 5, 2)),
+        (torch.ones(3), torch.ones(2)),  # no data dimension
+        (torch.ones(4, 2, 2, 2, 3), torch.ones(4, 2, 2)),
+    ],
+)
+def test_mismatched_factors_are_refused(output_grads: torch.Tensor, inputs: torch.Tensor) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        kp.GradientSamples.from_factors(output_grads, inputs)
+    message = str(caught.value)
+    shapes = (tuple(output_grads.shape), tuple(inputs.shape))
+    assert any(str(s) in message or str(list(s)) in message for s in shapes), message
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4,), (4, 1, 3, 2)])
+def test_matrices_of_a_wrong_rank_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError, match=r"\[N, m, n\]"):
+        kp.GradientSamples.from_matrices(torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (5,), ()])
+def test_mismatched_weights_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError, match=r"weights"):
+        kp.GradientSamples.from_matrices(G, torch.ones(shape))
+    with pytest.raises(InvalidInputError, match=r"weights"):
+        kp.GradientSamples.from_factors(D, A, torch.ones(shape))
+
+
+def test_no_data_is_refused() -> None:
+    empty = r"(?i)empty|no data|no samples|N = 0|at least one"
+    with pytest.raises(InvalidInputError, match=empty):
+        kp.GradientSamples.from_matrices(torch.ones(0, 3, 2))
+    with pytest.raises(InvalidInputError, match=empty):
+        kp.GradientSamples.from_factors(torch.ones(0, 3), torch.ones(0, 2))
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 2), (4, 3, 0)])
+def test_empty_matrices_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError):
+        kp.GradientSamples.from_matrices(torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.bool])
+def test_other_than_real_floating_point_is_refused(dtype: torch.dtype) -> None:
+    named = str(dtype).removeprefix("torch.")
+    with pytest.raises(InvalidInputError, match=named):
+        kp.GradientSamples.from_matrices(G.to(dtype))
+    with pytest.raises(InvalidInputError, match=named):
+        kp.GradientSamples.from_factors(D.to(dtype), A)
+    with pytest.raises(InvalidInputError, match=named):
+        kp.GradientSamples.from_factors(D, A.to(dtype))
+
+
+def test_samples_do_not_alias_a_later_change_of_weights() -> None:
+    weights = torch.ones(4, dtype=torch.float64)
+    H = kp.SecondMoment(kp.GradientSamples.from_matrices(G, weights))
+    trace = H.trace()
+    weights.mul_(2)
+    assert kp.SecondMoment(kp.GradientSamples.from_matrices(G, weights)).trace() == 2 * trace
+    assert H.trace() == trace
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (6,), (5, 3, 3)])
+def test_apply_to_a_wrong_shape_is_refused(route: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError, match=r"3.*2"):
+        kp.SecondMoment(kp.GradientSamples.from_factors(D, A), route=route).apply(
+            torch.ones(shape, dtype=torch.float64)
+        )

@@ -1,0 +1,440 @@
+"""Theorems about H = E[g g^T] that hold for every data set, asked of the public API."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import kronecker_probe as kp
+from tests import oracle
+from tests import reference_fixture as fixture
+from tests.cases import (
+    APPROXIMATIONS,
+    CASE_ROUTE_IDS,
+    CASE_ROUTES,
+    KRONECKER,
+    Case,
+    as_numpy,
+    assert_close,
+    dense,
+    factors_case,
+    matrices_case,
+)
+from tests.oracle import Array
+from tests.tolerances import ENTRIES, INEQUALITY, PRINTED, ROOT_ENTRIES, SCALAR, ZERO_ERROR
+
+on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CASE_ROUTE_IDS)
+
+
+def _psd(size: int, seed: int) -> Array:
+    X = np.random.default_rng(seed).standard_normal((size, size))
+    return X @ X.T + np.eye(size)
+
+
+def _orthogonal(size: int, seed: int) -> Array:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
+
+
+def _kronecker(left: Array, right: Array) -> kp.KroneckerOperator:
+    return kp.KroneckerOperator(torch.tensor(left), torch.tensor(right))
+
+
+def _trace(operator: kp.KroneckerOperator) -> float:
+    return float(operator.trace())
+
+
+# ---------------------------------------------------------------- Kronecker-exact targets
+
+
+def kronecker_exact(left: Array, right: Array) -> Case:
+    """Samples (row i of left^1/2) (row j of right^1/2)^T, weight 1: H is left kron right."""
+    root_left, root_right = oracle.matrix_power(left, 0.5), oracle.matrix_power(right, 0.5)
+    pairs = [(u, v) for u in root_left for v in root_right]
+    return Case(
+        "exact",
+        output_grads=np.array([u for u, _ in pairs]),
+        inputs=np.array([v for _, v in pairs]),
+        given_weights=np.ones(len(pairs)),
+    )
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_kronecker_exact_target_is_found_exactly(route: str) -> None:
+    left, right = _psd(4, 1), _psd(3, 2)
+    case = kronecker_exact(left, right)
+    H = case.operator(route)
+    truth = np.kron(left, right)
+    assert_close(dense(H), truth, ENTRIES)
+    for name in ("optimal", "shampoo-squared", "eigen-corrected"):
+        P = kp.approximate(H, name)
+        assert_close(dense(P), truth, ROOT_ENTRIES if name == "optimal" else ENTRIES)
+        assert kp.relative_error(H, P) <= ZERO_ERROR
+        assert kp.best_scale_error(H, P) <= ZERO_ERROR
+        assert kp.cosine_similarity(H, P) == pytest.approx(1, abs=SCALAR)
+        assert kp.best_scale(H, P) == pytest.approx(1, abs=SCALAR)
+    spectrum = as_numpy(H.kronecker_spectrum(2))
+    assert_close(spectrum, [H.norm(), 0], ZERO_ERROR)
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_unscaled_square_is_off_by_the_trace(route: str) -> None:
+    H = kronecker_exact(_psd(4, 1), _psd(3, 2)).operator(route)
+    P = kp.approximate(H, "shampoo-squared")
+    unscaled = kp.KroneckerOperator(P.left, P.right, P.scale * H.trace())
+    assert kp.best_scale(H, unscaled) * H.trace() == pytest.approx(1, abs=SCALAR)
+    root = kp.approximate(H, "shampoo")
+    assert_close(dense(root.power(2)), dense(unscaled), ENTRIES)
+
+
+def test_kfac_is_exact_for_independent_factors() -> None:
+    """All pairs of d and a, so that d and a are independent in the sample."""
+    rng = np.random.default_rng(3)
+    d, a = rng.standard_normal((6, 4)), rng.standard_normal((5, 3))
+    case = Case("product", output_grads=np.repeat(d, 5, axis=0), inputs=np.tile(a, (6, 1)))
+    H = case.operator()
+    for name in ("kfac", "shampoo-squared", "optimal"):
+        assert kp.relative_error(H, kp.approximate(H, name)) <= ZERO_ERROR
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_white_noise_scales(route: str) -> None:
+    """H = I: the root of Shampoo's square has unit gain, Shampoo's own (mn)^(-1/4)."""
+    m, n = 4, 3
+    H = kronecker_exact(np.eye(m), np.eye(n)).operator(route)
+    X = torch.tensor(np.random.default_rng(4).standard_normal((m, n)))
+
+    def gain(P: kp.KroneckerOperator) -> float:
+        return float(torch.linalg.norm(P.power(-0.5).apply(X)) / torch.linalg.norm(X))
+
+    square = kp.approximate(H, "shampoo-squared")
+    unscaled = kp.KroneckerOperator(square.left, square.right, square.scale * H.trace())
+    assert gain(square) == pytest.approx(1, rel=SCALAR)
+    assert gain(kp.approximate(H, "diagonal")) == pytest.approx(1, rel=SCALAR)
+    assert gain(kp.approximate(H, "shampoo")) == pytest.approx((m * n) ** -0.25, rel=SCALAR)
+    assert gain(unscaled) == pytest.approx((m * n) ** -0.5, rel=SCALAR)
+
+
+# ---------------------------------------------------------------- optimality
+
+
+@on_every_route
+def test_no_kronecker_product_beats_the_optimum(case: Case, route: str) -> None:
+    H = case.operator(route)
+    best = kp.approximate(H, "optimal")
+    cosine, error = kp.cosine_similarity(H, best), kp.relative_error(H, best)
+    m, n = case.shape
+    rivals = [kp.approximate(H, name) for name in KRONECKER if name in case.approximations]
+    rivals += [_kronecker(_psd(m, seed), _psd(n, seed + 1)) for seed in range(3)]
+    rivals += [kp.KroneckerOperator(best.left, torch.tensor(_psd(n, 7)))]
+    rivals += [kp.KroneckerOperator(torch.tensor(_psd(m, 8)), best.right)]
+    for P in rivals:
+        assert kp.cosine_similarity(H, P) <= cosine + INEQUALITY
+        assert kp.relative_error(H, P) ** 2 >= error**2 - INEQUALITY
+    assert kp.best_scale(H, best) == pytest.approx(1, abs=SCALAR)
+
+
+@on_every_route
+def test_cosine_of_the_optimum_is_its_share_of_the_spectrum(case: Case, route: str) -> None:
+    H = case.operator(route)
+    sigma = float(H.kronecker_spectrum(1)[0])
+    cosine = kp.cosine_similarity(H, kp.approximate(H, "optimal"))
+    assert cosine == pytest.approx(sigma / H.norm(), abs=SCALAR)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        factors_case("T1", 8, 4, 3),
+        factors_case("T3", 6, 4, 5, positions=3),
+        factors_case("C2", 5, 4, 3, columns=2, positions=1),
+        matrices_case("matrices", 9, 3, 4),
+    ],
+    ids=str,
+)
+def test_alternating_least_squares_climbs_to_the_optimum(case: Case) -> None:
+    H = case.operator()
+    pairs = oracle.alternating_least_squares(case.H, case.shape, rounds=60)
+    cosines = np.array([kp.cosine_similarity(H, _kronecker(*pair)) for pair in pairs])
+    assert np.all(np.diff(cosines) >= -INEQUALITY)
+    best = kp.approximate(H, "optimal")
+    assert cosines[0] < kp.cosine_similarity(H, best) - 1e-6  # it had a way to go
+    assert cosines[-1] == pytest.approx(kp.cosine_similarity(H, best), abs=SCALAR)
+    left, right = pairs[-1]
+    assert_close(as_numpy(best.left), left, ROOT_ENTRIES)
+    assert_close(as_numpy(best.right), right, ROOT_ENTRIES)
+
+
+@pytest.mark.parametrize("route", ["parameter", "dense"])
+def test_alternating_least_squares_on_the_fixture(route: str) -> None:
+    samples = kp.GradientSamples.from_matrices(torch.tensor(fixture.SAMPLES))
+    H = kp.SecondMoment(samples, route=route)
+    H_dense = oracle.second_moment(fixture.SAMPLES[:, None], np.full(4, 0.25))
+    pairs = oracle.alternating_least_squares(H_dense, (2, 3), rounds=5)
+    cosines = [kp.cosine_similarity(H, _kronecker(*pair)) for pair in pairs]
+    assert cosines == pytest.approx(fixture.ALTERNATING_COSINES, abs=PRINTED)
+    # the sequential sweep beats the simultaneous one after a single round
+    assert cosines[0] > kp.cosine_similarity(H, kp.approximate(H, "shampoo-squared"))
+
+
+@on_every_route
+def test_eigen_corrected_is_the_best_diagonal_of_its_basis(case: Case, route: str) -> None:
+    """Shampoo, its square and any other diagonal in the same eigenbasis are further from H."""
+    H = case.operator(route)
+    P = kp.approximate(H, "eigen-corrected")
+    error = kp.relative_error(H, P) ** 2
+    rng = np.random.default_rng(0)
+    rivals = [kp.approximate(H, name) for name in ("shampoo", "shampoo-squared")]
+    for _ in range(3):
+        other = P.eigenvalues * torch.tensor(rng.uniform(0.5, 1.5, tuple(P.eigenvalues.shape)))
+        rivals.append(kp.EigenOperator(P.left_basis, P.right_basis, other))
+    for Q in rivals:
+        assert error <= kp.relative_error(H, Q) ** 2 + INEQUALITY
+    assert kp.best_scale(H, P) == pytest.approx(1, abs=SCALAR)
+    assert P.trace() == pytest.approx(H.trace(), rel=SCALAR)
+
+
+def test_error_splits_into_basis_and_eigenvalue_error() -> None:
+    """|H - Q D Q^T|^2 = |offdiag(Q^T H Q)|^2 + |diag(Q^T H Q) - D|^2 for any Kronecker basis."""
+    case = factors_case("", 9, 4, 3)
+    H = case.operator()
+    Q_L, Q_R = _orthogonal(4, 1), _orthogonal(3, 2)
+    D = np.random.default_rng(3).uniform(0, 2, (4, 3))
+    Q = np.kron(Q_L, Q_R)
+    rotated = Q.T @ case.H @ Q
+    off_diagonal = rotated - np.diag(np.diag(rotated))
+    eigenvalue_error = np.diag(rotated) - D.reshape(-1)
+    expected = oracle.norm(off_diagonal) ** 2 + np.sum(eigenvalue_error**2)
+    P = kp.EigenOperator(torch.tensor(Q_L), torch.tensor(Q_R), torch.tensor(D))
+    assert (kp.relative_error(H, P) * H.norm()) ** 2 == pytest.approx(expected, rel=SCALAR)
+
+
+def test_eigen_corrected_recovers_a_non_separable_spectrum() -> None:
+    """H = Q D Q^T with a D of full rank as a matrix: no Kronecker product, yet error zero."""
+    Q_L, Q_R = _orthogonal(4, 5), _orthogonal(3, 6)
+    D = np.random.default_rng(7).uniform(0.2, 3, (4, 3))
+    case = Case(
+        "non-separable",
+        output_grads=np.array([Q_L[:, i] for i in range(4) for _ in range(3)]),
+        inputs=np.array([Q_R[:, j] for _ in range(4) for j in range(3)]),
+        given_weights=D.reshape(-1),
+    )
+    H = case.operator()
+    assert kp.relative_error(H, kp.approximate(H, "eigen-corrected")) <= ZERO_ERROR
+    assert kp.relative_error(H, kp.approximate(H, "optimal")) > 0.05
+
+
+@on_every_route
+def test_diagonal_is_the_best_diagonal(case: Case, route: str) -> None:
+    H = case.operator(route)
+    P = kp.approximate(H, "diagonal")
+    cosine = np.linalg.norm(np.diag(case.H)) / oracle.norm(case.H)
+    assert kp.cosine_similarity(H, P) == pytest.approx(cosine, abs=SCALAR)
+    assert kp.best_scale(H, P) == pytest.approx(1, abs=SCALAR)
+    assert P.trace() == pytest.approx(H.trace(), rel=SCALAR)
+
+
+# ---------------------------------------------------------------- traces, overlaps, few samples
+
+
+@on_every_route
+def test_trace_scale_matches_all_traces(case: Case, route: str) -> None:
+    H = case.operator(route)
+    P = kp.approximate(H, "shampoo-squared")
+    assert _trace(P) == pytest.approx(H.trace(), rel=SCALAR)
+    matrix = dense(P)
+    left, right = oracle.left_factor(case.H, case.shape), oracle.right_factor(case.H, case.shape)
+    assert_close(oracle.left_factor(matrix, case.shape), left, ENTRIES)
+    assert_close(oracle.right_factor(matrix, case.shape), right, ENTRIES)
+
+
+@on_every_route
+def test_squared_shampoo_is_the_unscaled_square(case: Case, route: str) -> None:
+    H = case.operator(route)
+    square, root = kp.approximate(H, "shampoo-squared"), kp.approximate(H, "shampoo")
+    assert_close(dense(root.power(2)), dense(square) * H.trace(), ENTRIES)
+    # |L^1/2 kron R^1/2|^2 = Tr L Tr R
+    assert root.norm() == pytest.approx(H.trace(), rel=SCALAR)
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_overlap_of_one_step_with_the_optimum(route: str) -> None:
+    """cos(L, U_1) = alpha_1 sigma_1 / sqrt(sum_i alpha_i^2 sigma_i^2), alpha_i = <V_i, I>."""
+    case = factors_case("", 8, 4, 3)
+    _, sigma, right_vectors = np.linalg.svd(oracle.rearrange(case.H, case.shape))
+    alpha = right_vectors[: len(sigma)] @ np.eye(3).reshape(-1)
+    expected = abs(alpha[0]) * sigma[0] / np.linalg.norm(alpha * sigma)
+    H = case.operator(route)
+    L = as_numpy(kp.approximate(H, "shampoo-squared").left)
+    U = as_numpy(kp.approximate(H, "optimal").left)
+    assert np.sum(L * U) / np.linalg.norm(L) == pytest.approx(expected, abs=ROOT_ENTRIES)
+
+
+@pytest.mark.parametrize("route", ["parameter", "dense"])
+def test_optimum_of_a_single_matrix_is_rank_one(route: str) -> None:
+    """R(g g^T) = G kron G: the optimum keeps only the leading singular pair of G."""
+    case = matrices_case("", 1, 4, 3)
+    u, s, vt = np.linalg.svd(case.G[0, 0])
+    H = case.operator(route)
+    P = kp.approximate(H, "optimal")
+    assert_close(as_numpy(P.left), np.outer(u[:, 0], u[:, 0]), ROOT_ENTRIES)
+    assert_close(as_numpy(P.right), np.outer(vt[0], vt[0]), ROOT_ENTRIES)
+    assert kp.cosine_similarity(H, P) == pytest.approx(s[0] ** 2 / np.sum(s**2), abs=SCALAR)
+    expected = np.sort(np.outer(s, s).reshape(-1))[::-1]
+    assert_close(as_numpy(H.kronecker_spectrum(4)), expected[:4], ROOT_ENTRIES)
+
+
+@on_every_route
+def test_shampoo_dominates_the_target(case: Case, route: str) -> None:
+    """H <= r L^1/2 kron R^1/2 in the Loewner order, r the largest rank of a sample."""
+    rank = max(np.linalg.matrix_rank(G) for G in case.G.reshape(-1, *case.shape))
+    gap = rank * dense(kp.approximate(case.operator(route), "shampoo")) - case.H
+    assert np.linalg.eigvalsh(gap)[0] >= -ROOT_ENTRIES * oracle.norm(gap)
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_magnitude_bounds(route: str, power: float) -> None:
+    """How much P^-p can shrink or stretch, from the extreme eigenvalues of H alone."""
+    case = factors_case("", 60, 4, 3)
+    values = np.linalg.eigvalsh(case.H)
+    low, high = values[0], values[-1]
+    assert low > 0.001 * high  # else the bounds say nothing
+    H = case.operator(route)
+    size = float(len(case.H))
+    bounds = {
+        "shampoo": ((size * high**2) ** (-power / 2), (size * low**2) ** (-power / 2)),
+        "shampoo-squared": (low**power * high ** (-2 * power), high**power * low ** (-2 * power)),
+        "eigen-corrected": (high**-power, low**-power),
+        "diagonal": (high**-power, low**-power),
+    }
+    for name, (least, most) in bounds.items():
+        gains = 1 / np.linalg.eigvalsh(dense(kp.approximate(H, name))) ** power
+        inverse = np.linalg.eigvalsh(dense(kp.approximate(H, name).power(-power)))
+        assert_close(np.sort(gains), inverse, ROOT_ENTRIES)
+        assert least * (1 - SCALAR) <= inverse[0]
+        assert inverse[-1] <= most * (1 + SCALAR)
+
+
+# ---------------------------------------------------------------- symmetries
+
+
+def _all_dense(case: Case, route: str) -> dict[str, Array]:
+    H = case.operator(route)
+    return {name: dense(kp.approximate(H, name)) for name in case.approximations}
+
+
+SYMMETRY_CASES = (
+    factors_case("T1", 7, 4, 3),
+    factors_case("T1-N-gt-mn", 20, 4, 3),
+    factors_case("T3", 6, 4, 3, positions=3),
+    factors_case("C2-T2", 6, 4, 3, columns=2, positions=2),
+    matrices_case("matrices", 7, 4, 3),
+)
+SYMMETRY_RUNS = [(case, route) for case in SYMMETRY_CASES for route in case.routes]
+in_every_symmetry = pytest.mark.parametrize(("case", "route"), SYMMETRY_RUNS, ids=str)
+
+
+def _map_sides(case: Case, left: Array, right: Array) -> Case:
+    """G -> left G right^T."""
+    if case.matrices is not None:
+        return case.with_(matrices=left @ case.matrices @ right.T)
+    assert case.output_grads is not None
+    assert case.inputs is not None
+    return case.with_(output_grads=case.output_grads @ left.T, inputs=case.inputs @ right.T)
+
+
+@in_every_symmetry
+def test_order_of_the_data_is_irrelevant(case: Case, route: str) -> None:
+    order = np.random.default_rng(0).permutation(len(case.G))
+    weights = np.linspace(0.5, 2, len(case.G))
+    weighted = case.with_(given_weights=weights)
+    permuted = case.with_(
+        given_weights=weights[order],
+        **{
+            field: None if value is None else value[order]
+            for field in ("matrices", "output_grads", "inputs")
+            for value in [getattr(case, field)]
+        },
+    )
+    assert_close(dense(permuted.operator(route)), dense(weighted.operator(route)), ENTRIES)
+    expected = _all_dense(weighted, route)
+    for name, actual in _all_dense(permuted, route).items():
+        assert_close(actual, expected[name], ROOT_ENTRIES)
+
+
+@in_every_symmetry
+def test_weights_count_as_given(case: Case, route: str) -> None:
+    doubled = case.with_(given_weights=2 * case.weights)
+    assert_close(dense(doubled.operator(route)), 2 * case.H, ENTRIES)
+    expected = _all_dense(case, route)
+    for name, actual in _all_dense(doubled, route).items():
+        assert_close(actual, 2 * expected[name], ROOT_ENTRIES)
+
+
+@in_every_symmetry
+def test_a_datum_may_be_split_into_two_of_half_the_weight(case: Case, route: str) -> None:
+    twice = {
+        field: None if value is None else np.concatenate([value, value])
+        for field in ("matrices", "output_grads", "inputs")
+        for value in [getattr(case, field)]
+    }
+    split = case.with_(given_weights=np.tile(case.weights / 2, 2), **twice)
+    expected = _all_dense(case, route)
+    for name, actual in _all_dense(split, route).items():
+        assert_close(actual, expected[name], ROOT_ENTRIES)
+
+
+@in_every_symmetry
+@pytest.mark.parametrize("scale", [-3.0, 1e-9, 1e9])
+def test_scaling_the_gradients_scales_by_the_square(case: Case, route: str, scale: float) -> None:
+    scaled = _map_sides(case, scale * np.eye(4), np.eye(3))
+    assert scaled.operator(route).norm() == pytest.approx(
+        scale**2 * case.operator(route).norm(), rel=SCALAR
+    )
+    expected = _all_dense(case, route)
+    for name, actual in _all_dense(scaled, route).items():
+        assert_close(actual, scale**2 * expected[name], ROOT_ENTRIES)
+
+
+@in_every_symmetry
+def test_rotating_the_gradients_rotates_all_but_the_diagonal(case: Case, route: str) -> None:
+    U, V = _orthogonal(4, 1), _orthogonal(3, 2)
+    W = np.kron(U, V)
+    rotated = _map_sides(case, U, V)
+    H, K = case.operator(route), rotated.operator(route)
+    assert_close(dense(K), W @ dense(H) @ W.T, ENTRIES)
+    expected = _all_dense(case, route)
+    for name, actual in _all_dense(rotated, route).items():
+        turned = W @ expected[name] @ W.T
+        if name == "diagonal":
+            assert np.linalg.norm(actual - turned) > 0.05 * np.linalg.norm(turned)
+        else:
+            assert_close(actual, turned, ROOT_ENTRIES)
+            P, Q = kp.approximate(H, name), kp.approximate(K, name)
+            assert kp.cosine_similarity(K, Q) == pytest.approx(
+                kp.cosine_similarity(H, P), abs=SCALAR
+            )
+
+
+@pytest.mark.parametrize(
+    ("case", "route"), [run for run in SYMMETRY_RUNS if run[0].name != "C2-T2"], ids=str
+)
+def test_transposing_the_gradients_swaps_the_factors(case: Case, route: str) -> None:
+    """K-FAC too for T = 1; its mean over positions sits on the right only as a scale."""
+    if case.matrices is not None:
+        transposed = case.with_(matrices=case.matrices.swapaxes(1, 2))
+    else:
+        transposed = case.with_(output_grads=case.inputs, inputs=case.output_grads)
+    H, K = case.operator(route), transposed.operator(route)
+    for name in case.approximations:
+        P, Q = kp.approximate(H, name), kp.approximate(K, name)
+        assert_close(dense(Q), oracle.swap_sides(dense(P), case.shape), ROOT_ENTRIES)
+        if name in KRONECKER:
+            for one, other in ((P.left, Q.right), (P.right, Q.left)):
+                a, b = as_numpy(one), as_numpy(other)
+                assert_close(a / np.trace(a), b / np.trace(b), ROOT_ENTRIES)
+
+
+def test_every_approximation_is_covered_here() -> None:
+    assert set(APPROXIMATIONS) == set(factors_case("", 3, 2, 2).approximations)
