@@ -10,25 +10,31 @@ shapes. Everything is measured in one run, in turn, and medians are printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import kronecker_probe as kp
 
 MODELS = {"MLP 784-512-512-10": (784, 512, 512, 10), "MLP 64-128-64-10": (64, 128, 64, 10)}
 FREQUENCY = 10
 WARM_UP = 2 * FREQUENCY
+MEASURED = "the measured step"
+
+Build = Callable[[], torch.optim.Optimizer]
 
 
 def parameters(widths: tuple[int, ...], device: str) -> list[nn.Parameter]:
     """The weights and biases of an MLP, with gradients of a realistic size."""
     torch.manual_seed(0)
-    layers = [nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(n, m) for n, m in itertools.pairwise(widths)]
     params = list(nn.Sequential(*layers).to(device).parameters())
     for param in params:
         param.grad = torch.randn_like(param).mul_(1e-2)
@@ -74,27 +80,51 @@ def timer(device: str) -> Callable[[Callable[[], object]], float]:
     return milliseconds
 
 
-def peak_temporary_bytes(call: Callable[[], object], device: str) -> int:
-    """The most that is allocated during a call above what was there before it.
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drops what the profiler's C++ library writes about itself."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+def peak_temporary_bytes(build: Build, step: int, device: str) -> int:
+    """The most that step number ``step`` of a new optimizer allocates above what it started with.
 
     On the CPU every event of torch's allocator counts, those inside operators included (the
     private buffers of the BLAS library do not pass through it).
     """
     if device == "cuda":
+        optimizer = build()
+        for _ in range(step - 1):
+            optimizer.step()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        optimizer.step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+    activities = [ProfilerActivity.CPU]
+    with quiet_stderr(), profile(activities=activities, profile_memory=True) as recorded:
+        optimizer = build()  # inside, so that every block that a step frees is known
+        for _ in range(step - 1):
+            optimizer.step()
+        with record_function(MEASURED):
+            optimizer.step()
     assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    (mark,) = (e for e in events if e.name() == MEASURED)
     held = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    for event in events:
+        inside = mark.start_ns() <= event.start_ns() <= mark.start_ns() + mark.duration_ns()
+        if inside and event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
     return peak
 
 
@@ -106,47 +136,59 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in tensors() if t.numel() > 1)
 
 
-def measure(widths: tuple[int, ...], device: str, seconds: float) -> list[tuple[str, ...]]:
-    adamw = torch.optim.AdamW(parameters(widths, device), lr=1e-6, foreach=True)
-    shampoo = kp.optim.Shampoo(
-        parameters(widths, device),
-        lr=1e-6,
-        precondition_frequency=FREQUENCY,
-        start_preconditioning_step=FREQUENCY,
-    )
-    count = sum(param.numel() for param in parameters(widths, device))
-    floor_call = matrix_products(parameters(widths, device))
+def measure_times(
+    adamw: torch.optim.Optimizer,
+    shampoo: torch.optim.Optimizer,
+    products: Callable[[], None],
+    seconds: float,
+    device: str,
+) -> dict[str, float]:
+    """Median milliseconds of each, in turn; a Shampoo cycle ends with its refresh."""
     milliseconds = timer(device)
     times: dict[str, list[float]] = {name: [] for name in ("adamw", "floor", "plain", "amortized")}
     for _ in range(WARM_UP):
-        adamw.step(), shampoo.step(), floor_call()
+        adamw.step(), shampoo.step(), products()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["amortized"]) < 3:
         cycle = []
-        for _ in range(FREQUENCY):  # the last one refreshes the roots
+        for _ in range(FREQUENCY):
             times["adamw"].append(milliseconds(adamw.step))
-            times["floor"].append(milliseconds(floor_call))
+            times["floor"].append(milliseconds(products))
             cycle.append(milliseconds(shampoo.step))
         times["plain"].extend(cycle[:-1])
         times["amortized"].append(statistics.mean(cycle))
-    peak_adamw = peak_temporary_bytes(adamw.step, device) / count
-    peak_plain = peak_temporary_bytes(shampoo.step, device) / count
-    for _ in range(FREQUENCY - 2):
-        shampoo.step()
-    peak_refresh = peak_temporary_bytes(shampoo.step, device) / count
-    median = {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
-    def row(name: str, key: str, state: str, peak: str) -> tuple[str, ...]:
-        time_of = median[key]
-        ratios = (f"{time_of / median['adamw']:.2f}", f"{time_of / median['floor']:.2f}")
-        return (name, f"{time_of:.3f}", *ratios, state, peak)
 
-    held = f"{state_bytes(shampoo) / count:.1f}"
+def measure(widths: tuple[int, ...], device: str, seconds: float) -> list[tuple[str, ...]]:
+    """The rows of the table of one model."""
+
+    def adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters(widths, device), lr=1e-6, foreach=True)
+
+    def shampoo() -> torch.optim.Optimizer:
+        params = parameters(widths, device)
+        return kp.optim.Shampoo(params, lr=1e-6, precondition_frequency=FREQUENCY)
+
+    count = sum(param.numel() for param in parameters(widths, device))
+    ours, theirs = shampoo(), adamw()
+    products = matrix_products(parameters(widths, device))
+    median = measure_times(theirs, ours, products, seconds, device)
+
+    def row(name: str, key: str, held: int, peak: int) -> tuple[str, ...]:
+        ratios = (median[key] / median["adamw"], median[key] / median["floor"])
+        memory = (f"{held / count:.1f}", f"{peak / count:.1f}") if held else ("", "")
+        return (name, f"{median[key]:.3f}", *(f"{ratio:.2f}" for ratio in ratios), *memory)
+
+    held = state_bytes(ours)
+    plain = peak_temporary_bytes(shampoo, WARM_UP + 1, device)
+    refresh = peak_temporary_bytes(shampoo, WARM_UP, device)
+    baseline = peak_temporary_bytes(adamw, WARM_UP, device)
     return [
-        row("AdamW (foreach)", "adamw", f"{state_bytes(adamw) / count:.1f}", f"{peak_adamw:.1f}"),
-        row("matrix products alone", "floor", "", ""),
-        row("Shampoo, no refresh", "plain", held, f"{peak_plain:.1f}"),
-        row(f"Shampoo, amortized over F={FREQUENCY}", "amortized", held, f"{peak_refresh:.1f}"),
+        row("AdamW (foreach)", "adamw", state_bytes(theirs), baseline),
+        row("matrix products alone", "floor", 0, 0),
+        row("Shampoo, no refresh", "plain", held, plain),
+        row(f"Shampoo, a refresh in {FREQUENCY} steps", "amortized", held, refresh),
     ]
 
 

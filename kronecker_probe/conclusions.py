@@ -119,10 +119,10 @@ def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
             continue
         gap = (wide["optimal"] - wide[name]) * (1 if metric == "cosine" else -1)
         if gap.notna().any():
-            step, parameter = gap.idxmax()  # type: ignore[misc]
-            when = int(step) if "step" in table else None
-            found.append(Gap(name, max(float(gap.max()), 0.0), str(parameter), when))
-    return sorted(found, key=lambda gap: gap.worst)
+            place: Any = gap.idxmax()  # (step, parameter)
+            step = int(place[0]) if "step" in table else None
+            found.append(Gap(name, max(float(gap.max()), 0.0), str(place[1]), step))
+    return sorted(found, key=lambda found_gap: found_gap.worst)
 
 
 def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
@@ -143,17 +143,15 @@ def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
         where = " in every layer where it is defined" if undefined else " in every layer"
     verb = "stays" if steps.nunique() > 1 else "is"
     of = "the optimal Kronecker product" if metric == "cosine" else "the optimal product's error"
-    sentence = (
-        f"{label(closest.approximation)} {verb} within {_within(closest.worst)} of {of}{where}"
-    )
-    if len(ranking) > 1 and farthest.worst > closest.worst + _EQUAL:
+    within = f"{verb} within {_within(closest.worst)} of {of}"
+    sentence = f"{label(closest.approximation)} {within}{where}"
+    if farthest.worst > closest.worst + _EQUAL:
         place = [farthest.parameter] if layers.nunique() > 1 else []
         place += [f"step {farthest.step}"] if steps.nunique() > 1 else []
-        named = f" ({', '.join(place)})" if place else ""
-        by = "up to " if place else ""
-        sentence += (
-            f"; {label(farthest.approximation)} lags by {by}{_within(farthest.worst)}{named}"
+        lag = (
+            f"up to {farthest.worst:.3f} ({', '.join(place)})" if place else f"{farthest.worst:.3f}"
         )
+        sentence += f"; {label(farthest.approximation)} lags by {lag}"
     return sentence
 
 
@@ -186,14 +184,17 @@ def conclusions(table: pd.DataFrame) -> list[str]:
     wide = scores(table)
     rows = (table["metric"] == "cosine") & table["approximation"].notna()
     names = table.loc[rows, "parameter"].unique()
-    return [_conclusion(table, wide.xs(name, level="parameter"), str(name)) for name in names]
+    return [
+        _conclusion(table, pd.DataFrame(wide.xs(name, level="parameter")), str(name))
+        for name in names
+    ]
 
 
 def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
     """The sentence about one parameter; ``wide`` has a row per step."""
     step = int(wide.index[-1])
     last = wide.iloc[-1].dropna()
-    when = f"at step {step}, " if "step" in table else ""
+    when = f"at step {step} " if "step" in table else ""
     if last.empty:
         return f"{parameter}: {when}every cosine is undefined ({_why(table, parameter)})."
     if "optimal" not in last:
@@ -201,14 +202,16 @@ def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
         return f"{parameter}: {when}{', '.join(parts)}."
     top = float(last["optimal"])
     first = wide["optimal"].dropna()
-    trend = f" ({first.iloc[0]:.3f} at step {first.index[0]})" if len(first) > 1 else ""
-    clauses = [f"{when}the best Kronecker product reaches cosine {top:.3f}{trend}"]
+    trend = f"; {first.iloc[0]:.3f} at step {first.index[0]}" if len(first) > 1 else ""
+    best, reached = "the best Kronecker product", f"cosine {top:.3f}{trend}"
     behind = {name: max(top - float(last[name]), 0.0) for name in _CHOICES if name in last}
     if behind:
-        near = sorted(behind, key=lambda name: behind[name])
-        first_name, *others = [f"{label(name)} within {_within(behind[name])}" for name in near]
-        clauses[0] += ": " + ", ".join([first_name.replace("within", "comes within", 1), *others])
-        clauses[0] += " of it"
+        closest, *others = sorted(behind, key=lambda name: behind[name])
+        also = "".join(f", {label(name)} within {_within(behind[name])}" for name in others)
+        within = f"comes within {_within(behind[closest])} of {best} ({reached})"
+        clauses = [f"{when}{label(closest)} {within}{also}"]
+    else:
+        clauses = [f"{when}{best} has {reached}"]
     if "eigen-corrected" in last:
         corrected = float(last["eigen-corrected"])
         beyond = ", beyond any Kronecker product" if corrected > top + _EQUAL else ""
@@ -216,6 +219,61 @@ def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
     if "live" in last:
         clauses.append(f"the optimizer's live preconditioner is at {float(last['live']):.3f}")
     return f"{parameter}: {'; '.join(clauses)}."
+
+
+def first_shares(table: pd.DataFrame) -> dict[str, float]:
+    """sigma_1 / ||H|| of each parameter: the cosine of the optimal Kronecker product.
+
+    Args:
+        table: rows of one step; parameters without a norm or singular values are left out, and
+            so are those with H = 0.
+    """
+    about_target = table[table["parameter"].notna() & table["approximation"].isna()]
+    first = about_target[(about_target["metric"] == "singular_value") & (table["index"] == 0)]
+    norms = about_target[about_target["metric"] == "norm"].set_index("parameter")["value"]
+    shares = first.set_index("parameter")["value"] / norms[norms > 0]
+    return {str(name): float(share) for name, share in shares.dropna().items()}
+
+
+def spectrum_headline(table: pd.DataFrame) -> str:
+    """The share of ||H||^2 in the first Kronecker singular value: the title of the spectra.
+
+    Args:
+        table: rows of one step.
+    """
+    shares = first_shares(table)
+    if not shares:
+        return "Kronecker singular values, relative to the largest"
+    least = min(shares, key=lambda name: shares[name])
+    energy = [f"{100 * share**2:.0f} %" for share in sorted(shares.values())]
+    if len(shares) == 1:
+        return f"One Kronecker product holds {energy[0]} of ‖H‖² in {least}"
+    span = energy[0] if energy[0] == energy[-1] else f"{energy[0]} ({least}) to {energy[-1]}"
+    return f"One Kronecker product holds {span} of ‖H‖², layer by layer"
+
+
+def training_headline(table: pd.DataFrame) -> str:
+    """How the loss went, and the accuracy at the end: the title of the training figure."""
+    clauses = []
+    for kind in ("loss", "accuracy"):
+        for source in ("train", "probe"):
+            rows = table[(table["metric"] == f"{source}_{kind}") & table["value"].notna()]
+            if len(rows):
+                told = "Training" if source == "train" else "Probe"
+                ends = rows.sort_values("step", kind="stable")[["step", "value"]].to_numpy()
+                clauses.append(_course(f"{told} {kind}", ends[0].tolist(), ends[-1].tolist()))
+                break
+    return "; ".join(clauses)
+
+
+def _course(what: str, first: list[float], last: list[float]) -> str:
+    shown = "{:.1%}".format if what.endswith("accuracy") else "{:.3g}".format
+    if first[0] == last[0]:
+        return f"{what} is {shown(last[1])} at step {last[0]:.0f}"
+    if shown(first[1]) == shown(last[1]):
+        return f"{what} is {shown(last[1])} at step {first[0]:.0f} and at step {last[0]:.0f}"
+    verb = "rises" if last[1] > first[1] else "falls"
+    return f"{what} {verb} from {shown(first[1])} to {shown(last[1])} by step {last[0]:.0f}"
 
 
 def _why(table: pd.DataFrame, parameter: str) -> str:

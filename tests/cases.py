@@ -29,7 +29,7 @@ class Case:
     """Arrays as handed to the package; either ``matrices`` or both factors are present."""
 
     name: str
-    matrices: Array | None = None
+    matrices: Array | None = None  # [N, m, n] or [N, C, m, n]
     output_grads: Array | None = None
     inputs: Array | None = None
     given_weights: Array | None = None
@@ -48,7 +48,7 @@ class Case:
     def G(self) -> Array:
         """Columns ``[N, C, m, n]``."""
         if self.matrices is not None:
-            return self.matrices[:, None]
+            return self.matrices if self.matrices.ndim == 4 else self.matrices[:, None]
         assert self.output_grads is not None
         assert self.inputs is not None
         return oracle.columns(self.output_grads, self.inputs)
@@ -129,9 +129,18 @@ class Case:
         return self.name
 
 
-def matrices_case(name: str, n_data: int, m: int, n: int, seed: int = 0, **options: Any) -> Case:
+def matrices_case(
+    name: str,
+    n_data: int,
+    m: int,
+    n: int,
+    columns: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
     rng = np.random.default_rng(seed)
-    return Case(name, matrices=rng.standard_normal((n_data, m, n)), **options)
+    blocks = () if columns is None else (columns,)
+    return Case(name, matrices=rng.standard_normal((n_data, *blocks, m, n)), **options)
 
 
 def factors_case(
@@ -193,6 +202,7 @@ CASES = (
     matrices_case("matrices-weighted", 6, 3, 5, given_weights=_weights(6)),
     matrices_case("matrices-one-datum", 1, 3, 4),
     matrices_case("matrices-N-gt-mn", 30, 3, 2),
+    matrices_case("matrices-C3", 5, 4, 3, columns=3, given_weights=_weights(5)),
     matrices_case("matrices-m1", 6, 1, 4),
     matrices_case("matrices-n1", 6, 4, 1),
     matrices_case("matrices-zero-weights", 9, 3, 4, given_weights=_weights(9, zeros=True)),
@@ -211,6 +221,7 @@ CASES = (
     rank_deficient(9, 6, 5, 2),
     factors_case("T1-many-data", 300, 3, 4),
     factors_case("T1-wide", 40, 4, 24),
+    factors_case("T1-tall", 60, 12, 2),
     factors_case("T1-larger", 40, 12, 9),
     factors_case("T3", 5, 4, 3, positions=3),
     factors_case("T5-larger", 20, 12, 9, positions=5),

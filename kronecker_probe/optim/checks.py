@@ -34,7 +34,7 @@ def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) 
 
     Raises:
         UnsupportedError: A sparse gradient.
-        NonFiniteError: A NaN or an infinity, or an entry so large that its square overflows.
+        NonFiniteError: A NaN or an infinity, or a squared norm that overflows the statistics.
     """
     gradients = []
     for param in params:
@@ -45,18 +45,19 @@ def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) 
                 "Use sparse=False in its layer, or another optimizer for it."
             )
         gradients.append(param.grad)
-    for param, peak in zip(params, _peaks(gradients), strict=True):
-        if not math.isfinite(peak):
+    for param, gradient, norm in zip(params, gradients, _norms(gradients), strict=True):
+        limit = math.sqrt(torch.finfo(state_dtype(gradient.dtype)).max)
+        if norm < limit:
+            continue
+        if gradient.isfinite().all():
             raise NonFiniteError(
-                f"The gradient of {name_of(param)} holds a NaN or an infinity. Nothing was "
-                "changed: skip this batch, clip, or lower the learning rate."
+                f"The gradient of {name_of(param)} has a norm above {limit:.3g}, whose square "
+                "overflows its statistics. Nothing was changed: scale the loss down."
             )
-        limit = math.sqrt(torch.finfo(state_dtype(param.dtype)).max / param.numel())
-        if peak > limit:
-            raise NonFiniteError(
-                f"The gradient of {name_of(param)} reaches {peak:.3g}; squares of entries above "
-                f"{limit:.3g} overflow its statistics. Nothing was changed: scale the loss down."
-            )
+        raise NonFiniteError(
+            f"The gradient of {name_of(param)} holds a NaN or an infinity. Nothing was "
+            "changed: skip this batch, clip, or lower the learning rate."
+        )
 
 
 def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) -> None:
@@ -87,14 +88,15 @@ def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) ->
             )
 
 
-def _peaks(gradients: list[Tensor]) -> list[float]:
-    """The largest absolute entry of each, NaN where one is NaN."""
+def _norms(gradients: list[Tensor]) -> list[float]:
+    """Frobenius norms; not finite where an entry is not, or where the squares overflow."""
     batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
-        batches.setdefault((gradient.device, gradient.dtype), []).append(index)
-    peaks = [0.0] * len(gradients)
-    for indices in batches.values():
-        norms = torch._foreach_norm([gradients[index] for index in indices], math.inf)
-        for index, peak in zip(indices, torch.stack(norms).tolist(), strict=True):
-            peaks[index] = peak
-    return peaks
+        key = gradient.device, state_dtype(gradient.dtype)
+        batches.setdefault(key, []).append(index)
+    norms = [0.0] * len(gradients)
+    for (_, dtype), indices in batches.items():
+        found = torch._foreach_norm([gradients[index] for index in indices], 2, dtype=dtype)
+        for index, norm in zip(indices, torch.stack(found).tolist(), strict=True):
+            norms[index] = norm
+    return norms

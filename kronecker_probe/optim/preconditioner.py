@@ -18,13 +18,7 @@ from kronecker_probe.linalg.roots import psd_power
 from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.optim.grafting import adam_denominator, adam_direction
-from kronecker_probe.optim.shapes import (
-    Side,
-    default_exponent,
-    matrix_shape,
-    preconditioned_sides,
-    side_size,
-)
+from kronecker_probe.optim.shapes import Layout, Side, layout
 from kronecker_probe.optim.statistics import (
     statistics_correction,
     update_diagonal,
@@ -38,36 +32,36 @@ State = dict[str, Any]
 _RESOLUTION = 16
 
 
-def sides_of(param: Tensor, group: Group) -> tuple[Side, ...]:
-    """The sides of a parameter that have a factor."""
-    return preconditioned_sides(matrix_shape(param), group["max_preconditioner_dim"])
+def layout_of(param: Tensor, group: Group) -> Layout:
+    """The parameter as a matrix, and which sides have a factor."""
+    return layout(param.shape, group["max_preconditioner_dim"])
 
 
 def state_shapes(param: Tensor, group: Group) -> dict[str, tuple[int, ...]]:
     """Every tensor that this module holds in the state of a parameter, and its shape."""
-    sides = sides_of(param, group)
-    if not sides:
+    matrix = layout_of(param, group)
+    if not matrix.sides:
         return {"second_moment": tuple(param.shape)}
-    square = {side: (side_size(matrix_shape(param), side),) * 2 for side in sides}
-    return {f"{side}_{kind}": square[side] for kind in ("factor", "inverse_root") for side in sides}
+    return {
+        f"{side}_{kind}": (matrix.size(side), matrix.size(side))
+        for kind in ("factor", "inverse_root")
+        for side in matrix.sides
+    }
 
 
 def update(param: Tensor, group: Group, state: State, gradient: Tensor) -> None:
     """Adds a gradient, in the dtype of the state, to the statistics."""
     statistics, beta2 = group["statistics"], group["betas"][1]
-    matrix = gradient.reshape(matrix_shape(param))
-    sides = sides_of(param, group)
-    for side in sides:
+    matrix = layout_of(param, group)
+    flat = gradient.reshape(matrix.shape)
+    for side in matrix.sides:
         key = f"{side}_factor"
         if key not in state:
-            size = side_size(matrix_shape(param), side)
-            state[key] = matrix.new_zeros(size, size)
-        update_factor(state[key], matrix, side, statistics, beta2)
-    if not sides:
+            state[key] = flat.new_zeros(matrix.size(side), matrix.size(side))
+        update_factor(state[key], flat, side, statistics, beta2)
+    if not matrix.sides:
         if "second_moment" not in state:
-            state["second_moment"] = torch.zeros_like(
-                gradient, memory_format=torch.contiguous_format
-            )
+            state["second_moment"] = flat.new_zeros(param.shape)
         update_diagonal(state["second_moment"], gradient, statistics, beta2)
 
 
@@ -81,22 +75,25 @@ def refresh_is_due(group: Group, step: int) -> bool:
 def refresh(param: Tensor, group: Group, state: State) -> dict[Side, InvalidInputError]:
     """Computes the inverse roots; those that fail are left as they are, and returned."""
     failures: dict[Side, InvalidInputError] = {}
-    sides = sides_of(param, group)
-    for side in sides:
+    matrix = layout_of(param, group)
+    correction = _correction(group, state)
+    for side in matrix.sides:
         exponent = group["exponent"]
         if exponent is None:
-            exponent = default_exponent(sides)
-        factor = state[f"{side}_factor"] / _correction(group, state)
+            exponent = matrix.default_exponent
         try:
-            state[f"{side}_inverse_root"] = psd_power(factor, exponent, group["epsilon"])
+            # (A / b + eps I)^e = b^-e (A + b eps I)^e needs no copy of the factor.
+            root = psd_power(state[f"{side}_factor"], exponent, correction * group["epsilon"])
         except InvalidInputError as error:
             failures[side] = error
+        else:
+            state[f"{side}_inverse_root"] = root.mul_(correction**-exponent)
     return failures
 
 
 def is_ready(param: Tensor, group: Group, state: State) -> bool:
     """Whether there is a preconditioner: every root was found once, or the diagonal has started."""
-    sides = sides_of(param, group)
+    sides = layout_of(param, group).sides
     if sides:
         return all(f"{side}_inverse_root" in state for side in sides)
     start: int = group["start_preconditioning_step"]
@@ -106,14 +103,14 @@ def is_ready(param: Tensor, group: Group, state: State) -> bool:
 
 def apply(param: Tensor, group: Group, state: State, filtered: Tensor) -> Tensor:
     """P^(-1/2) M in the shape of the parameter, a new tensor."""
-    sides = sides_of(param, group)
-    if not sides:
+    matrix = layout_of(param, group)
+    if not matrix.sides:
         correction = _correction(group, state)
         return adam_direction(filtered, state["second_moment"], correction, group["epsilon"])
-    direction = filtered.reshape(matrix_shape(param))
-    if "left" in sides:
+    direction = filtered.reshape(matrix.shape)
+    if "left" in matrix.sides:
         direction = state["left_inverse_root"] @ direction
-    if "right" in sides:
+    if "right" in matrix.sides:
         direction = direction @ state["right_inverse_root"]
     return direction.view(param.shape)
 
@@ -128,20 +125,19 @@ def operator(
     """
     if not is_ready(param, group, state):
         raise UnsupportedError(_why_absent(param, name, group, state))
-    m, n = matrix_shape(param)
-    sides = sides_of(param, group)
-    if not sides:
+    matrix = layout_of(param, group)
+    if not matrix.sides:
         moment = state["second_moment"].double()
         denominator = adam_denominator(moment, _correction(group, state), group["epsilon"])
-        return DiagonalOperator(denominator.square_().reshape(m, n))
-    factors: dict[Side, Tensor] = {}
-    for side in sides:
-        root = state[f"{side}_inverse_root"]
-        factors[side] = _inverse_square(root, group["epsilon"], f"{side} inverse root of {name}")
-    return KroneckerOperator(
-        factors["left"] if "left" in factors else _identity(m, param, f"left side of {name}"),
-        factors["right"] if "right" in factors else _identity(n, param, f"right side of {name}"),
-    )
+        return DiagonalOperator(denominator.square_().reshape(matrix.shape))
+
+    def factor(side: Side) -> Tensor:
+        what = f"{side} inverse root of {name}"
+        if side in matrix.sides:
+            return _inverse_square(state[f"{side}_inverse_root"], group["epsilon"], what)
+        return _identity(matrix.size(side), param, what)
+
+    return KroneckerOperator(factor("left"), factor("right"))
 
 
 def _correction(group: Group, state: State) -> float:
@@ -157,7 +153,8 @@ def _why_absent(param: Tensor, name: str, group: Group, state: State) -> str:
             f"no preconditioner yet: the first refresh is at step {start}, "
             f"{steps} steps were taken ({name})"
         )
-    lacking = [side for side in sides_of(param, group) if f"{side}_inverse_root" not in state]
+    sides = layout_of(param, group).sides
+    lacking = [side for side in sides if f"{side}_inverse_root" not in state]
     return (
         f"no preconditioner yet: no inverse root of the {' and '.join(lacking)} factor of {name} "
         f"was found in {steps} steps"
@@ -185,7 +182,7 @@ def _identity(size: int, param: Tensor, what: str) -> Tensor:
     needed = 8 * size**2
     if needed > available_bytes(param.device) // 2:
         raise UnsupportedError(
-            f"the {what} has no factor, and its identity [{size}, {size}] would take "
-            f"{needed / 2**30:.1f} GiB. Raise max_preconditioner_dim, or do not measure it."
+            f"the {what} is the identity [{size}, {size}], which would take "
+            f"{needed / 1e9:.1f} GB. Raise max_preconditioner_dim, or do not measure it."
         )
     return torch.eye(size, dtype=torch.float64, device=param.device)

@@ -66,8 +66,9 @@ class Shampoo(Optimizer):
         betas: Decays of the gradient's average (0: none) and of the statistics. The second has
             no part in a sum.
         epsilon: Added to the eigenvalues of the factors, after the bias correction, and to the
-            root of the diagonal. The default 1e-12 (of Distributed Shampoo) only guards null
-            directions; in float32 raise it with an exponent beyond -1/4. 0: pseudo-inverse.
+            root of the diagonal. The default is that of the AlgoPerf submissions of Distributed
+            Shampoo, whose own 1e-12 amplifies directions that early factors have not seen yet.
+            It is in units of squared gradients. 0: pseudo-inverse.
         weight_decay: Decoupled.
         exponent: Power of each factor, in [-1, 0), or None for -1/(2k).
         precondition_frequency: Steps from one refresh of the roots to the next.

@@ -1,0 +1,398 @@
+"""The command line: track, measure, report, workloads, analyze.
+
+Nothing here imports torch before a command needs it; ``report`` never does.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kronecker_probe.errors import (
+    InvalidInputError,
+    KroneckerProbeError,
+    RunDirectoryError,
+    unknown_name,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from kronecker_probe.tracking.training import TrainingOptions
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="How good is the Kronecker approximation of each layer's curvature, along your run?",
+    epilog="Exit codes: 0 done, 1 failed (what is on disk is intact), 2 bad usage, "
+    "130 interrupted (resume with --resume).",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Draws(StrEnum):
+    """Which gradients the second moment is made of."""
+
+    GGN = "ggn"
+    FISHER = "fisher"
+    EMPIRICAL = "empirical-fisher"
+
+
+class Keep(StrEnum):
+    """Which checkpoints stay."""
+
+    LAST = "last"
+    ALL = "all"
+
+
+class Preset(StrEnum):
+    """How long an analysis may take."""
+
+    QUICK = "quick"
+    DEFAULT = "default"
+
+
+WorkloadName = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKLOAD", help="Built-in name (see 'workloads') or package.module:factory."
+    ),
+]
+DrawsOption = Annotated[
+    Draws,
+    typer.Option(
+        help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
+        "model), empirical-fisher (true labels)."
+    ),
+]
+LayersOption = Annotated[
+    list[str], typer.Option("--layers", help="Glob of parameter names; may be repeated.")
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Seed of model, batches, probe set and sampled labels.")
+]
+ProbeSizeOption = Annotated[
+    int, typer.Option(min=1, help="Data in the fixed probe set (training data are used).")
+]
+DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Errors on purpose become one line and an exit code; others keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("[yellow]Interrupted.[/] What was measured is stored.")
+        raise typer.Exit(INTERRUPTED) from None
+    except KroneckerProbeError as error:
+        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(FAILED) from None
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Errors of the arguments themselves, before any work was done."""
+    try:
+        yield
+    except (InvalidInputError, RunDirectoryError) as error:
+        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(USAGE) from None
+
+
+@app.command()
+def track(
+    workload: WorkloadName,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory. Default: runs/WORKLOAD.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimizer steps. Default: the workload's.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Data a step. Default: the workload's.", show_default=False),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Learning rate. Default: the workload's.", show_default=False),
+    ] = None,
+    precondition_frequency: Annotated[
+        int, typer.Option(min=1, help="Steps between refreshes of Shampoo's inverse roots.")
+    ] = 10,
+    probes: Annotated[
+        int, typer.Option(min=2, help="Probed steps, evenly spread, first and last included.")
+    ] = 21,
+    probe_size: ProbeSizeOption = 256,
+    draws: DrawsOption = Draws.GGN,
+    layers: LayersOption = ["*"],  # noqa: B006
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, from its checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in --out and start anew.")
+    ] = False,
+    keep_checkpoints: Annotated[
+        Keep, typer.Option(help="Checkpoints to keep: the last, or one at every probed step.")
+    ] = Keep.LAST,
+) -> None:
+    """Train WORKLOAD with the embedded Shampoo and probe every layer along the way."""
+    with _exit_codes():
+        with _usage():
+            from kronecker_probe.tracking.training import Training, TrainingOptions
+            from kronecker_probe.workloads import load_workload
+
+            loaded = load_workload(workload, seed)
+            options = TrainingOptions(
+                steps=steps if steps is not None else loaded.steps,
+                batch_size=batch_size if batch_size is not None else loaded.batch_size,
+                lr=lr if lr is not None else loaded.lr,
+                precondition_frequency=precondition_frequency,
+                probes=probes,
+                probe_size=probe_size,
+                draws=draws.value,
+                layers=tuple(layers),
+                seed=seed,
+                device=device,
+            )
+            directory = out if out is not None else Path("runs") / workload.replace(":", ".")
+            training = Training(
+                loaded,
+                workload,
+                directory,
+                options,
+                resume=resume,
+                overwrite=overwrite,
+                keep_checkpoints=keep_checkpoints.value,
+            )
+        try:
+            _train(training, options)
+        except KeyboardInterrupt:
+            step = training.tracker.steps_taken
+            errors.print(
+                f"[yellow]Interrupted[/] at step {step}. Nothing measured is lost; go on with "
+                f"the same command and [bold]--resume[/]."
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        _show_run(directory)
+
+
+def _train(training: object, options: TrainingOptions) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from kronecker_probe.tracking.training import Progress as State
+    from kronecker_probe.tracking.training import Training
+
+    assert isinstance(training, Training)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=options.steps, loss="-", accuracy="-")
+
+        def show(state: State) -> None:
+            accuracy = "-" if state.accuracy != state.accuracy else f"{state.accuracy:.3f}"
+            loss = f"{state.loss:.4f}"
+            bar.update(task, completed=state.step, loss=loss, accuracy=accuracy)
+
+        training.run(show)
+
+
+@app.command()
+def measure(
+    workload: WorkloadName,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights from a run (checkpoints/step-*.safetensors). Default: freshly "
+            "initialized.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a run directory with table, figures and report.", show_default=False
+        ),
+    ] = None,
+    probe_size: ProbeSizeOption = 256,
+    draws: DrawsOption = Draws.GGN,
+    layers: LayersOption = ["*"],  # noqa: B006
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in --out first.")
+    ] = False,
+) -> None:
+    """Measure WORKLOAD once, at initialization or at a checkpoint."""
+    with _exit_codes():
+        with _usage():
+            from kronecker_probe.tracking.checkpoint import load_checkpoint
+            from kronecker_probe.tracking.tracker import Tracker
+            from kronecker_probe.tracking.training import load_model, torch_device
+            from kronecker_probe.workloads import load_workload
+
+            loaded = load_workload(workload, seed)
+            target = torch_device(device)
+            step = 0
+            if checkpoint is not None:
+                state = load_checkpoint(checkpoint)
+                load_model(loaded.model, state, checkpoint)
+                step = state["step"]
+            inputs, targets = loaded.probe(probe_size, seed)
+            if overwrite and out is None:
+                raise InvalidInputError("--overwrite needs --out.")
+            tracker = Tracker(
+                loaded.model.to(target),
+                loaded.loss_fn,
+                out=out,
+                probe=(inputs.to(target), targets.to(target)),
+                draws=draws.value,
+                layers=layers,
+                seed=seed,
+                config={
+                    "workload": workload,
+                    "checkpoint": None if checkpoint is None else str(checkpoint),
+                    "probe_size": probe_size,
+                },
+                overwrite=overwrite,
+                start=step,
+            )
+        tracker.finish()
+        if out is not None:
+            _show_run(out)
+        else:
+            _show_table(tracker.table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+) -> None:
+    """Redraw every figure and report.html of RUN from its stored table (needs no torch)."""
+    with _exit_codes():
+        with _usage():
+            from kronecker_probe.tracking.store import RunStore
+
+            RunStore.open(run)
+        _show_run(run)
+
+
+@app.command()
+def workloads() -> None:
+    """List the built-in workloads."""
+    with _exit_codes():
+        from kronecker_probe.workloads import WORKLOADS, load_workload
+
+        table = Table("name", "what", "steps", "batch", "lr")
+        for name in WORKLOADS:
+            one = load_workload(name)
+            numbers = (str(one.steps), str(one.batch_size), f"{one.lr:g}")
+            table.add_row(name, one.description, *numbers)
+        console.print(table)
+        console.print("Your own: package.module:factory, a function (seed) -> kp.Workload.")
+
+
+@app.command()
+def analyze(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="For example shampoo-square.")],
+    preset: Annotated[
+        Preset, typer.Option(help="quick: under a minute; default: what figures/ shows.")
+    ] = Preset.DEFAULT,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the figure.")] = Path(
+        "figures"
+    ),
+) -> None:
+    """Run an analysis: one question, one table, one figure."""
+    with _exit_codes():
+        with _usage():
+            folder = _analyses()
+            known = {p.stem.replace("_", "-"): p for p in sorted(folder.glob("[a-z]*.py"))}
+            if name not in known:
+                raise unknown_name("analysis", name, known)
+        arguments = [str(known[name]), "--preset", preset.value, "--out", str(out)]
+        before = sys.argv
+        sys.argv = arguments
+        try:
+            runpy.run_path(str(known[name]), run_name="__main__")
+        finally:
+            sys.argv = before
+
+
+def _analyses() -> Path:
+    """The analyses of an installed wheel, or of the source tree."""
+    package = Path(__file__).parent
+    for folder in (package / "_analyses", package.parent / "analyses"):
+        if folder.is_dir():
+            return folder
+    raise InvalidInputError("This installation holds no analyses; install from the source tree.")
+
+
+def _show_run(directory: Path) -> None:
+    """Write figures and report of a stored run, and print table, conclusions and paths."""
+    from kronecker_probe.report import write_report
+    from kronecker_probe.tracking.store import RunStore
+
+    paths = write_report(directory)
+    _show_table(RunStore.open(directory).read(strict=False))
+    for figure in paths.figures:
+        console.print(f"figure  {escape(str(figure))}", soft_wrap=True, highlight=False)
+    console.print(f"report  {escape(str(paths.report))}", soft_wrap=True, highlight=False)
+
+
+def _show_table(table: pd.DataFrame) -> None:
+    """The cosines at the last probed step, a line a layer, and a sentence for each."""
+    from kronecker_probe.conclusions import conclusions, label, last_step, ordered, scores
+
+    step = last_step(table)
+    wide = scores(table if step is None else table[table["step"] == step])
+    names = ordered(wide.columns)
+    shown = Table(title=f"Cosine to H{'' if step is None else f' at step {step}'}")
+    shown.add_column("layer")
+    for name in names:
+        shown.add_column(label(name), justify="right")
+    for parameter, values in wide.iterrows():
+        cells = [f"{values[name]:.3f}" if values[name] == values[name] else "-" for name in names]
+        shown.add_row(escape(str(parameter)), *cells)
+    console.print(shown)
+    for sentence in conclusions(table):
+        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point of the ``kronecker-probe`` command."""
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,222 @@
+"""Probing a model along its training, without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import pandas as pd
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronecker_probe.approximations import APPROXIMATIONS
+from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.gradients.capture import Capture, capture
+from kronecker_probe.gradients.draws import check_draws
+from kronecker_probe.gradients.losses import LossFunction
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.quality.compare import Row, Scores, absent_row, compare, to_table
+from kronecker_probe.tracking.live import live_operator
+from kronecker_probe.tracking.schedule import Schedule, make_schedule
+from kronecker_probe.tracking.store import RunStore
+
+
+@final
+class Tracker:
+    """Measures approximation quality at scheduled steps of a training loop.
+
+    Call :meth:`step` once an iteration, after ``backward()`` and before ``optimizer.step()``.
+    Off schedule it does nothing; on schedule it measures the model as it is. Model, gradients,
+    random generators and the training trajectory stay bitwise the same.
+
+    Args:
+        model: The model being trained.
+        loss_fn: As for ``kp.capture``.
+        optimizer: If given, what it holds is scored too, as the approximation "live".
+        out: Run directory; None keeps the numbers in memory only.
+        every: Interval in steps, a collection of steps, or a predicate on the step.
+        probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
+            noise; None measures the batch given to :meth:`step`.
+        draws: "ggn", "fisher" or "empirical-fisher".
+        layers: Glob, or several, of parameter names.
+        approximations: Names; None for all.
+        seed: Of the sampled labels.
+        singular_values: Leading singular values of R(H) to store at each probe.
+        config: Options of the run for run.json; they must be the same on resuming.
+        resume: Go on with the run in ``out``: steps that it holds are not measured again.
+        overwrite: Delete the run in ``out`` first.
+        start: Optimizer steps taken before the first call of :meth:`step`.
+
+    Raises:
+        RunDirectoryError: ``out`` holds another run, cannot be written, or was made with other
+            options.
+        InvalidInputError: An option is out of range; the message names it.
+        UnknownNameError: Unknown draws or approximation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        optimizer: Optimizer | None = None,
+        out: str | Path | None = None,
+        every: int | Collection[int] | Schedule = 20,
+        probe: tuple[Tensor, Tensor] | None = None,
+        draws: str = "ggn",
+        layers: str | Sequence[str] = "*",
+        approximations: Sequence[str] | None = None,
+        seed: int = 0,
+        singular_values: int = 8,
+        config: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        start: int = 0,
+    ) -> None:
+        check_draws(draws, 1)
+        for name in approximations or ():
+            if name not in APPROXIMATIONS:
+                raise unknown_name("approximation", name, APPROXIMATIONS)
+        if out is None and (resume or overwrite):
+            raise InvalidInputError("resume and overwrite need a run directory: give out=.")
+        if resume and overwrite:
+            raise InvalidInputError("resume=True with overwrite=True; choose one.")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        self.probe = probe
+        self.draws = draws
+        self.layers = layers
+        self.approximations = approximations
+        self.seed = seed
+        self.singular_values = singular_values
+        self.steps_taken = start
+        self._schedule = make_schedule(every)
+        self._pending: list[Row] = []
+        self._parts: list[pd.DataFrame] = []
+        self._measured: set[int] = set()
+        self.store = None if out is None else self._open(Path(out), config, resume, overwrite)
+
+    def _open(
+        self, out: Path, config: Mapping[str, Any] | None, resume: bool, overwrite: bool
+    ) -> RunStore:
+        options: dict[str, Any] = {
+            "draws": self.draws,
+            "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
+            "approximations": list(self.approximations or APPROXIMATIONS),
+            **(config or {}),
+        }
+        if resume and out.exists():
+            store = RunStore.resume(out, options)
+            self._measured.update(store.steps())
+            return store
+        device = next((str(p.device) for p in self.model.parameters()), "cpu")
+        return RunStore.create(out, options, seed=self.seed, device=device, overwrite=overwrite)
+
+    def step(self, batch: tuple[Tensor, Tensor] | None = None) -> Scores | None:
+        """Measure if this step is on schedule, then count it.
+
+        Args:
+            batch: The (inputs, targets) of this iteration; measured where no ``probe`` was given.
+
+        Returns:
+            The scores if this step was measured, else None.
+
+        Raises:
+            NonFiniteError: NaN or infinity on the way; what was measured before is stored.
+            InvalidInputError: Neither a ``probe`` nor a ``batch``, or a malformed one.
+        """
+        scores = self.measure(batch) if self._schedule(self.steps_taken) else None
+        self.steps_taken += 1
+        return scores
+
+    def measure(self, batch: tuple[Tensor, Tensor] | None = None) -> Scores | None:
+        """Measure now, on schedule or not; None if this step is stored already."""
+        if self.steps_taken in self._measured:
+            self._pending.clear()  # the stored part holds these rows
+            return None
+        data = self.probe if self.probe is not None else batch
+        if data is None:
+            raise InvalidInputError(
+                "Nothing to measure: give the Tracker a probe=(inputs, targets), or step(batch)."
+            )
+        samples = capture(
+            self.model, self.loss_fn, data, draws=self.draws, layers=self.layers, seed=self.seed
+        )
+        live, absent = self._live(samples)
+        scores = compare(
+            samples, self.approximations, singular_values=self.singular_values, extra=live
+        )
+        self._store(scores, samples, absent)
+        return scores
+
+    def log(self, **values: float) -> None:
+        """Record numbers of the current step, for example ``train_loss``; stored at the next probe.
+
+        Raises:
+            InvalidInputError: A value is not a number.
+        """
+        for metric, value in values.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError) as error:
+                raise InvalidInputError(
+                    f"log({metric}={value!r}): the value must be a number."
+                ) from error
+            self._pending.append({"step": self.steps_taken, "metric": metric, "value": number})
+
+    def finish(self, batch: tuple[Tensor, Tensor] | None = None) -> None:
+        """Measure the last state, unless it was just measured, and mark the run as done."""
+        if self.steps_taken not in self._measured:
+            self.measure(batch)
+        if self.store is not None:
+            self.store.set_status("done")
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Everything measured so far, with a column ``step``; from disk where there is a run."""
+        if self.store is not None:
+            return self.store.read()
+        return pd.concat(self._parts, ignore_index=True) if self._parts else to_table([], ["step"])
+
+    def plot(self, **options: Any) -> Any:
+        """The trajectory figure; returns its Axes."""
+        from kronecker_probe.plots import plot_trajectory
+
+        return plot_trajectory(self.table, **options)
+
+    def _live(self, samples: Capture) -> tuple[dict[str, dict[str, Operator]], list[Row]]:
+        """The optimizer's operators, and a row with the reason for each one that is absent."""
+        found: dict[str, dict[str, Operator]] = {}
+        absent: list[Row] = []
+        if self.optimizer is None:
+            return found, absent
+        parameters = dict(self.model.named_parameters())
+        for name, one in samples.items():
+            try:
+                operator = live_operator(self.optimizer, parameters[name])
+                if operator.shape != one.shape:
+                    raise UnsupportedError(
+                        f"the optimizer sees {operator.shape}, the layer is {one.shape}"
+                    )
+                found[name] = {"live": operator}
+            except UnsupportedError as error:
+                absent.append(absent_row(name, "live", str(error)))
+        return found, absent
+
+    def _store(self, scores: Scores, samples: Capture, absent: list[Row]) -> None:
+        step = self.steps_taken
+        run: list[Row] = [{"step": step, "metric": "probe_loss", "value": samples.loss}]
+        if samples.accuracy is not None:
+            run.append({"step": step, "metric": "probe_accuracy", "value": samples.accuracy})
+        rows = [*self._pending, *run, *({"step": step} | row for row in absent)]
+        scored = scores.table.copy()
+        scored.insert(0, "step", step)
+        part = pd.concat([scored, to_table(rows, ["step"])], ignore_index=True)
+        if self.store is None:
+            self._parts.append(part)
+        else:
+            self.store.write_part(step, part)
+        self._measured.add(step)
+        self._pending.clear()

@@ -1,0 +1,260 @@
+"""Training a workload with the embedded Shampoo while tracking it; resumable at every probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.gradients.isolation import isolated
+from kronecker_probe.optim import Shampoo
+from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.schedule import spread
+from kronecker_probe.tracking.tracker import Tracker
+from kronecker_probe.workloads import Workload
+
+
+@final
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a workload is trained and probed.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Data a step.
+        lr: Learning rate.
+        precondition_frequency: Steps between refreshes of Shampoo's inverse roots.
+        probes: Number of probed steps, spread evenly, both ends included.
+        probe_size: Data of the fixed probe set.
+        draws: "ggn", "fisher" or "empirical-fisher".
+        layers: Globs of parameter names.
+        seed: Of the model, the batches, the probe set and the sampled labels.
+        device: Torch device.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    precondition_frequency: int = 10
+    probes: int = 21
+    probe_size: int = 256
+    draws: str = "ggn"
+    layers: tuple[str, ...] = ("*",)
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training stands.
+
+    Attributes:
+        step: Optimizer steps taken.
+        loss: Loss of the last batch.
+        accuracy: Last test (or probe) accuracy; NaN where there is none.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+class Training:
+    """One run: model, optimizer, tracker and checkpoints in a run directory.
+
+    Args:
+        workload: What is trained.
+        name: Its name, for run.json.
+        out: The run directory.
+        options: How.
+        resume: Go on with the run in ``out``, from its last checkpoint.
+        overwrite: Delete the run in ``out`` first.
+        keep_checkpoints: "last", or "all" for one at every probed step.
+
+    Raises:
+        RunDirectoryError: As for :class:`Tracker`; or no checkpoint can be read on resuming.
+        InvalidInputError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        name: str,
+        out: Path,
+        options: TrainingOptions,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        keep_checkpoints: str = "last",
+    ) -> None:
+        self.workload = workload
+        self.options = options
+        self.keep_all = keep_checkpoints == "all"
+        self.probed = spread(options.steps, options.probes)
+        device = torch_device(options.device)
+        self.model = workload.model.to(device)
+        self.optimizer = Shampoo(
+            self.model.named_parameters(),
+            lr=options.lr,
+            precondition_frequency=options.precondition_frequency,
+        )
+        self.tracker = Tracker(
+            self.model,
+            workload.loss_fn,
+            optimizer=self.optimizer,
+            out=out,
+            every=self.probed,
+            probe=_to(workload.probe(options.probe_size, options.seed), device),
+            draws=options.draws,
+            layers=options.layers,
+            seed=options.seed,
+            config={"workload": name, **_json(options)},
+            resume=resume,
+            overwrite=overwrite,
+        )
+        self.device = device
+        self.accuracy = math.nan
+        if resume:
+            self._restore()
+
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Tracker:
+        """Train to the end.
+
+        Args:
+            report: Called after every step.
+
+        Raises:
+            NonFiniteError: The loss became NaN or infinite; what was measured is stored.
+            KeyboardInterrupt: Interrupted; the run can be resumed.
+        """
+        store = self.tracker.store
+        assert store is not None
+        try:
+            for step in range(self.tracker.steps_taken, self.options.steps):
+                report(Progress(step + 1, self._step(step), self.accuracy))
+            self._probe_accuracy()
+            self._checkpoint(torch.get_rng_state(), self.options.steps)
+            self.tracker.finish()
+        except KeyboardInterrupt:
+            store.set_status("interrupted", f"interrupted at step {self.tracker.steps_taken}")
+            raise
+        except Exception as error:
+            _note_failure(store.set_status, error)
+            raise
+        return self.tracker
+
+    def _step(self, step: int) -> float:
+        """One optimizer step; at a probed step the state before it is stored and measured."""
+        generator = torch.get_rng_state()
+        batch = _to(
+            self.workload.batch(step, self.options.batch_size, self.options.seed), self.device
+        )
+        self.optimizer.zero_grad()
+        loss = self.workload.loss_fn(self.model(batch[0]), batch[1])
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"Training diverged: the loss is {value} at step {step}. Lower the learning rate "
+                f"(lr={self.options.lr:g})."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.tracker.log(train_loss=value)
+        if step in self.probed:
+            self._probe_accuracy()
+            self._checkpoint(generator, step)
+        self.tracker.step(batch)
+        self.optimizer.step()
+        return value
+
+    def _probe_accuracy(self) -> None:
+        test = self.workload.test
+        if test is None or test[1].dtype.is_floating_point:
+            return
+        inputs, targets = _to(test, self.device)
+        with isolated(self.model), torch.no_grad():
+            outputs = self.model(inputs)
+        class_dim = 1 if outputs.shape[0:1] + outputs.shape[2:] == targets.shape else -1
+        self.accuracy = float((outputs.argmax(dim=class_dim) == targets).double().mean())
+        self.tracker.log(test_accuracy=self.accuracy)
+
+    def _checkpoint(self, generator: Tensor, step: int) -> None:
+        store = self.tracker.store
+        assert store is not None
+        path = store.checkpoint_path(step)
+        state = {
+            "step": step,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": generator,
+        }
+        save_checkpoint(path, state)
+        if not self.keep_all:
+            for other in store.checkpoints.glob("step-*.safetensors"):
+                if other != path:
+                    other.unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        """Load the last checkpoint that can be read; without any, start again from step 0."""
+        store = self.tracker.store
+        assert store is not None
+        paths = store.checkpoints.glob("step-*.safetensors")
+        for path in sorted(paths, key=lambda p: int(p.stem.split("-")[1]), reverse=True):
+            try:
+                state = load_checkpoint(path)
+            except InvalidInputError:
+                continue
+            load_model(self.model, state, path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["generator"])
+            self.tracker.steps_taken = state["step"]
+            return
+
+
+def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Raises:
+        InvalidInputError: The checkpoint is of another model.
+    """
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise InvalidInputError(f"The checkpoint {path} is of another model: {error}") from error
+
+
+def _note_failure(set_status: Callable[[str, str], None], error: Exception) -> None:
+    try:
+        set_status("failed", str(error))
+    except RunDirectoryError:
+        return  # the disk that failed the run fails its record too; the first error is the news
+
+
+def torch_device(name: str) -> torch.device:
+    """A device by name, tried once.
+
+    Raises:
+        InvalidInputError: There is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInputError(f"device={name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _to(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    return pair[0].to(device), pair[1].to(device)
+
+
+def _json(options: TrainingOptions) -> dict[str, Any]:
+    values = asdict(options)
+    values["layers"] = list(options.layers)
+    return values

@@ -1,0 +1,68 @@
+"""Models with data to train and probe: the built-in ones, and the user's own by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.workloads.digits import digits_logistic, digits_mlp
+from kronecker_probe.workloads.workload import Workload
+
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "digits-mlp": digits_mlp,
+    "digits-logistic": digits_logistic,
+}
+
+
+def load_workload(name: str, seed: int = 0) -> Workload:
+    """A workload by built-in name, or by ``package.module:factory``.
+
+    The factory takes the seed and returns a :class:`Workload`; modules are found as by Python
+    itself, and in the working directory. Torch's generator is seeded before the call.
+
+    Raises:
+        UnknownNameError: No such built-in workload.
+        InvalidInputError: The module, or the factory in it, cannot be found or fails its contract.
+    """
+    factory = _imported(name) if ":" in name else WORKLOADS.get(name)
+    if factory is None:
+        raise unknown_name("workload (or give package.module:factory)", name, WORKLOADS)
+    torch.manual_seed(seed)
+    workload = factory(seed)
+    if not isinstance(workload, Workload):
+        raise InvalidInputError(
+            f"{name} returned a {type(workload).__name__}; a factory takes the seed and returns a "
+            "kronecker_probe.Workload."
+        )
+    return workload
+
+
+def _imported(name: str) -> Callable[[int], Workload]:
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the user's module exists and misses an import of its own
+        raise InvalidInputError(
+            f"No module {module_name!r} (searched the installed packages and {here}); "
+            "give package.module:factory."
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise InvalidInputError(
+            f"{module_name} has no function {attribute!r}; define def {attribute or 'factory'}"
+            "(seed) that returns a kronecker_probe.Workload."
+        )
+    return factory  # type: ignore[no-any-return]
+
+
+__all__ = ["WORKLOADS", "Workload", "load_workload"]
