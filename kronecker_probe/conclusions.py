@@ -11,26 +11,30 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.tables import METRICS, first_shares, label, last_step, ordered, scores
 
-# in the order in which figures and tables list them
-LABELS = {
-    "optimal": "optimal Kronecker",
-    "shampoo-squared": "Shampoo²",
-    "kfac": "K-FAC",
-    "shampoo": "Shampoo",
-    "eigen-corrected": "eigenvalue-corrected",
-    "diagonal": "diagonal",
-    "live": "live (held by the optimizer)",
-}
-METRICS = {
-    "cosine": "cosine similarity to H",
-    "relative_error": "relative error ‖H − P‖ / ‖H‖",
-    "best_scale_error": "relative error at the best scale",
-    "best_scale": "best scale c of c·P",
-}
+__all__ = [
+    "Gap",
+    "conclusions",
+    "gaps",
+    "headline",
+    "label",
+    "last_step",
+    "ordered",
+    "scores",
+    "spectrum_headline",
+    "training_headline",
+]
+
 # Kronecker products without a fit: the ones that the optimum bounds and a reader chooses among
 _CHOICES = ("shampoo-squared", "kfac", "shampoo")
+# what is logged along a run, the most telling first
+_LOSSES = {"train_loss": "training loss", "probe_loss": "loss on the probe set"}
+_ACCURACIES = {
+    "test_accuracy": "test accuracy",
+    "probe_accuracy": "accuracy on the probe set",
+    "train_accuracy": "training accuracy",
+}
 _EQUAL = 5e-4  # differences that three decimals do not show
 
 
@@ -49,59 +53,6 @@ class Gap:
     worst: float
     parameter: str
     step: int | None
-
-
-def label(approximation: str) -> str:
-    """The name of an approximation as figures and sentences print it."""
-    return LABELS.get(approximation, approximation)
-
-
-def ordered(approximations: Any) -> list[str]:
-    """Approximations in the order of :data:`LABELS`, unknown ones last, by name."""
-    rank = {name: number for number, name in enumerate(LABELS)}
-    return sorted(set(approximations), key=lambda name: (rank.get(name, len(rank)), name))
-
-
-def check_metric(metric: str) -> None:
-    """Raises UnknownNameError unless ``metric`` compares approximations."""
-    if metric not in METRICS:
-        raise unknown_name("metric", metric, METRICS)
-
-
-def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
-    """One metric in wide form: a row per (step, parameter), a column per approximation.
-
-    Rows keep the table's order of parameters within a step. A table without a ``step`` column
-    (one shot) gets step 0.
-
-    Raises:
-        UnknownNameError: ``metric`` is none of :data:`METRICS`.
-        InvalidInputError: the table holds two values for one step, parameter and approximation.
-    """
-    check_metric(metric)
-    chosen = table[(table["metric"] == metric) & table["approximation"].notna()]
-    if "step" not in chosen:
-        chosen = chosen.assign(step=0)
-    key = ["step", "parameter", "approximation"]
-    twice = chosen[chosen.duplicated(key)]
-    if len(twice):
-        where = ", ".join(f"{name} {twice.iloc[0][name]}" for name in key)
-        raise InvalidInputError(
-            f"The table holds several values of {metric!r} for {where}; "
-            "filter it, for example by its draws or kind column."
-        )
-    wide = chosen.set_index(key)["value"].unstack("approximation").astype("float64")
-    order = {name: number for number, name in enumerate(chosen["parameter"].unique())}
-    ranks = [(step, order[parameter]) for step, parameter in wide.index]
-    return wide.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)][ordered(wide.columns)]
-
-
-def last_step(table: pd.DataFrame) -> int | None:
-    """The last step with quality numbers; None for a table without steps."""
-    if "step" not in table:
-        return None
-    measured = table.loc[table["approximation"].notna(), "step"]
-    return int(measured.max()) if len(measured) else None
 
 
 def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
@@ -221,20 +172,6 @@ def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
     return f"{parameter}: {'; '.join(clauses)}."
 
 
-def first_shares(table: pd.DataFrame) -> dict[str, float]:
-    """sigma_1 / ||H|| of each parameter: the cosine of the optimal Kronecker product.
-
-    Args:
-        table: rows of one step; parameters without a norm or singular values are left out, and
-            so are those with H = 0.
-    """
-    about_target = table[table["parameter"].notna() & table["approximation"].isna()]
-    first = about_target[(about_target["metric"] == "singular_value") & (table["index"] == 0)]
-    norms = about_target[about_target["metric"] == "norm"].set_index("parameter")["value"]
-    shares = first.set_index("parameter")["value"] / norms[norms > 0]
-    return {str(name): float(share) for name, share in shares.dropna().items()}
-
-
 def spectrum_headline(table: pd.DataFrame) -> str:
     """The share of ||H||^2 in the first Kronecker singular value: the title of the spectra.
 
@@ -245,7 +182,7 @@ def spectrum_headline(table: pd.DataFrame) -> str:
     if not shares:
         return "Kronecker singular values, relative to the largest"
     least = min(shares, key=lambda name: shares[name])
-    energy = [f"{100 * share**2:.0f} %" for share in sorted(shares.values())]
+    energy = [f"{100 * share**2:.0f}%" for share in sorted(shares.values())]
     if len(shares) == 1:
         return f"One Kronecker product holds {energy[0]} of ‖H‖² in {least}"
     span = energy[0] if energy[0] == energy[-1] else f"{energy[0]} ({least}) to {energy[-1]}"
@@ -255,19 +192,19 @@ def spectrum_headline(table: pd.DataFrame) -> str:
 def training_headline(table: pd.DataFrame) -> str:
     """How the loss went, and the accuracy at the end: the title of the training figure."""
     clauses = []
-    for kind in ("loss", "accuracy"):
-        for source in ("train", "probe"):
-            rows = table[(table["metric"] == f"{source}_{kind}") & table["value"].notna()]
+    for metrics in (_LOSSES, _ACCURACIES):
+        for metric, told in metrics.items():
+            rows = table[(table["metric"] == metric) & table["value"].notna()]
             if len(rows):
-                told = "Training" if source == "train" else "Probe"
                 ends = rows.sort_values("step", kind="stable")[["step", "value"]].to_numpy()
-                clauses.append(_course(f"{told} {kind}", ends[0].tolist(), ends[-1].tolist()))
+                clauses.append(_course(told, ends[0].tolist(), ends[-1].tolist()))
                 break
-    return "; ".join(clauses)
+    title = "; ".join(clauses)
+    return title[:1].upper() + title[1:]
 
 
 def _course(what: str, first: list[float], last: list[float]) -> str:
-    shown = "{:.1%}".format if what.endswith("accuracy") else "{:.3g}".format
+    shown = "{:.1%}".format if "accuracy" in what else "{:.3g}".format
     if first[0] == last[0]:
         return f"{what} is {shown(last[1])} at step {last[0]:.0f}"
     if shown(first[1]) == shown(last[1]):

@@ -7,13 +7,16 @@ import os
 import hypothesis
 import numpy as np
 import pytest
+import torch
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=40, database=None
+    "default", deadline=None, derandomize=True, max_examples=100, database=None
 )
 hypothesis.settings.register_profile(  # a search for new counterexamples: HYPOTHESIS_PROFILE=...
     "explore", deadline=None, derandomize=False, max_examples=1000, print_blob=True
 )
+# Matrices here are tiny: threads cost more than they give, and tenfold on a busy machine.
+torch.set_num_threads(1)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -112,6 +112,7 @@ def test_inner_between_approximations(case: Case) -> None:
 def test_kronecker_factors(case: Case, route: str, name: str) -> None:
     P = kp.approximate(case.operator(route), name)
     assert isinstance(P, kp.KroneckerOperator)
+    assert type(P.scale) is float
     left, right = as_numpy(P.left), as_numpy(P.right)
     m, n = case.shape
     assert left.shape == (m, m)

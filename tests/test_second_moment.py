@@ -186,10 +186,7 @@ def test_kronecker_spectrum_of_unshared_factors_is_complete(case: Case, route: s
 
 def test_automatic_route_keeps_the_spectrum_of_unshared_factors_complete() -> None:
     rng = np.random.default_rng(0)
-    d, a = (
-        torch.tensor(rng.standard_normal((700, 24))),
-        torch.tensor(rng.standard_normal((700, 24))),
-    )
+    d, a = torch.tensor(rng.standard_normal((2, 700, 24)))
     H = kp.SecondMoment(kp.GradientSamples.from_factors(d, a))
     values = as_numpy(H.kronecker_spectrum())
     assert_close(np.sum(values**2), H.norm() ** 2, SCALAR)
@@ -346,6 +343,23 @@ def test_other_than_real_floating_point_is_refused(dtype: torch.dtype) -> None:
         kp.GradientSamples.from_factors(D.to(dtype), A)
     with pytest.raises(InvalidInputError, match=named):
         kp.GradientSamples.from_factors(D, A.to(dtype))
+
+
+def test_complex_weights_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"weights.*complex128"):
+        kp.GradientSamples.from_matrices(G, torch.ones(4, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_samples_that_carry_a_graph_are_measured_without_it(route: str) -> None:
+    samples = kp.GradientSamples.from_factors(D.clone().requires_grad_(), A)
+    H = kp.SecondMoment(samples, route=route)
+    expected = kp.SecondMoment(kp.GradientSamples.from_factors(D, A), route=route)
+    assert H.norm() == expected.norm()
+    assert not H.to_dense().requires_grad
+    assert not H.kronecker_spectrum().requires_grad
+    assert not kp.approximate(H, "shampoo").left.requires_grad
+    np.testing.assert_array_equal(H.to_scipy() @ np.ones(6), expected.to_scipy() @ np.ones(6))
 
 
 def test_samples_do_not_alias_a_later_change_of_weights() -> None:

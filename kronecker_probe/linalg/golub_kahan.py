@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 # A squared norm below this many roundings of its own terms is cancellation, not a direction.
 CANCELLATION = 1e3
+# A new direction below this share of the largest singular value is rounding.
+BREAKDOWN = 64 * EPS
+# A singular value of a locked complement below this share of the largest is what locking left.
+LOCKING = 1e-11
+
+Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Space:
         metric: The Gram operator of the coordinates; None for the Euclidean inner product.
     """
 
-    metric: Callable[[Tensor], Tensor] | None = None
+    metric: Map | None = None
 
     def dual(self, x: Tensor) -> Tensor:
         """metric(x)."""
@@ -39,14 +46,14 @@ class Space:
 
 @dataclass(frozen=True)
 class SingularTriples:
-    """Leading singular triples of a linear map.
+    """Leading singular triples of a linear map, j of them; j = 0 for the zero map.
 
     Attributes:
-        values: Singular values, descending, float64 [k].
-        left: Coordinates of the leading left singular vector, unit norm.
-        right: Coordinates of the leading right singular vector, unit norm.
+        values: Singular values, descending, float64 CPU [j].
+        left: Coordinates of the left singular vectors, unit norm, [d, j].
+        right: Coordinates of the right singular vectors, unit norm, [d', j].
         rounds: Applications of the map and of its adjoint.
-        residual: |R^T u - sigma v| / sigma of the worst of the k triples.
+        residual: |R^T u - sigma v| / sigma of the worst of the triples.
     """
 
     values: Tensor
@@ -61,19 +68,14 @@ class SingularTriples:
         return float(self.values[0]) if len(self.values) else 0.0
 
 
-def random_vector(size: int, device: torch.device) -> Tensor:
-    """A fixed Gaussian vector, float64 [size]; it overlaps with every singular vector."""
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, dtype=torch.float64, generator=generator).to(device)
-
-
 class _Basis:
     """Orthonormal vectors of a space, with their duals, growing one at a time."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, locked: Sequence[Tensor]) -> None:
         self.space = space
-        self.vectors: list[Tensor] = []
-        self.duals: list[Tensor] = []
+        self.locked = len(locked)
+        self.vectors = list(locked)
+        self.duals = [space.dual(x) for x in locked]
 
     def append(self, x: Tensor) -> float:
         """Orthogonalize ``x``, normalize and append it; returns its norm, 0 if nothing is left."""
@@ -90,25 +92,27 @@ class _Basis:
         self.duals.append(dual / norm)
         return norm
 
-    def truncate(self, count: int) -> None:
-        """Keep the first ``count`` vectors."""
-        del self.vectors[count:], self.duals[count:]
+    def pop(self) -> None:
+        """Drop the last vector."""
+        self.vectors.pop()
+        self.duals.pop()
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
-        """sum_j coefficients_j x_j."""
-        vectors = torch.stack(self.vectors[: len(coefficients)])
-        weights = torch.as_tensor(coefficients, dtype=vectors.dtype, device=vectors.device)
-        return vectors.T @ weights
+        """sum_j coefficients_jk x_j over the vectors that are not locked, [d, k]."""
+        used = self.vectors[self.locked : self.locked + len(coefficients)]
+        vectors = torch.stack(used, dim=1)
+        return vectors @ torch.as_tensor(coefficients, dtype=vectors.dtype, device=vectors.device)
 
 
 def leading_triples(
-    forward: Callable[[Tensor], Tensor],
-    adjoint: Callable[[Tensor], Tensor],
+    forward: Map,
+    adjoint: Map,
     start: Tensor,
     *,
     k: int = 1,
     left_space: Space | None = None,
     right_space: Space | None = None,
+    locked: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     tolerance: float = 1e-11,
     max_rounds: int = 300,
 ) -> SingularTriples:
@@ -120,56 +124,107 @@ def leading_triples(
     Args:
         forward: Takes the *dual* of a right vector, returns the image in left coordinates.
         adjoint: Takes the *dual* of a left vector, returns the image in right coordinates.
-        start: Right coordinates to start from, float64 [d]; not orthogonal to the leading one.
+        start: Right coordinates to start from, float64 [d']; what is orthogonal to it, and of
+            repeated singular values all but one copy, is not found.
         k: Number of singular values.
         left_space: Inner product of the left coordinates; Euclidean by default.
         right_space: Inner product of the right coordinates; Euclidean by default.
+        locked: Left and right singular vectors to stay orthogonal to.
         tolerance: Relative residual at which a triple counts as converged.
         max_rounds: Rounds after which the best triples so far are returned.
 
     Returns:
-        The triples found: fewer than k when the map has a smaller rank, none when it is zero.
+        The triples found: fewer than k when the space that ``start`` generates is smaller.
     """
-    left, right = _Basis(left_space or Space()), _Basis(right_space or Space())
-    if right.append(start) == 0.0:
-        return SingularTriples(torch.zeros(0, dtype=torch.float64), start, start, 0, 0.0)
+    left = _Basis(left_space or Space(), locked[0])
+    right = _Basis(right_space or Space(), locked[1])
     alphas: list[float] = []
     betas: list[float] = []
     sigma, p, qt, residual = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)), 0.0
-    while len(alphas) < max_rounds:
+    alive = right.append(start) > 0
+    while alive and len(alphas) < max_rounds:
         alpha = left.append(forward(right.duals[-1]))
-        if alpha <= EPS * max([0.0, *alphas]):
-            # R maps the last right vector into the span that is there: B gains a column only
-            left.truncate(len(alphas))
+        if alpha <= BREAKDOWN * max([0.0, *alphas]):
+            # the last right vector maps into the span that is there: B gains a column only
+            if alpha > 0:
+                left.pop()
             p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas) + 1))
             residual = 0.0
             break
         alphas.append(alpha)
         beta = right.append(adjoint(left.duals[-1]))
-        if beta <= EPS * max(alphas):
-            beta = 0.0
-            right.truncate(len(alphas))
-        if beta > 0 and len(alphas) > 12 and len(alphas) % 4:
-            betas.append(beta)
-            continue
-        p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas)))
-        wanted = min(k, len(sigma))
-        residual = float((np.abs(beta * p[-1, :wanted]) / sigma[:wanted]).max())
-        if len(sigma) >= k and residual <= tolerance:
-            break
-        if beta == 0.0 and right.append(random_vector(start.numel(), start.device)) == 0.0:
-            break  # the whole space is spanned
+        alive = beta > BREAKDOWN * max(alphas)
+        if not alive or len(alphas) <= 12 or len(alphas) % 4 == 0 or len(alphas) == max_rounds:
+            p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas)))
+            wanted = min(k, len(sigma))
+            rest = beta if alive else 0.0
+            residual = float((np.abs(rest * p[-1, :wanted]) / sigma[:wanted]).max())
+            if len(sigma) >= k and residual <= tolerance:
+                break
         betas.append(beta)
-    if len(sigma) == 0 or not sigma[0] > 0:
-        return SingularTriples(torch.zeros(0, dtype=torch.float64), start, start, len(alphas), 0.0)
-    top = sigma[:k]
+    found = int((sigma[:k] > 0).sum())
+    if found == 0:
+        void = start.new_zeros(len(start), 0)
+        return SingularTriples(torch.zeros(0, dtype=torch.float64), void, void, 0, 0.0)
     return SingularTriples(
-        values=torch.from_numpy(top[top > 0].copy()),
-        left=left.combine(p[:, 0]),
-        right=right.combine(qt[0]),
+        values=torch.from_numpy(sigma[:found].copy()),
+        left=left.combine(p[:, :found]),
+        right=right.combine(qt[:found].T),
         rounds=len(alphas),
         residual=residual,
     )
+
+
+def leading_values(
+    forward: Map,
+    adjoint: Map,
+    size: int,
+    k: int,
+    *,
+    device: torch.device,
+    left_space: Space | None = None,
+    right_space: Space | None = None,
+) -> Tensor:
+    """The k largest singular values, repeated ones as often as they occur.
+
+    A Lanczos solve sees one copy of a repeated value. So what was found is locked and the solve
+    repeated in its complement, until the complement holds nothing larger than the k-th.
+
+    Args:
+        forward: As for :func:`leading_triples`.
+        adjoint: Likewise.
+        size: Dimension of the right coordinates.
+        k: How many.
+        device: Of the coordinates.
+        left_space: As for :func:`leading_triples`.
+        right_space: Likewise.
+
+    Returns:
+        float64 CPU [j], descending; j < k only where the map has a smaller rank.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values: list[float] = []
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    while True:
+        start = torch.randn(size, dtype=torch.float64, generator=generator).to(device)
+        found = leading_triples(
+            forward,
+            adjoint,
+            start,
+            k=max(1, k - len(values)),
+            left_space=left_space,
+            right_space=right_space,
+            locked=(lefts, rights),
+        )
+        threshold = LOCKING * values[0] if values else 0.0
+        if len(values) >= k:
+            threshold += values[k - 1]
+        if found.leading_value <= threshold:
+            return torch.tensor(values[:k], dtype=torch.float64)
+        lefts += list(found.left.T)
+        rights += list(found.right.T)
+        values = sorted([*values, *found.values.tolist()], reverse=True)
 
 
 def _bidiagonal(alphas: list[float], betas: list[float], columns: int) -> np.ndarray:

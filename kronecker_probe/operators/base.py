@@ -61,8 +61,12 @@ class Operator(abc.ABC):
         """P x, for one matrix [m, n] or a batch [..., m, n], in the dtype of ``x``.
 
         Raises:
-            InvalidInputError: The last two dimensions are not (m, n).
+            InvalidInputError: The last two dimensions are not (m, n), or not real floating point.
         """
+        if not x.dtype.is_floating_point:
+            raise InvalidInputError(
+                f"apply got dtype {x.dtype}; give a real floating-point tensor."
+            )
         if x.shape[-2:] != self.shape:
             raise InvalidInputError(
                 f"apply got {list(x.shape)}; this operator acts on [..., {self.shape[0]}, "

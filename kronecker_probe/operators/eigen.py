@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.factors import Eigenbasis
+from kronecker_probe.operators.factors import Eigenbasis, spectrum_power
 
 
 @final
@@ -61,12 +61,7 @@ class EigenOperator(Operator):
     def power(self, p: float) -> EigenOperator:
         """P^p; for p <= 0 the pseudo-inverse power, null on the null space of P."""
         values = self.eigenvalues
-        floor = float(values.max()) * values.numel() * torch.finfo(torch.float64).eps
-        keep = values > (floor if p <= 0 else 0.0)
-        powered = values.clamp_min(torch.finfo(torch.float64).tiny).pow(p)
-        return EigenOperator(
-            self.left, self.right, torch.where(keep, powered, torch.zeros_like(values))
-        )
+        return EigenOperator(self.left, self.right, spectrum_power(values, p, values.numel()))
 
     def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         left = (self.left_basis.T @ left_basis).square()

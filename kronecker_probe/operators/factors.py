@@ -300,9 +300,8 @@ class SpectralFactor(Factor):
 
 
 def spectrum_power(values: Tensor, p: float, size: int) -> Tensor:
-    """Entrywise values^p of a PSD spectrum; noise below rounding is the null space."""
+    """Entrywise values^p of a PSD spectrum; what is below rounding is null, for any p."""
     top = float(values.max()) if values.numel() else 0.0
-    floor = top * size * torch.finfo(torch.float64).eps
+    floor = max(0.0, top * size * torch.finfo(torch.float64).eps)
     powered = values.clamp_min(torch.finfo(torch.float64).tiny).pow(p)
-    keep = values > floor if p <= 0 else values > 0
-    return torch.where(keep, powered, torch.zeros_like(values))
+    return torch.where(values > floor, powered, torch.zeros_like(values))

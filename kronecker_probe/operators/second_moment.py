@@ -115,13 +115,15 @@ class SecondMoment(Operator):
         Returns:
             float64 CPU [k], descending, unnormalized; their squares sum to |H|^2 when complete.
             Values below about 1e-8 of the largest are rounding in sample space. Fewer than k
-            when R(H) has a smaller rank; a Lanczos solve lists a repeated value once.
+            when R(H) has a smaller rank.
 
         Raises:
             InvalidInputError: k is not positive.
         """
         if k is not None and k < 1:
             raise InvalidInputError(f"kronecker_spectrum got k={k}; give a positive number.")
+        if k is None and self.samples.n_positions == 1 and self._plan.route == "parameter":
+            return SampleSpace(self.samples).spectrum(None)  # type: ignore[arg-type]
         return self._route.spectrum(k)
 
     def factor_inner(self, left: Factor, right: Factor) -> float:

@@ -177,7 +177,7 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = [
-            (group, [p for p in group["params"] if p.grad is not None and p.numel() > 0])
+            (group, [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
         ]
         every = [param for _, params in active for param in params]

@@ -112,6 +112,8 @@ def from_parquet(data: bytes, step: int) -> pd.DataFrame:
         table = file.read()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"not a whole Parquet file ({_first_line(error)})") from error
+    if table.num_rows != file.metadata.num_rows:  # the footer itself has no checksum
+        raise ValueError("not a whole Parquet file (its row counts disagree)")
     found = {field.name: field.type for field in table.schema}
     expected = {field.name: field.type for field in ARROW_SCHEMA}
     if found != expected or len(table.schema) != len(expected):

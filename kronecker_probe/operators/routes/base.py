@@ -76,6 +76,10 @@ class Route(abc.ABC):
     def spectrum(self, k: int | None) -> Tensor:
         """The k largest singular values of R(H), float64 CPU, or all that the route can give."""
 
+    def void(self) -> LeadingProduct:
+        """The leading product of H = 0, whose factors L and R are zero."""
+        return LeadingProduct(0.0, self.left_factor(), self.right_factor(), 0, 0.0)
+
     def kfac_factors(self) -> tuple[Factor, Factor]:
         """E[d d^T] and E[a a^T], expand form over shared positions.
 

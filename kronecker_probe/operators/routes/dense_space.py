@@ -98,8 +98,10 @@ class DenseSpace(Route):
             adjoint=lambda u: self.rearranged.T @ u,
             start=self.rearranged.T @ self._left.matrix.reshape(-1),
         )
-        return matrix_product(found)
+        return matrix_product(found) or self.void()
 
     def spectrum(self, k: int | None) -> Tensor:
         values: Tensor = torch.linalg.svdvals(self.rearranged)
+        if self.samples.n_positions == 1:  # the rank of R(H) is at most N
+            values = values[: self.samples.n_data]
         return values.cpu()[:k]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kronecker_probe.linalg.golub_kahan import (
     SingularTriples,
     leading_triples,
-    random_vector,
+    leading_values,
 )
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes.base import DEFAULT_LEADING, LeadingProduct, Route
@@ -56,38 +56,37 @@ class ParameterSpace(Route):
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
         return self.kernels.projected_diagonal(left.vectors, right.vectors)
 
+    def _forward(self, v: Tensor) -> Tensor:
+        n = self.shape[1]
+        return self.kernels.left_step(v.view(n, n)).reshape(-1)
+
+    def _adjoint(self, u: Tensor) -> Tensor:
+        m = self.shape[0]
+        return self.kernels.right_step(u.view(m, m)).reshape(-1)
+
     def leading(self) -> LeadingProduct:
-        _, n = self.shape
-        start = torch.eye(n, dtype=torch.float64, device=self.weights.device)
-        found = self._triples(start.reshape(-1), 1)
-        return matrix_product(found)
+        eye = torch.eye(self.shape[1], dtype=torch.float64, device=self.weights.device)
+        found = leading_triples(self._forward, self._adjoint, eye.reshape(-1))
+        return matrix_product(found) or self.void()
 
     def spectrum(self, k: int | None) -> Tensor:
-        _, n = self.shape
-        if k is None:
-            k = DEFAULT_LEADING
-        # G V G^T maps symmetric to symmetric and antisymmetric to antisymmetric matrices, so a
-        # symmetric start would miss the second kind
-        start = random_vector(n * n, self.weights.device)
-        return self._triples(start, k).values
-
-    def _triples(self, start: Tensor, k: int) -> SingularTriples:
-        m, n = self.shape
-        return leading_triples(
-            forward=lambda v: self.kernels.left_step(v.view(n, n)).reshape(-1),
-            adjoint=lambda u: self.kernels.right_step(u.view(m, m)).reshape(-1),
-            start=start,
-            k=k,
+        size = self.shape[1] ** 2
+        wanted = DEFAULT_LEADING if k is None else k
+        return leading_values(
+            self._forward, self._adjoint, size, wanted, device=self.weights.device
         )
 
 
-def matrix_product(found: SingularTriples) -> LeadingProduct:
-    """The leading product from vec(U_1) and vec(V_1), with the sign that makes both PSD."""
-    sides = []
-    for vector in (found.left, found.right):
-        size = round(vector.numel() ** 0.5)
-        matrix = vector.reshape(size, size)
-        matrix = 0.5 * (matrix + matrix.T)
-        trace = float(matrix.diagonal().sum())
-        sides.append(MatrixFactor(-matrix if trace < 0 else matrix))
-    return LeadingProduct(found.leading_value, sides[0], sides[1], found.rounds, found.residual)
+def matrix_product(found: SingularTriples) -> LeadingProduct | None:
+    """The leading product from vec(U_1) and vec(V_1), both PSD by sign; None for H = 0."""
+    if found.leading_value == 0.0:
+        return None
+    left, right = _psd_factor(found.left[:, 0]), _psd_factor(found.right[:, 0])
+    return LeadingProduct(found.leading_value, left, right, found.rounds, found.residual)
+
+
+def _psd_factor(vector: Tensor) -> MatrixFactor:
+    size = round(len(vector) ** 0.5)
+    matrix = vector.reshape(size, size)
+    matrix = 0.5 * (matrix + matrix.T)
+    return MatrixFactor(matrix * torch.sign(matrix.diagonal().sum()))

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.gradients.samples import FactoredSamples
 from kronecker_probe.linalg.eigenbasis import eigh_descending
-from kronecker_probe.linalg.golub_kahan import (
-    SingularTriples,
-    Space,
-    leading_triples,
-    random_vector,
-)
+from kronecker_probe.linalg.golub_kahan import Space, leading_triples, leading_values
 from kronecker_probe.operators.factors import Eigenbasis, Factor, SampleFactor
 from kronecker_probe.operators.routes.base import LeadingProduct, Route
 from kronecker_probe.operators.rows import Rows
@@ -74,23 +69,25 @@ class SampleSpace(Route):
         on_right = right.project(self.inputs).square().sum(dim=1)
         return (on_left * self.weights[:, None]).T @ on_right
 
-    def _triples(self, start: Tensor, k: int) -> SingularTriples:
-        w, kd, ka = self.weights, self.outputs.squared_gram, self.inputs.squared_gram
-        return leading_triples(
-            forward=lambda dual: w * dual,
-            adjoint=lambda dual: w * dual,
-            start=start,
-            k=k,
-            left_space=Space(lambda u: kd @ u),
-            right_space=Space(lambda v: ka @ v),
-        )
+    @cached_property
+    def _spaces(self) -> tuple[Space, Space]:
+        kd, ka = self.outputs.squared_gram, self.inputs.squared_gram
+        return Space(lambda u: kd @ u), Space(lambda v: ka @ v)
+
+    def _weighted(self, dual: Tensor) -> Tensor:
+        """R(H), and its adjoint too: from the dual coordinates of one side to the other's."""
+        return self.weights * dual
 
     def leading(self) -> LeadingProduct:
         w, kd, ka = self.weights, self.outputs.squared_gram, self.inputs.squared_gram
-        found = self._triples(w * (kd @ self._left.weights), 1)
+        start = w * (kd @ self._left.weights)
+        outputs, inputs = self._spaces
+        found = leading_triples(
+            self._weighted, self._weighted, start, left_space=outputs, right_space=inputs
+        )
         if found.leading_value == 0.0:
-            return LeadingProduct(0.0, self._left, self._right, 0, 0.0)
-        v = found.right if float(found.right.sum()) >= 0 else -found.right
+            return self.void()
+        v = found.right[:, 0] * torch.sign(found.right.sum())
         u = w * (ka @ v.clamp_min(0))
         for _ in range(POLISHING_ROUNDS):
             v = w * (kd @ u)
@@ -108,7 +105,16 @@ class SampleSpace(Route):
     def spectrum(self, k: int | None) -> Tensor:
         count = self.samples.n_data
         if k is not None and 4 * k < count:
-            return self._triples(self.weights * random_vector(count, self.weights.device), k).values
+            outputs, inputs = self._spaces
+            return leading_values(
+                self._weighted,
+                self._weighted,
+                count,
+                k,
+                device=self.weights.device,
+                left_space=outputs,
+                right_space=inputs,
+            )
         left, right = self._root(self.outputs.squared_gram), self._root(self.inputs.squared_gram)
         values: Tensor = torch.linalg.svdvals((left * self.weights) @ right.T)
         m, n = self.shape

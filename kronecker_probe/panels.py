@@ -1,0 +1,200 @@
+"""The grid, the palette and the decoration that all figures share."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.tables import label
+
+GREY = "#666666"
+SHADE = "#ececec"
+_DECADE = 10.0
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour, marker and line of one approximation, the same in every figure."""
+
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+
+
+# colours of Okabe & Ito (2008), which colour-blind readers tell apart; markers and lines differ too
+STYLES = {
+    "optimal": Style("#000000", "_", "-"),
+    "shampoo-squared": Style("#0072b2", "o", "-"),
+    "kfac": Style("#009e73", "s", (0, (5, 2))),
+    "shampoo": Style("#d55e00", "^", (0, (3, 1, 1, 1))),
+    "eigen-corrected": Style("#cc79a7", "D", (0, (1, 1))),
+    "diagonal": Style("#e69f00", "X", (0, (2, 2))),
+    "live": Style("#56b4e9", "*", (0, (6, 1, 1, 1, 1, 1))),
+}
+_OTHER = Style(GREY, "P", (0, (4, 1, 1, 1)))
+
+
+def style(approximation: str) -> Style:
+    """The style of an approximation; one for all that are not built in."""
+    return STYLES.get(approximation, _OTHER)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """The Axes of one figure, and whether the figure around them is ours to decorate."""
+
+    axes: NDArray[Any]
+    columns: int
+    figure: Figure | None
+
+    @classmethod
+    def make(
+        cls,
+        count: int,
+        axes: Axes | Iterable[Axes] | None,
+        figure: Figure | None,
+        *,
+        width: float,
+        height: float,
+        columns: int = 4,
+    ) -> Panels:
+        """``count`` Axes: those given, or new ones in a grid of panels of so many inches."""
+        if axes is not None:
+            given = [axes] if isinstance(axes, Axes) else list(np.ravel(np.asarray(axes)))
+            if len(given) != count:
+                raise InvalidInputError(
+                    f"axes= holds {len(given)} Axes, but there are {count} panels."
+                )
+            return cls(_array(given), 1, None)
+        columns = min(columns, count if count <= 3 else -(-count // 2) if count <= 6 else columns)
+        rows = -(-count // columns)
+        size = (max(width * columns, 5.0), height * rows + 0.6)
+        if figure is None:
+            from matplotlib import pyplot  # picks a backend, so only where a user looks on
+
+            figure = pyplot.figure(figsize=size)
+        figure.set_size_inches(*size)
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+        grid = figure.add_gridspec(rows, columns)
+        made = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(count)]
+        return cls(_array(made), columns, figure)
+
+    def finish(self, title: str, x: str, y: str, *, legend: bool) -> None:
+        """Title, axis labels where they are not repeated, and a legend."""
+        for number, ax in enumerate(self.axes):
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.tick_params(labelsize=8)
+            ax.grid(color="#dddddd", linewidth=0.6)
+            ax.set_axisbelow(True)
+            if self.figure is None or number % self.columns == 0:
+                ax.set_ylabel(y, fontsize=9)
+            if self.figure is None or number + self.columns >= len(self.axes):
+                ax.set_xlabel(x, fontsize=9)
+        if self.figure is not None:
+            across = int(self.figure.get_size_inches()[0] * 11)
+            self.figure.suptitle(
+                textwrap.fill(title, across), x=0.01, ha="left", fontsize=11, fontweight="bold"
+            )
+        if legend:
+            handles = dict(
+                pair
+                for ax in self.axes
+                for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True)
+            )
+            place: Callable[..., Any] = self.axes[0].legend
+            more: dict[str, Any] = {}
+            if self.figure is not None:
+                place, more = self.figure.legend, {"loc": "outside lower center", "ncols": 7}
+            place(list(handles.values()), list(handles), fontsize=9, frameon=False, **more)
+
+
+def _array(axes: Sequence[Axes]) -> NDArray[Any]:
+    array = np.empty(len(axes), dtype=object)
+    array[:] = axes
+    return array
+
+
+def apart(positions: list[float], gap: float) -> list[float]:
+    """Ascending positions moved as little as needed to lie ``gap`` apart.
+
+    Least squares under the order: with i * gap taken off, this is isotonic regression, solved by
+    pooling adjacent violators.
+    """
+    pools: list[tuple[float, int]] = []  # (mean, count)
+    for number, position in enumerate(positions):
+        mean, count = position - number * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, size = pools.pop()
+            mean, count = (mean * count + other * size) / (count + size), count + size
+        pools.append((mean, count))
+    flat = [mean for mean, count in pools for _ in range(count)]
+    return [value + number * gap for number, value in enumerate(flat)]
+
+
+@dataclass(frozen=True)
+class View:
+    """Common limits of all panels, and whether the scale is logarithmic."""
+
+    low: float
+    high: float
+    log: bool
+
+
+def limits(values: NDArray[np.float64], metric: str) -> View:
+    """Limits a little beyond the data; errors over a decade or more get a log scale."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    if metric != "cosine" and low > 0 and high / low > _DECADE:
+        return View(low / 1.15, high * 1.15, True)
+    pad = 0.06 * (high - low) or 0.05
+    return View(low - pad, high + pad, False)
+
+
+def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
+    """Names at the right end of the lines in view, moved apart where they would overlap."""
+    ax.margins(x=0.02)
+    ax.get_xlim()  # settles the limits, which the transforms below need
+    to_axes = ax.transData + ax.transAxes.inverted()
+    ends = {name: lines[name].dropna() for name in lines.columns}
+    points = {
+        name: (
+            end.index[-1],
+            end.iloc[-1],
+            float(to_axes.transform((end.index[-1], end.iloc[-1]))[1]),
+        )
+        for name, end in ends.items()
+        if len(end)
+    }
+    names = [name for name in sorted(points, key=lambda n: points[n][2]) if points[name][2] >= 0]
+    heights = apart([points[name][2] for name in names], gap=0.075)
+    for name, height in zip(names, heights, strict=True):
+        color = style(name).color
+        ax.annotate(
+            short(name),
+            xy=points[name][:2],
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=8,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0},
+        )
+
+
+def short(approximation: str) -> str:
+    """The name of an approximation where there is little room."""
+    return label(approximation).split(" (")[0]
+
+
+def say(ax: Axes, text: str) -> None:
+    """Words in the middle of a panel that has nothing to draw."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)

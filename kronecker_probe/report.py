@@ -1,0 +1,252 @@
+"""A run directory -> figures (PNG and SVG) and one self-contained HTML report; no torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kronecker_probe import plots
+from kronecker_probe.conclusions import conclusions, headline
+from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.tables import LABELS, METRICS, at_step, last_step, ordered, scores, shape
+from kronecker_probe.tracking.files import naming, write_atomically
+from kronecker_probe.tracking.store import RunStore
+
+_COLUMNS = ("cosine", "relative_error", "best_scale_error", "best_scale")
+_TARGETS = {
+    "ggn": "the exact Gauss-Newton matrix",
+    "fisher": "the Fisher matrix (labels sampled from the model)",
+    "empirical-fisher": "the empirical Fisher matrix (true labels)",
+}
+# file name -> (function, heading, what the reader looks at)
+_FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "trajectory": (
+        plots.plot_trajectory,
+        "Along the run",
+        "Cosine similarity to H against the optimizer step. The optimal Kronecker product is the "
+        "ceiling of all Kronecker products; only other structures reach the shaded region. "
+        "A name with ↓ lies below the panel, at the value given.",
+    ),
+    "ladder": (
+        plots.plot_ladder,
+        "At the last probed step",
+        "All approximations, best first; each bar is the distance to the optimal Kronecker "
+        "product (vertical line).",
+    ),
+    "spectrum": (
+        plots.plot_spectrum,
+        "Kronecker spectrum",
+        "Singular values of the rearranged matrix R(H) relative to the largest. The first alone, "
+        "over ‖H‖, is the cosine of the optimal Kronecker product; the slower the others fall, "
+        "the less any one product can capture.",
+    ),
+    "training": (
+        plots.plot_training,
+        "Training",
+        "Loss and accuracy against the optimizer step; ticks at the bottom mark the probed steps.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """What :func:`write_report` wrote.
+
+    Attributes:
+        report: the HTML file.
+        figures: the PNG and SVG files, in the order of the report.
+    """
+
+    report: Path
+    figures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One figure of the report; ``svg`` is base64, and ``absent`` says why there is none."""
+
+    heading: str
+    caption: str
+    title: str = ""
+    svg: str = ""
+    absent: str = ""
+
+
+def write_report(run_path: str | Path) -> ReportPaths:
+    """Draws every figure of a stored run and writes its ``report.html``.
+
+    The report opens from disk without a network: figures and tables are inside. It is a pure
+    function of the run directory, so that the same run gives the same bytes. A part that cannot
+    be read is left out, with a warning, and the report says so.
+
+    Args:
+        run_path: a run directory.
+
+    Raises:
+        RunDirectoryError: there is no run, nothing was measured yet, or the files cannot be
+            written.
+    """
+    store = RunStore.open(run_path)
+    damaged = store.damaged()
+    table = store.read(strict=False)
+    if table.empty:
+        bad = (
+            f" ({len(damaged)} part files cannot be read: {', '.join(damaged)})" if damaged else ""
+        )
+        raise RunDirectoryError(
+            f"{store.path} holds no measurements yet{bad}; train on with --resume, then ask again."
+        )
+    with naming("write figures into", store.figures):
+        store.figures.mkdir(exist_ok=True)
+    drawn, written = [], []
+    for name, (plot, heading, caption) in _FIGURES.items():
+        one, paths = _draw(store, table, name, plot, heading, caption)
+        drawn.append(one)
+        written += paths
+    write_atomically(store.report, _render(store, table, damaged, drawn).encode())
+    return ReportPaths(store.report, tuple(written))
+
+
+def _draw(
+    store: RunStore,
+    table: pd.DataFrame,
+    name: str,
+    plot: Callable[..., Any],
+    heading: str,
+    caption: str,
+) -> tuple[_Drawn, list[Path]]:
+    figure = Figure()  # not pyplot: no global state, no window
+    try:
+        plot(table, figure=figure)
+    except InvalidInputError as error:
+        return _Drawn(heading, caption, absent=str(error)), []
+    paths = []
+    contents = {}
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        # a fixed salt and no date, so that drawing again gives the same bytes
+        with mpl.rc_context({"svg.hashsalt": "kronecker-probe"}):
+            figure.savefig(
+                buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
+            )
+        contents[kind] = buffer.getvalue()
+        paths.append(store.figures / f"{name}.{kind}")
+        write_atomically(paths[-1], contents[kind])
+    svg = base64.b64encode(contents["svg"]).decode()
+    return _Drawn(heading, caption, title=" ".join(figure.get_suptitle().split()), svg=svg), paths
+
+
+def _render(
+    store: RunStore, table: pd.DataFrame, damaged: dict[str, str], drawn: list[_Drawn]
+) -> str:
+    # autoescape is set, not inferred: jinja2 infers it from the name, and .j2 would turn it off
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    record = store.record
+    workload = store.config.get("workload")
+    return environment.get_template("report.html.j2").render(
+        name=str(workload) if workload is not None else store.path.resolve().name,
+        record=record,
+        config={option: _plain(value) for option, value in store.config.items()},
+        machine={**record.get("machine", {}), "device": record.get("device") or "not recorded"},
+        versions=record.get("versions", {}),
+        damaged=damaged,
+        headline=headline(table),
+        conclusions=conclusions(table),
+        targets=[_TARGETS.get(draws, draws) for draws in table["draws"].dropna().unique()],
+        steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
+        step=last_step(table),
+        metrics=[METRICS[metric] for metric in _COLUMNS],
+        layers=_layers(table),
+        figures=drawn,
+        skipped=_skipped(table),
+        notes=_notes(table),
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Per parameter at the last step: its name and sizes, and a row of cells per approximation."""
+    last = at_step(table, None)
+    wide = {metric: scores(last, metric).droplevel("step") for metric in _COLUMNS}
+    layers = []
+    for name in last.loc[last["approximation"].notna(), "parameter"].unique():
+        rows = last[last["parameter"] == name]
+        cells = []
+        for approximation in ordered(rows["approximation"].dropna()):
+            noted = rows.loc[rows["approximation"] == approximation]
+            undefined = noted.loc[noted["value"].isna() & noted["note"].notna(), "note"]
+            cells.append(
+                {
+                    "label": LABELS.get(approximation, approximation),
+                    "values": [_cell(wide[m], name, approximation) for m in _COLUMNS],
+                    "note": undefined.iloc[0] if len(undefined) else "",
+                }
+            )
+        layers.append({"name": shape(last, name), "sizes": _sizes(rows), "rows": cells})
+    return layers
+
+
+def _cell(wide: pd.DataFrame, parameter: str, approximation: str) -> str:
+    """The number, "undefined" for NaN, and a dash where nothing was to be measured."""
+    if approximation not in wide or parameter not in wide.index:
+        return "–"
+    value = float(wide.loc[parameter, approximation])  # type: ignore[arg-type]
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+
+
+def _sizes(rows: pd.DataFrame) -> str:
+    """What was measured: "512 data, 10 gradient columns a datum, 49 shared positions"."""
+    meanings = {
+        "n_data": "data",
+        "n_columns": "gradient columns a datum",
+        "n_positions": "shared positions",
+    }
+    known = {text: rows[column].dropna() for column, text in meanings.items()}
+    first = {text: int(values.iloc[0]) for text, values in known.items() if len(values)}
+    return ", ".join(f"{size} {text}" for text, size in first.items() if text == "data" or size > 1)
+
+
+def _skipped(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Parameters that are not measured, each with the last reason given."""
+    rows = table[table["metric"] == "skipped"].drop_duplicates("parameter", keep="last")
+    reasons = rows["note"].fillna("no reason noted")
+    return list(zip(rows["parameter"].astype(str), reasons.astype(str), strict=True))
+
+
+def _notes(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Every other note once, with the parameters and the steps that it is about."""
+    noted = table[table["note"].notna() & (table["metric"] != "skipped")]
+    notes = []
+    for note, rows in noted.groupby("note", sort=False):
+        steps = sorted(rows["step"].unique().tolist())
+        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        about = rows["parameter"].dropna().unique().tolist() or ["the run"]
+        about += [] if rows["approximation"].isna().any() else [
+            LABELS.get(name, name) for name in ordered(rows["approximation"])
+        ]  # fmt: skip
+        notes.append({"text": note, "where": ", ".join(about), "steps": span})
+    return notes
