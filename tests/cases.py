@@ -77,7 +77,16 @@ class Case:
         return tuple(name for name in APPROXIMATIONS if self.factored or name != "kfac")
 
     def dense(self, name: str) -> Array:
-        """An approximation by the oracle, ``[mn, mn]``."""
+        """An approximation by the oracle, ``[mn, mn]``; computed once."""
+        if name not in self._dense:
+            self._dense[name] = self._compute(name)
+        return self._dense[name]
+
+    @cached_property
+    def _dense(self) -> dict[str, Array]:
+        return {}
+
+    def _compute(self, name: str) -> Array:
         if name == "kfac":
             assert self.output_grads is not None
             assert self.inputs is not None

@@ -113,6 +113,7 @@ def leading_triples(
     left_space: Space | None = None,
     right_space: Space | None = None,
     locked: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+    negligible: float = 0.0,
     tolerance: float = 1e-11,
     max_rounds: int = 300,
 ) -> SingularTriples:
@@ -130,6 +131,7 @@ def leading_triples(
         left_space: Inner product of the left coordinates; Euclidean by default.
         right_space: Inner product of the right coordinates; Euclidean by default.
         locked: Left and right singular vectors to stay orthogonal to.
+        negligible: Size at which an image counts as zero.
         tolerance: Relative residual at which a triple counts as converged.
         max_rounds: Rounds after which the best triples so far are returned.
 
@@ -144,7 +146,7 @@ def leading_triples(
     alive = right.append(start) > 0
     while alive and len(alphas) < max_rounds:
         alpha = left.append(forward(right.duals[-1]))
-        if alpha <= BREAKDOWN * max([0.0, *alphas]):
+        if alpha <= max([negligible, *(BREAKDOWN * known for known in alphas)]):
             # the last right vector maps into the span that is there: B gains a column only
             if alpha > 0:
                 left.pop()
@@ -178,10 +180,9 @@ def leading_triples(
 def leading_values(
     forward: Map,
     adjoint: Map,
-    size: int,
+    draw: Callable[[torch.Generator], Tensor],
     k: int,
     *,
-    device: torch.device,
     left_space: Space | None = None,
     right_space: Space | None = None,
 ) -> Tensor:
@@ -193,9 +194,8 @@ def leading_values(
     Args:
         forward: As for :func:`leading_triples`.
         adjoint: Likewise.
-        size: Dimension of the right coordinates.
+        draw: Random right coordinates to start from.
         k: How many.
-        device: Of the coordinates.
         left_space: As for :func:`leading_triples`.
         right_space: Likewise.
 
@@ -207,7 +207,9 @@ def leading_values(
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
     while True:
-        start = torch.randn(size, dtype=torch.float64, generator=generator).to(device)
+        start = draw(generator)
+        start = start / torch.linalg.vector_norm(start)
+        negligible = LOCKING * max([0.0, *values])
         found = leading_triples(
             forward,
             adjoint,
@@ -216,11 +218,10 @@ def leading_values(
             left_space=left_space,
             right_space=right_space,
             locked=(lefts, rights),
+            negligible=negligible,
         )
-        threshold = LOCKING * values[0] if values else 0.0
-        if len(values) >= k:
-            threshold += values[k - 1]
-        if found.leading_value <= threshold:
+        enough = values[k - 1] if len(values) >= k else 0.0
+        if found.leading_value <= enough + negligible:
             return torch.tensor(values[:k], dtype=torch.float64)
         lefts += list(found.left.T)
         rights += list(found.right.T)

@@ -41,7 +41,7 @@ class DenseOperator(Operator):
                 f"A dense operator on {shape[0]} x {shape[1]} matrices is [{size}, {size}]; "
                 f"got {list(matrix.shape)}."
             )
-        self.matrix = matrix.double()
+        self.matrix = matrix.detach().double()
         self._shape = (shape[0], shape[1])
 
     @property

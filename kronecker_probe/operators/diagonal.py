@@ -22,7 +22,7 @@ class DiagonalOperator(Operator):
     def __init__(self, values: Tensor) -> None:
         if values.ndim != 2:
             raise InvalidInputError(f"A diagonal has shape [m, n]; got {list(values.shape)}.")
-        self.values = values.double()
+        self.values = values.detach().double()
 
     @property
     def shape(self) -> tuple[int, int]:

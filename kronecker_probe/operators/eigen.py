@@ -27,7 +27,7 @@ class EigenOperator(Operator):
     ) -> None:
         self.left = _as_basis(left_basis)
         self.right = _as_basis(right_basis)
-        self.eigenvalues = eigenvalues.double()
+        self.eigenvalues = eigenvalues.detach().double()
         if eigenvalues.shape != (self.left.rank, self.right.rank):
             raise InvalidInputError(
                 f"eigenvalues are {list(eigenvalues.shape)}; bases of {self.left.rank} and "

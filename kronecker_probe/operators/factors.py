@@ -22,6 +22,8 @@ from kronecker_probe.operators.rows import Rows
 
 # Gram eigenvalues below this share of the largest carry no correct digit of their eigenvector.
 GRAM_CUTOFF = 1e-13
+# Where a datum's root weight is below this share of the largest, dividing by it loses digits.
+ROOT_CUTOFF = 1e-4
 
 
 class Eigenbasis(abc.ABC):
@@ -30,7 +32,7 @@ class Eigenbasis(abc.ABC):
     @staticmethod
     def of(vectors: Tensor) -> Eigenbasis:
         """The basis with the columns of ``vectors`` [k, r]."""
-        return VectorBasis(vectors.double())
+        return VectorBasis(vectors.detach().double())
 
     @property
     @abc.abstractmethod
@@ -77,11 +79,18 @@ class VectorBasis(Eigenbasis):
 
 @final
 class SampleBasis(Eigenbasis):
-    """Q = X^T B, in the sample space of its rows: the range of a rank-deficient factor."""
+    """Q = X^T B, in the sample space of its rows: the range of a rank-deficient factor.
 
-    def __init__(self, rows: Rows, coefficients: Tensor) -> None:
+    Args:
+        rows: X.
+        coefficients: B, float64 [N C, r].
+        projection: X Q where it is known, float64 [N C, r].
+    """
+
+    def __init__(self, rows: Rows, coefficients: Tensor, projection: Tensor | None = None) -> None:
         self._rows = rows
         self._coefficients = coefficients
+        self._projection = projection
 
     @property
     def size(self) -> int:
@@ -97,6 +106,8 @@ class SampleBasis(Eigenbasis):
 
     @cached_property
     def _own_projection(self) -> Tensor:
+        if self._projection is not None:
+            return self._projection
         return self._rows.gram @ self._coefficients
 
     def project(self, rows: Rows) -> Tensor:
@@ -172,7 +183,7 @@ class MatrixFactor(Factor):
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"A factor must be square; got {list(matrix.shape)}.")
-        self._matrix = matrix.double()
+        self._matrix = matrix.detach().double()
 
     @property
     def size(self) -> int:
@@ -249,8 +260,12 @@ class SampleFactor(Factor):
         values, vectors = eigh_descending(root[:, None] * self.rows.gram * root)
         rank = int((values > GRAM_CUTOFF * values[0].clamp_min(0)).sum())
         values = values[:rank]
-        coefficients = root[:, None] * vectors[:, :rank] / values.sqrt()
-        return Eigen(values, SampleBasis(self.rows, coefficients))
+        vectors = vectors[:, :rank]
+        coefficients = root[:, None] * vectors / values.sqrt()
+        known = None
+        if float(root.min()) > ROOT_CUTOFF * float(root.max()):
+            known = vectors * values.sqrt() / root[:, None]  # X Q without the product X X^T B
+        return Eigen(values, SampleBasis(self.rows, coefficients, known))
 
     def eigen(self) -> Eigen:
         return self._eigen

@@ -26,6 +26,10 @@ def full_precision(device_types: Iterable[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch 2.8
+        with _highest_matmul_precision():
+            yield
+        return
     before = [(backend, backend.fp32_precision) for backend in backends]
     reduced = [(backend, held) for backend, held in before if held not in ("none", "ieee")]
     for backend, _ in reduced:
@@ -35,3 +39,13 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for backend, held in reduced:
             backend.fp32_precision = held
+
+
+@contextlib.contextmanager
+def _highest_matmul_precision() -> Iterator[None]:
+    held = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(held)

@@ -70,11 +70,13 @@ class ParameterSpace(Route):
         return matrix_product(found) or self.void()
 
     def spectrum(self, k: int | None) -> Tensor:
-        size = self.shape[1] ** 2
+        size, device = self.shape[1] ** 2, self.weights.device
+
+        def draw(generator: torch.Generator) -> Tensor:
+            return torch.randn(size, dtype=torch.float64, generator=generator).to(device)
+
         wanted = DEFAULT_LEADING if k is None else k
-        return leading_values(
-            self._forward, self._adjoint, size, wanted, device=self.weights.device
-        )
+        return leading_values(self._forward, self._adjoint, draw, wanted)
 
 
 def matrix_product(found: SingularTriples) -> LeadingProduct | None:

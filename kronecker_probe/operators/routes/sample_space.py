@@ -22,10 +22,11 @@ POLISHING_ROUNDS = 2
 
 @final
 class SampleSpace(Route):
-    """With Kd = (D D^T)^{o2} and Ka = (A A^T)^{o2}, R(H) maps v to w o (Ka v), back by Kd.
+    """Two Grams, Kd = (D D^T)^{o2} and Ka = (A A^T)^{o2}, and vectors of N coordinates.
 
-    A factor sum_i u_i S_i, S_i = sum_c d_ic d_ic^T, is its coordinate vector u; the inner
-    products of such factors are u^T Kd u'.
+    A factor sum_i u_i S_i, S_i = sum_c d_ic d_ic^T, is its coordinate vector u; inner products
+    of such factors are u^T Kd u'. R(H) maps coordinates v to w o (Ka v), its adjoint u to
+    w o (Kd u).
     """
 
     name: ClassVar[str] = "sample"
@@ -70,58 +71,76 @@ class SampleSpace(Route):
         return (on_left * self.weights[:, None]).T @ on_right
 
     @cached_property
-    def _spaces(self) -> tuple[Space, Space]:
-        kd, ka = self.outputs.squared_gram, self.inputs.squared_gram
-        return Space(lambda u: kd @ u), Space(lambda v: ka @ v)
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        """W^{1/2} Kd W^{1/2} and W^{1/2} Ka W^{1/2}.
 
-    def _weighted(self, dual: Tensor) -> Tensor:
-        """R(H), and its adjoint too: from the dual coordinates of one side to the other's."""
-        return self.weights * dual
+        In coordinates y = W^{-1/2} u these are the metrics, and R(H) takes the dual of one side
+        to the other unchanged. Data of weight zero drop out, however large they are.
+        """
+        root = self.weights.sqrt()
+        both = torch.outer(root, root)
+        return both * self.outputs.squared_gram, both * self.inputs.squared_gram
 
     def leading(self) -> LeadingProduct:
-        w, kd, ka = self.weights, self.outputs.squared_gram, self.inputs.squared_gram
-        start = w * (kd @ self._left.weights)
-        outputs, inputs = self._spaces
+        return self._leading
+
+    @cached_property
+    def _leading(self) -> LeadingProduct:
+        kd, ka = self._grams
+        root = self.weights.sqrt()
         found = leading_triples(
-            self._weighted, self._weighted, start, left_space=outputs, right_space=inputs
+            _unchanged,
+            _unchanged,
+            kd @ (root * self.inputs.squared_norms),
+            left_space=Space(kd.mv),
+            right_space=Space(ka.mv),
         )
         if found.leading_value == 0.0:
             return self.void()
-        v = found.right[:, 0] * torch.sign(found.right.sum())
-        u = w * (ka @ v.clamp_min(0))
+        right = found.right[:, 0] * torch.sign(found.right.sum())
+        left = ka @ right.clamp_min(0)
         for _ in range(POLISHING_ROUNDS):
-            v = w * (kd @ u)
-            v = v / (v @ (ka @ v)).sqrt()
-            u = w * (ka @ v)
-        u = u / (u @ (kd @ u)).sqrt()
+            right = kd @ left
+            right = right / (right @ (ka @ right)).sqrt()
+            left = ka @ right
+        # all terms are nonnegative here, so sigma has no cancellation; the solve's own has some
+        sigma = (left @ (kd @ left)).sqrt()
         return LeadingProduct(
-            found.leading_value,
-            SampleFactor(self.outputs, u),
-            SampleFactor(self.inputs, v),
+            float(sigma),
+            SampleFactor(self.outputs, root * left / sigma),
+            SampleFactor(self.inputs, root * right),
             found.rounds + POLISHING_ROUNDS,
             found.residual,
         )
 
     def spectrum(self, k: int | None) -> Tensor:
-        count = self.samples.n_data
-        if k is not None and 4 * k < count:
-            outputs, inputs = self._spaces
-            return leading_values(
-                self._weighted,
-                self._weighted,
-                count,
-                k,
-                device=self.weights.device,
-                left_space=outputs,
-                right_space=inputs,
-            )
-        left, right = self._root(self.outputs.squared_gram), self._root(self.inputs.squared_gram)
-        values: Tensor = torch.linalg.svdvals((left * self.weights) @ right.T)
+        if k is not None and 4 * k < self.samples.n_data:
+            return self._leading_values(k)
+        kd, ka = self._grams
+        values: Tensor = torch.linalg.svdvals(_root(kd) @ _root(ka).T)
         m, n = self.shape
         return values.cpu()[: min(m * m, n * n)][:k]
 
-    @staticmethod
-    def _root(squared_gram: Tensor) -> Tensor:
-        """K^{1/2} up to a rotation: diag(lambda)^{1/2} Q^T."""
-        values, vectors = eigh_descending(squared_gram)
-        return values.clamp_min(0).sqrt()[:, None] * vectors.T
+    def _leading_values(self, k: int) -> Tensor:
+        kd, ka = self._grams
+        count, device = self.samples.n_data, self.weights.device
+
+        def draw(generator: torch.Generator) -> Tensor:
+            noise = torch.randn(count, dtype=torch.float64, generator=generator)
+            return kd @ noise.to(device)
+
+        values = leading_values(
+            _unchanged, _unchanged, draw, k, left_space=Space(kd.mv), right_space=Space(ka.mv)
+        )
+        values[:1] = self._leading.singular_value
+        return values
+
+
+def _unchanged(dual: Tensor) -> Tensor:
+    return dual
+
+
+def _root(gram: Tensor) -> Tensor:
+    """K^{1/2} up to a rotation: diag(lambda)^{1/2} Q^T."""
+    values, vectors = eigh_descending(gram)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T

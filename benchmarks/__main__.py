@@ -1,0 +1,20 @@
+"""Run every benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+MODULES = ("kronecker_floor", "tracker_overhead", "shampoo_step", "planner_grid", "peers")
+
+
+def main() -> None:
+    """All benchmarks, or those named on the command line."""
+    names = sys.argv[1:] or list(MODULES)
+    sys.argv = sys.argv[:1]
+    for name in names:
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
