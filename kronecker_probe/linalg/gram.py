@@ -18,7 +18,7 @@ def gram(rows: Tensor) -> Tensor:
     """X X^T of ``rows`` [M, k], as float64 [M, M]; only half of the products are computed."""
     count, width = rows.shape
     out = torch.empty(count, count, dtype=torch.float64, device=rows.device)
-    step = min(chunk_rows(width), chunk_rows(count), max(64, -(-count // 8)))
+    step = min(chunk_rows(width), chunk_rows(count), max(256, -(-count // 8)))
     blocks = [(i, min(i + step, count)) for i in range(0, count, step)]
     for i0, i1 in blocks:
         left = rows[i0:i1].double()
@@ -26,7 +26,7 @@ def gram(rows: Tensor) -> Tensor:
             if j0 < i0:
                 continue
             right = left if j0 == i0 else rows[j0:j1].double()
-            torch.mm(left, right.T, out=out[i0:i1, j0:j1])
+            out[i0:i1, j0:j1] = left @ right.T
             if j0 > i0:
                 out[j0:j1, i0:i1] = out[i0:i1, j0:j1].T
     return out
@@ -36,11 +36,9 @@ def squared_gram(rows: Tensor) -> Tensor:
     """K_ij = sum_cd <x_ic, x_jd>^2 of ``rows`` [N, C, k], as float64 [N, N].
 
     These are the inner products of the matrices S_i = sum_c x_ic x_ic^T, the entries
-    (D D^T)^{o2} of the sample-space route when C = 1.
+    (D D^T)^{o2} of the sample-space route when C = 1 (then :func:`gram` squared is cheaper).
     """
     count, columns, width = rows.shape
-    if columns == 1:
-        return gram(rows[:, 0]).square_()
     out = torch.empty(count, count, dtype=torch.float64, device=rows.device)
     side = max(1, int(CHUNK_ELEMENTS**0.5) // columns)
     step = min(side, chunk_rows(columns * width), max(16, -(-count // 8)))

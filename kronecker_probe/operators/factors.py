@@ -252,7 +252,7 @@ class SampleFactor(Factor):
 
     @cached_property
     def _eigen(self) -> Eigen:
-        if self.size <= self.rows.count:
+        if self.size < self.rows.count:
             values, vectors = eigh_descending(self.matrix)
             return Eigen(values, VectorBasis(vectors))
         # X^T D D X = F and D X X^T D share their nonzero spectrum; Q = X^T D E lambda^{-1/2}.

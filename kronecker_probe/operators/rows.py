@@ -41,7 +41,7 @@ class Rows:
     @cached_property
     def squared_gram(self) -> Tensor:
         """sum_cd <x_ic, x_jd>^2, float64 [N, N]: inner products of sum_c x_ic x_ic^T."""
-        if self.values.shape[1] == 1 and "gram" in self.__dict__:
+        if self.values.shape[1] == 1:  # roots will need the Gram itself
             return self.gram.square()
         return gram.squared_gram(self.values)
 
