@@ -1,47 +1,56 @@
-# make demo | test | bench | figures | lint | check
+# make demo | test | bench | figures | check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# torch is pinned to a build that installs anywhere without gigabytes of CUDA
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all bench figures lint types imports check peers clean
+.PHONY: demo test test-all bench figures peers lint types imports check clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/.installed
 	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
 
-test: $(VENV)/installed
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not gpu"
 
-bench: $(VENV)/installed
+bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
-figures: $(VENV)/installed
+figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze shampoo-square --preset default --out figures
 
-lint: $(VENV)/installed
+# curvlinops, for the optional cross-checks and the side-by-side benchmark
+peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[peers]"
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-imports: $(VENV)/installed
+imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 check: lint types imports test
 
-# curvlinops for the optional cross-check and the side-by-side benchmark
-peers: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet ".[peers]"
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
 
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

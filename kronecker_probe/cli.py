@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it; ``report`` never does.
 
 from __future__ import annotations
 
+import math
 import runpy
 import sys
 from collections.abc import Iterator
@@ -373,17 +374,20 @@ def _show_run(directory: Path) -> None:
 
 def _show_table(table: pd.DataFrame) -> None:
     """The cosines at the last probed step, a line a layer, and a sentence for each."""
-    from kronecker_probe.conclusions import conclusions, label, last_step, ordered, scores
+    from kronecker_probe.conclusions import conclusions
+    from kronecker_probe.tables import last_step, ordered, scores, short
 
     step = last_step(table)
     wide = scores(table if step is None else table[table["step"] == step])
+    if "step" in wide.index.names:
+        wide = wide.droplevel("step")
     names = ordered(wide.columns)
     shown = Table(title=f"Cosine to H{'' if step is None else f' at step {step}'}")
     shown.add_column("layer")
     for name in names:
-        shown.add_column(label(name), justify="right")
+        shown.add_column(short(name), justify="right")
     for parameter, values in wide.iterrows():
-        cells = [f"{values[name]:.3f}" if values[name] == values[name] else "-" for name in names]
+        cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
         shown.add_row(escape(str(parameter)), *cells)
     console.print(shown)
     for sentence in conclusions(table):

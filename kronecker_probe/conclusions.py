@@ -11,17 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.tables import METRICS, first_shares, label, last_step, ordered, scores
+from kronecker_probe.tables import METRICS, first_shares, label, scores
 
 __all__ = [
     "Gap",
     "conclusions",
     "gaps",
     "headline",
-    "label",
-    "last_step",
-    "ordered",
-    "scores",
     "spectrum_headline",
     "training_headline",
 ]

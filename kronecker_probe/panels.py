@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.tables import label
+from kronecker_probe.tables import short
 
 GREY = "#666666"
 SHADE = "#ececec"
@@ -102,7 +102,12 @@ class Panels:
         if self.figure is not None:
             across = int(self.figure.get_size_inches()[0] * 11)
             self.figure.suptitle(
-                textwrap.fill(title, across), x=0.01, ha="left", fontsize=11, fontweight="bold"
+                textwrap.fill(title, across),
+                x=0.01,
+                ha="left",
+                fontsize=11,
+                fontweight="bold",
+                parse_math=False,  # a "$" in a name is a dollar
             )
         if legend:
             handles = dict(
@@ -114,7 +119,9 @@ class Panels:
             more: dict[str, Any] = {}
             if self.figure is not None:
                 place, more = self.figure.legend, {"loc": "outside lower center", "ncols": 7}
-            place(list(handles.values()), list(handles), fontsize=9, frameon=False, **more)
+            drawn = place(list(handles.values()), list(handles), fontsize=9, frameon=False, **more)
+            for text in drawn.get_texts():
+                text.set_parse_math(False)
 
 
 def _array(axes: Sequence[Axes]) -> NDArray[Any]:
@@ -159,6 +166,16 @@ def limits(values: NDArray[np.float64], metric: str) -> View:
     return View(low - pad, high + pad, False)
 
 
+def in_view(shown: pd.DataFrame, metric: str) -> NDArray[np.float64]:
+    """The values that set the limits: no diagonal where its cosine would take half the axis."""
+    others = shown.drop(columns="diagonal", errors="ignore").to_numpy()
+    values = shown.to_numpy()
+    if metric != "cosine" or not np.isfinite(others).any():
+        return values
+    low, high = np.nanmin(values), np.nanmax(values)
+    return others if np.nanmin(others) - low > 0.5 * (high - low) else values
+
+
 def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
     """Names at the right end of the lines in view, moved apart where they would overlap."""
     ax.margins(x=0.02)
@@ -175,7 +192,7 @@ def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
         if len(end)
     }
     names = [name for name in sorted(points, key=lambda n: points[n][2]) if points[name][2] >= 0]
-    heights = apart([points[name][2] for name in names], gap=0.075)
+    heights = apart([points[name][2] for name in names], gap=0.07)
     for name, height in zip(names, heights, strict=True):
         color = style(name).color
         ax.annotate(
@@ -186,13 +203,9 @@ def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
             verticalalignment="center",
             fontsize=8,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0},
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0, 0.5)},
         )
-
-
-def short(approximation: str) -> str:
-    """The name of an approximation where there is little room."""
-    return label(approximation).split(" (")[0]
 
 
 def say(ax: Axes, text: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kronecker_probe import conclusions
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.panels import GREY, SHADE, Panels, label_ends, limits, say, short, style
+from kronecker_probe.panels import GREY, SHADE, Panels, in_view, label_ends, limits, say, style
 from kronecker_probe.tables import (
     METRICS,
     at_step,
@@ -28,11 +28,13 @@ from kronecker_probe.tables import (
     label,
     scores,
     shape,
+    short,
 )
 
 _TICKS = [1, 2, 5, 10]
 MAX_PANELS = 24  # unless parameters= asks for more
 _ROUNDING = 1e-9  # singular values below this share of the first are not resolved
+_LOG_LOSS = 30.0  # a loss that falls by more is drawn on a log scale
 _DIRECT_LABELS = 6  # beyond so many panels, one legend takes the place of labels at the lines
 
 
@@ -70,12 +72,14 @@ def plot_trajectory(
         )
     wide = _scores(table, metric)
     names = _chosen(wide.index.get_level_values("parameter").unique(), parameters)
-    panels = Panels.make(len(names), axes, figure, width=3.6, height=2.7)
+    panels = Panels.make(
+        len(names), axes, figure, width=3.6, height=3.2 if len(names) <= 6 else 2.7
+    )
     shown = wide[wide.index.get_level_values("parameter").isin(names)]
-    view = limits(_in_view(shown) if metric == "cosine" else shown.to_numpy(), metric)
+    view = limits(in_view(shown, metric), metric)
     for ax, name in zip(panels.axes, names, strict=True):
         lines = pd.DataFrame(shown.xs(name, level="parameter"))
-        ax.set_title(shape(table, name), fontsize=9, loc="left")
+        ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
         ax.set_yscale("log" if view.log else "linear")
         ax.set_ylim(view.low, view.high)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
@@ -89,16 +93,6 @@ def plot_trajectory(
         legend=len(names) > _DIRECT_LABELS,
     )
     return panels.axes
-
-
-def _in_view(shown: pd.DataFrame) -> NDArray[np.float64]:
-    """The values that set the limits: without the diagonal where it would take half the height."""
-    others = shown.drop(columns="diagonal", errors="ignore").to_numpy()
-    values = shown.to_numpy()
-    if not np.isfinite(others).any():
-        return values
-    low, high = np.nanmin(values), np.nanmax(values)
-    return others if np.nanmin(others) - low > 0.5 * (high - low) else values
 
 
 def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:
@@ -121,8 +115,8 @@ def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:
             linewidth=2.4 if name == "optimal" else 1.5,
             marker="o" if name == "optimal" and len(steps) == 1 else look.marker,
             markersize=5,
-            # counted over defined and undefined points alike, so that late lines have markers too
-            markevery=(len(steps) - len(defined) + number % every, every),
+            # staggered, so that lines which coincide still show both their markers
+            markevery=(number * every // len(lines.columns), every),
             label=label(name),
             zorder=2 if name == "optimal" else 3,
         )
@@ -168,12 +162,12 @@ def plot_ladder(
     names = _chosen(wide.index.get_level_values("parameter").unique(), parameters)
     panels = Panels.make(len(names), axes, figure, width=3.9, height=2.1, columns=3)
     shown = wide.droplevel("step").loc[names]
-    view = limits(shown.to_numpy(), metric)
+    view = limits(in_view(shown, metric), metric)
     for ax, name in zip(panels.axes, names, strict=True):
         ax.set_xscale("log" if view.log else "linear")
         ax.set_xlim(view.low, view.high)
         _draw_rungs(ax, pd.Series(shown.loc[name]), metric)
-        ax.set_title(shape(table, name), fontsize=9, loc="left")
+        ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
     when = f"At step {wide.index[0][0]}: " if "step" in table else ""
     title = when + _title(table, wide, names, parameters, metric)
     panels.finish(title, METRICS[metric], "", legend=False)
@@ -201,9 +195,14 @@ def _draw_rungs(ax: Axes, values: pd.Series[Any], metric: str) -> None:
             continue
         if bounded:
             ax.plot([bound, value], [rung, rung], color=look.color, linewidth=1.5, zorder=2)
-        marker = "o" if name == "optimal" else look.marker
-        ax.plot([value], [rung], color=look.color, marker=marker, markersize=7, zorder=3)
-    ax.set_yticks(range(len(ranked)), [short(str(name)) for name in ranked.index], fontsize=8)
+        at, marker = float(value), "o" if name == "optimal" else look.marker
+        if at < ax.get_xlim()[0]:  # an arrowhead at the edge
+            at, marker = ax.get_xlim()[0], "<"
+        ax.plot(
+            [at], [rung], color=look.color, marker=marker, markersize=7, clip_on=False, zorder=3
+        )
+    names = [short(str(name)) for name in ranked.index]
+    ax.set_yticks(range(len(ranked)), names, fontsize=8, parse_math=False)
     ax.set_ylim(len(ranked) - 0.4, -0.6)
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -252,7 +251,7 @@ def plot_spectrum(
     spectra = {name: _relative(rows[rows["parameter"] == name]) for name in names}
     floor = min((float(one.min()) for one in spectra.values() if len(one)), default=1.0)
     for ax, name in zip(panels.axes, names, strict=True):
-        ax.set_title(shape(table, name), fontsize=9, loc="left")
+        ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
         ax.set_yscale("log")
         ax.set_ylim(floor / 2, 2.5)
         _draw_spectrum(ax, spectra[name], shares.get(name))
@@ -320,7 +319,11 @@ def plot_training(
     for ax, kind in zip(panels.axes, kinds, strict=True):
         _draw_training(ax, logged[logged["metric"].str.endswith(kind)], probed)
         ax.set_title(kind, fontsize=9, loc="left")
-    panels.axes[0].set_ylim(bottom=0)
+    losses = logged.loc[logged["metric"].str.endswith("loss"), "value"]
+    if losses.min() > 0 and losses.max() / losses.min() > _LOG_LOSS:
+        panels.axes[0].set_yscale("log")
+    elif losses.min() >= 0:
+        panels.axes[0].set_ylim(bottom=0)
     if len(kinds) > 1:
         panels.axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels.finish(conclusions.training_headline(table), "optimizer step", "", legend=False)

@@ -42,7 +42,7 @@ _FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
         plots.plot_ladder,
         "At the last probed step",
         "All approximations, best first; each bar is the distance to the optimal Kronecker "
-        "product (vertical line).",
+        "product (vertical line). An arrowhead at the edge stands for a value beyond it.",
     ),
     "spectrum": (
         plots.plot_spectrum,

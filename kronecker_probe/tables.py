@@ -31,6 +31,11 @@ def label(approximation: str) -> str:
     return LABELS.get(approximation, approximation)
 
 
+def short(approximation: str) -> str:
+    """The name of an approximation where there is little room: without the remark in brackets."""
+    return label(approximation).split(" (")[0]
+
+
 def ordered(approximations: Iterable[str]) -> list[str]:
     """Approximations in the order of :data:`LABELS`, unknown ones last, by name."""
     rank = {name: number for number, name in enumerate(LABELS)}
@@ -111,7 +116,7 @@ def first_shares(table: pd.DataFrame) -> dict[str, float]:
         (about_target["metric"] == "singular_value") & (about_target["index"] == 0)
     ]
     norms = about_target[about_target["metric"] == "norm"].set_index("parameter")["value"]
-    shares = first.set_index("parameter")["value"] / norms[norms > 0]
+    shares = first.set_index("parameter")["value"] / norms
     return {str(name): float(share) for name, share in shares.dropna().items()}
 
 

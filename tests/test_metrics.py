@@ -13,7 +13,7 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning
 from tests import oracle
 from tests import reference_fixture as fixture
-from tests.cases import CASE_NAME_IDS, CASE_NAMES, Case, factors_case, matrices_case
+from tests.cases import APPROXIMATIONS, CASE_NAME_IDS, CASE_NAMES, Case, factors_case, matrices_case
 from tests.tolerances import PRINTED, SCALAR, ZERO_ERROR
 
 METRICS = (kp.cosine_similarity, kp.relative_error, kp.best_scale, kp.best_scale_error)
@@ -210,6 +210,30 @@ def test_a_number_is_undefined_where_it_divides_by_zero(
 
 def test_a_zero_approximation_misses_everything() -> None:
     assert kp.relative_error(ONE, ZERO) == 1.0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_non_finite_operator_has_no_score(metric: Callable[..., float]) -> None:
+    """As of a diverged optimizer; above all it is no perfect approximation."""
+    values = torch.full((3, 2), float("nan"), dtype=torch.float64)
+    with pytest.warns(UndefinedMetricWarning, match=r"(?i)finite|nan"):
+        assert math.isnan(metric(ONE, kp.DiagonalOperator(values)))
+
+
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.filterwarnings("ignore::kronecker_probe.errors.UndefinedMetricWarning")
+def test_a_score_beyond_float64_is_right_or_nan(
+    metric: Callable[..., float], scale: float, name: str, route: str
+) -> None:
+    case = factors_case("", 7, 4, 3)
+    assert case.output_grads is not None
+    H = case.with_(output_grads=scale * case.output_grads).operator(route)
+    value = metric(H, kp.approximate(H, name))
+    truth = metric(case.operator(route), kp.approximate(case.operator(route), name))
+    assert math.isnan(value) or value == pytest.approx(truth, abs=SCALAR)
 
 
 @pytest.mark.parametrize("metric", METRICS)

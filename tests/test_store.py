@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def test_parts_come_back_sorted_by_step_with_the_schema_dtypes(store: RunStore) 
 
 def test_rows_of_earlier_steps_inside_a_part_are_sorted_in(store: RunStore) -> None:
     store.write_part(2, part(2))
-    store.write_part(4, part(4))
+    store.write_part(4, part(4)[::-1])
     table = store.read()
     assert table["step"].is_monotonic_increasing
     losses = table[table["metric"] == "train_loss"]
@@ -100,6 +101,7 @@ ROWS = st.lists(
 )
 
 
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(rows=ROWS, step=st.integers(0, 10**12))
 def test_round_trip_is_exact(rows: list[dict[str, object]], step: int) -> None:
     data = schema.to_parquet(pd.DataFrame(rows, columns=list(COLUMNS), dtype=object), step)
@@ -346,17 +348,20 @@ def test_no_flipped_bit_changes_a_number_unseen() -> None:
     rng = np.random.default_rng(5)
     data = schema.to_parquet(part(20), 20)
     whole_part = schema.from_parquet(data, 20)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")  # has no checksum of its own
+    places = [(int(place), int(rng.integers(8))) for place in rng.choice(footer, 200)]
+    places += [(place, 3) for place in range(footer, len(data))]
     refused = 0
-    for position in rng.choice(len(data), size=700, replace=False):
+    for place, bit in places:
         flipped = bytearray(data)
-        flipped[position] ^= 1 << int(rng.integers(8))
+        flipped[place] ^= 1 << bit
         try:
             pd.testing.assert_frame_equal(
                 schema.from_parquet(bytes(flipped), 20), whole_part, check_exact=True
             )
         except ValueError:
             refused += 1
-    assert refused > 350  # most bytes carry numbers; the rest is statistics and padding
+    assert refused > len(places) / 3  # the rest is statistics and the like
 
 
 def foreign_parts() -> dict[str, tuple[pd.DataFrame | bytes, str]]:
@@ -456,7 +461,7 @@ def test_a_part_is_on_the_disk_before_it_is_visible(
     fsync, replace = os.fsync, os.replace
 
     def seen_fsync(descriptor: int) -> None:
-        is_directory = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         events.append("fsync directory" if is_directory else "fsync file")
         fsync(descriptor)
 
@@ -538,12 +543,14 @@ def test_a_leftover_is_cleaned_by_the_next_write(store: RunStore) -> None:
 def test_kill_at_any_moment_leaves_whole_parts_and_resume_goes_on(tmp_path: Path) -> None:
     path = RunStore.create(tmp_path / "run", {}).path
     rng = np.random.default_rng()  # another moment in every run of the tests
-    for _ in range(3):
-        before = len(RunStore.open(path).steps())
+    for _ in range(2):
+        before = len(list((path / "measurements").glob("*.parquet")))
         process = python(WRITE_FOREVER, str(path))
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.05 + float(rng.uniform(0, 0.1)))
+        while len(list((path / "measurements").glob("*.parquet"))) == before:
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.1)))
         process.kill()
         process.wait(60)
         store = RunStore.open(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, unknown_name
 from kronecker_probe.gradients.draws import check_draws, n_columns, output_gradients
+from kronecker_probe.gradients.graph import Calls, exact_calls, pull_back
 from kronecker_probe.gradients.isolation import isolated
-from kronecker_probe.gradients.layers import describe, is_batch_dependent, is_stochastic, rule_for
+from kronecker_probe.gradients.layers import describe, is_batch_dependent, is_stochastic
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
-from kronecker_probe.gradients.recording import Call, Owner, graph_uses, recording
+from kronecker_probe.gradients.recording import recording
 from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.selection import select
 from kronecker_probe.linalg.memory import require_memory
 
 
@@ -68,7 +69,8 @@ class Capture(Mapping[str, FactoredSamples]):
             {"parameter": name, "status": "skipped", "reason": reason}
             for name, reason in self.skipped.items()
         ]
-        return pd.DataFrame(rows)
+        counts = ("n_data", "n_columns", "n_positions")
+        return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
 
     def _repr_html_(self) -> str:
         return self.coverage.to_html(index=False)
@@ -86,13 +88,14 @@ def capture(
     """Draw the gradients whose second moment is each layer's curvature matrix.
 
     Model, random generators, ``.grad``, training mode, buffers and hooks are left as they were.
+    Hooks of the model's own run with it.
     Dropout and batch normalization are measured in evaluation mode.
 
     Args:
         model: Any module; its Linear and Conv2d weights (groups = 1) are measured, every other
             parameter is listed in ``skipped``.
         loss_fn: ``loss_fn(outputs, targets)``: cross-entropy on class indices or MSE, a mean or
-            a sum over data. It is recognized by its gradient, so a lambda will do.
+            a sum over data. It is recognized by its values and gradient, so a lambda will do.
         batch: (inputs, targets), data in the first dimension of both.
         draws: "ggn" (exact Gauss-Newton: columns of the loss-Hessian root pulled back),
             "fisher" (labels sampled from the model) or "empirical-fisher" (the given labels).
@@ -106,28 +109,35 @@ def capture(
 
     Raises:
         InvalidInputError: The batch is empty or malformed, or no parameter can be measured.
-        NonFiniteError: NaN or infinity in loss, outputs, activations or gradients; the layer is
-            named.
+        NonFiniteError: NaN or infinity in parameters, loss, outputs, activations or gradients;
+            the layer is named.
         UnsupportedError: The loss is not one of the above.
         UnknownNameError: Unknown ``draws``, or a glob that matches nothing.
         MemoryBudgetError: The samples would not fit; the message says the GB.
     """
     check_draws(draws, label_draws)
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     inputs, targets = _check_batch(batch)
     n_data = targets.shape[0]
-    owners, skipped = _select(model, layers)
+    owners, skipped = select(model, layers)
     parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    if broken := _not_finite(trained):
+        raise NonFiniteError(broken)
     note = _mode_note(model)
     with isolated(model):
+        # Copies, because a model may write into its inputs, and inference tensors have no graph.
+        targets = targets.detach().clone()
         with recording(owners, n_data) as record:
-            outputs = _check_outputs(model(inputs), n_data)
-        loss = resolve_loss(loss_fn, outputs, targets)
+            outputs = _check_outputs(model(inputs.detach().clone()), n_data)
         skipped.update(record.problems)
-        calls = {name: c for name, c in record.calls.items() if name not in skipped}
-        calls = _differentiable(calls, skipped)
-        _check_uses(calls, graph_uses(outputs, {n: parameters[n] for n in calls}), skipped)
-        _check_independence(outputs, calls, skipped)
-        calls = {name: c for name, c in calls.items() if name not in skipped}
+        calls = {name: made for name, made in record.calls.items() if name not in skipped}
+        if not bool(torch.isfinite(outputs).all()):
+            raise NonFiniteError(_origin_of_nan(inputs, parameters, calls))
+        loss = resolve_loss(loss_fn, outputs, targets)
+        calls, inexact = exact_calls(outputs, calls, {name: parameters[name] for name in calls})
+        skipped.update(inexact)
         if not calls:
             raise InvalidInputError(f"No parameter can be measured. {_reasons(skipped)}")
         samples = _pull_back(calls, loss, outputs, targets, draws, label_draws, seed)
@@ -155,51 +165,6 @@ def _check_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if len(targets) == 0:
         raise InvalidInputError("The batch is empty; give at least one datum.")
     return inputs, targets
-
-
-def _select(
-    model: nn.Module, layers: str | Sequence[str]
-) -> tuple[dict[str, list[Owner]], dict[str, str]]:
-    """Owners of the parameters to measure, and the reasons for those that are not."""
-    names = [name for name, _ in model.named_parameters()]
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise unknown_name("layers pattern (no parameter matches)", pattern, names)
-    holders: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module_name, local, module))
-    owners: dict[str, list[Owner]] = {}
-    skipped: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        if not parameter.requires_grad:
-            skipped[name] = "frozen (requires_grad=False)"
-            continue
-        reason, found = _owners(holders[id(parameter)])
-        if reason:
-            skipped[name] = reason
-        else:
-            owners[name] = found
-    return owners, skipped
-
-
-def _owners(holders: list[tuple[str, str, nn.Module]]) -> tuple[str, list[Owner]]:
-    found = []
-    for module_name, local, module in holders:
-        rule = rule_for(module)
-        where = module_name or "the model itself"
-        if rule is None:
-            return f"no rule for {type(module).__name__} ({where}); Linear and Conv2d have one", []
-        if local != "weight":
-            return f"a {local} of {type(module).__name__}: only weights are measured", []
-        if refusal := rule.refusal(module):
-            return refusal, []
-        found.append(Owner(module_name, module, rule))
-    return "", found
 
 
 def _mode_note(model: nn.Module) -> str:
@@ -230,82 +195,31 @@ def _check_outputs(outputs: object, n_data: int) -> Tensor:
     return outputs
 
 
-def _differentiable(calls: dict[str, list[Call]], skipped: dict[str, str]) -> dict[str, list[Call]]:
-    """Drop the parameters without a call, or with a call outside the graph."""
-    kept = {}
-    for name, made in calls.items():
-        if not made:
-            skipped[name] = (
-                "unused: its layer's forward did not run (for a compiled model, pass the "
-                "original module)"
-            )
-        elif any(call.edge is None for call in made):
-            skipped[name] = (
-                f"a call of {made[0].owner.name!r} ran without gradient tracking (torch.no_grad() "
-                "or reentrant checkpointing)"
-            )
-        else:
-            kept[name] = made
-    return kept
-
-
-def _check_uses(
-    calls: dict[str, list[Call]], uses: dict[str, int], skipped: dict[str, str]
-) -> None:
-    for name, made in calls.items():
-        if uses[name] > len(made):
-            skipped[name] = (
-                f"its weight is read {uses[name]} times and its layers "
-                f"({', '.join(sorted({c.owner.name for c in made}))}) ran {len(made)} times: it is "
-                "also used outside of them"
-            )
-
-
-def _gradients(
-    outputs: Tensor, cotangent: Tensor, calls: Sequence[Call], *, last: bool
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        outputs,
-        [call.edge for call in calls if call.edge is not None],
-        grad_outputs=cotangent.to(outputs.dtype),
-        retain_graph=not last,
-        allow_unused=True,
+def _origin_of_nan(inputs: Tensor, parameters: Mapping[str, Tensor], calls: Calls) -> str:
+    """Where NaN or infinity in the outputs come from, as far back as can be told."""
+    if not bool(torch.isfinite(inputs).all()):
+        bad = int((~torch.isfinite(inputs)).sum())
+        return f"The inputs of the batch hold {bad} NaN or infinite values; remove those data."
+    if broken := _not_finite(parameters):
+        return broken
+    for made in calls.values():
+        for call in made:
+            call.check()
+    return (
+        "The model's outputs hold NaN or infinite values, from finite inputs and parameters; "
+        "check the last layers, and the range of half precision."
     )
 
 
-def _check_independence(
-    outputs: Tensor, calls: dict[str, list[Call]], skipped: dict[str, str]
-) -> None:
-    """Pull back a gradient that is zero on every second datum: it must stay zero there.
-
-    It fails where a layer mixes the data of a batch, and where the first dimension of a layer's
-    input is not the batch although it has its length.
-    """
-    flat = [(name, call) for name, made in calls.items() for call in made]
-    if not flat:
-        return
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-    cotangent[1::2] = 0
-    gradients = _gradients(outputs, cotangent, [call for _, call in flat], last=False)
-    reached = dict.fromkeys(calls, False)
-    for (name, call), gradient in zip(flat, gradients, strict=True):
-        if gradient is None:
-            calls[name] = [c for c in calls[name] if c is not call]
-            continue
-        reached[name] = True
-        if bool((gradient[1::2] != 0).any()):
-            skipped[name] = (
-                f"gradients of different data mix in layer {call.owner.name!r}: its first "
-                "dimension is not the batch, or a later layer couples the data"
-            )
-    for name, any_gradient in reached.items():
-        if not any_gradient:
-            skipped[name] = "unused: no gradient of the outputs reaches its layer"
+def _not_finite(parameters: Mapping[str, Tensor]) -> str:
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"Parameter {name!r} holds NaN or infinite values; go back to a checkpoint."
+    return ""
 
 
 def _pull_back(
-    calls: dict[str, list[Call]],
+    calls: Calls,
     loss: ResolvedLoss,
     outputs: Tensor,
     targets: Tensor,
@@ -315,16 +229,15 @@ def _pull_back(
 ) -> dict[str, FactoredSamples]:
     columns = n_columns(draws, loss, outputs, label_draws)
     flat = [(name, call) for name, made in calls.items() for call in made]
-    size = sum(call.output_shape.numel() * call.x.element_size() for _, call in flat)
-    require_memory(columns * size, f"{columns} gradient columns a datum", outputs.device)
+    size = sum(call.nbytes(columns) for _, call in flat)
+    require_memory(size, f"The samples ({columns} gradient columns a datum)", outputs.device)
     collected: list[list[Tensor]] = [[] for _ in flat]
     cotangents = output_gradients(draws, loss, outputs, targets, label_draws, seed)
     for index, cotangent in enumerate(cotangents):
         last = index == columns - 1
-        gradients = _gradients(outputs, cotangent, [call for _, call in flat], last=last)
+        gradients = pull_back(outputs, cotangent, [call for _, call in flat], last=last)
         for store, (_, call), gradient in zip(collected, flat, gradients, strict=True):
-            assert gradient is not None
-            store.append(call.owner.rule.output_grads(gradient.detach()))
+            store.append(call.owner.rule.output_grads(gradient))
     n_data = outputs.shape[0]
     weight = 1.0 / (n_data * (label_draws if draws == "fisher" else 1))
     weights = torch.full((n_data,), weight, dtype=torch.float64, device=outputs.device)

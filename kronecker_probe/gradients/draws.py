@@ -18,12 +18,13 @@ def check_draws(draws: str, label_draws: int) -> None:
 
     Raises:
         UnknownNameError: No such kind of draws.
-        InvalidInputError: ``label_draws`` is not positive, or not 1 without sampled labels.
+        InvalidInputError: ``label_draws`` is no positive whole number, or not 1 without sampled
+            labels.
     """
     if draws not in DRAWS:
         raise unknown_name("draws", draws, DRAWS)
-    if label_draws < 1:
-        raise InvalidInputError(f"label_draws={label_draws}; give a positive number.")
+    if not isinstance(label_draws, int) or label_draws < 1:
+        raise InvalidInputError(f"label_draws={label_draws!r}; give a positive whole number.")
     if draws != "fisher" and label_draws != 1:
         raise InvalidInputError(
             f"label_draws={label_draws} with draws={draws!r}: labels are sampled only by 'fisher'."

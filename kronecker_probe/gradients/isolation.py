@@ -1,47 +1,99 @@
-"""Measuring a model without leaving a trace: mode, RNG, buffers and autocast cache come back."""
+"""Measuring a model without leaving a trace: state, mode, RNG and autocast cache come back."""
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on; everything is put back on leaving, also by an error.
 
-    Training flags are set module by module, so that no overridden train() runs. Buffers that a
-    forward pass changes are restored, and so are the random generators of the CPU and of every
-    device that holds a parameter. Autocast stays as the caller has it, but without its cache of
-    cast weights, which would hide how often a weight is used.
+    Training flags are set module by module, so that no overridden train() runs. What a forward
+    pass changes is restored: values of parameters (an embedding with max_norm) and buffers,
+    attributes of modules, requires_grad, and the generators of Python, NumPy, the CPU and every
+    device that holds a parameter. Compiled models run eagerly, because hooks do not fire in
+    compiled code. Autocast stays as the caller has it, but without its cache of cast weights,
+    which would hide how often a weight is used.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    cache = torch.is_autocast_cache_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(_generators_restored(model))
+        stack.enter_context(_eager())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_autocast_uncached())
+        stack.enter_context(_modules_restored(model))
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def _modules_restored(model: nn.Module) -> Iterator[None]:
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    attributes = [dict(vars(module)) for module in modules]
+    registered = [dict(module._buffers) for module in modules]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    # A comparison needs dense tensors; nothing writes into a sparse one.
+    values = [(t, t.detach().clone()) for t in tensors if t.layout == torch.strided]
     try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            torch.set_autocast_cache_enabled(False)
-            for module, _ in modes:
-                module.training = False
+        yield
+    finally:
+        for module, mode, kept, buffers in zip(modules, modes, attributes, registered, strict=True):
+            module.training = mode
+            _restore(vars(module), kept)
+            _restore(module._buffers, buffers)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in current.keys() - saved.keys():
+        del current[name]
+    for name, value in saved.items():
+        if name not in current or current[name] is not value:
+            current[name] = value
+
+
+@contextmanager
+def _generators_restored(model: nn.Module) -> Iterator[None]:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        torch.set_autocast_cache_enabled(cache)
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer, saved in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and saved is not None and not torch.equal(buffer, saved):
-                with torch.no_grad():
-                    buffer.copy_(saved)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _autocast_uncached() -> Iterator[None]:
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _eager() -> AbstractContextManager[object]:
+    # Where the compiler was never imported nothing is compiled, and importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

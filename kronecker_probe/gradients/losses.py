@@ -91,6 +91,25 @@ class ResolvedLoss:
         onehot = F.one_hot(targets, p.shape[-1]).to(p.dtype)
         return self.scale * (p - onehot).movedim(-1, self.class_dim)
 
+    def batch_value(self, outputs: Tensor, targets: Tensor) -> float:
+        """The loss of the batch at the given labels, in float64."""
+        flat = outputs.detach().double()
+        if self.kind == "mse":
+            total = float((flat - targets.double()).square().sum())
+        else:
+            total = float(
+                F.cross_entropy(flat.movedim(self.class_dim, 1), targets, reduction="sum")
+            )
+        return self.term_weight(outputs) * total
+
+    def batch_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of the batch loss in the outputs at the given labels, of the outputs' shape."""
+        return self.term_weight(outputs) / self.scale * self.true_gradient(outputs, targets)
+
+    def term_weight(self, outputs: Tensor) -> float:
+        """Weight of one term in the loss of the batch."""
+        return self.scale / outputs.shape[0] if self.reduction == "mean" else self.scale
+
     def accuracy(self, outputs: Tensor, targets: Tensor) -> float | None:
         """Share of correct labels; None for regression."""
         if self.kind == "mse":
@@ -101,7 +120,7 @@ class ResolvedLoss:
 def _basis_columns(outputs: Tensor, value: float) -> Iterator[Tensor]:
     """value e_j for every output j of a datum."""
     for j in range(outputs[0].numel()):
-        column = torch.zeros_like(outputs).flatten(1)
+        column = torch.zeros_like(outputs).reshape(outputs.shape[0], -1)
         column[:, j] = value
         yield column.view(outputs.shape)
 
@@ -128,39 +147,45 @@ def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Res
 
     Args:
         loss_fn: Takes (outputs, targets), returns a scalar.
-        outputs: [N, C], [N, C, ...] or [N, ..., C] for cross-entropy; any [N, ...] for MSE.
+        outputs: [N, C], [N, C, ...] or [N, ..., C] for cross-entropy; any [N, ...] for MSE. Finite.
         targets: Class indices (int64) for cross-entropy, values of the outputs' shape for MSE.
 
     Raises:
         InvalidInputError: Targets of the wrong dtype, shape or range.
-        NonFiniteError: The outputs or the loss are NaN or infinite.
+        NonFiniteError: The loss is NaN or infinite.
         UnsupportedError: The loss is none of these; the message says what it was compared with.
     """
-    if not bool(torch.isfinite(outputs).all()):
-        raise NonFiniteError(
-            "The model's outputs hold NaN or infinite values; check the inputs and the weights."
-        )
     candidates = _candidates(outputs, targets)
-    total = float(_scalar(loss_fn(outputs.detach(), targets)))
+    actual = _at_least_float32(outputs)
+    total = float(_scalar(loss_fn(actual.clone(), targets)).detach())
     if not math.isfinite(total):
         raise NonFiniteError(f"The loss is {total}; check targets and outputs for NaN.")
-    # Compared at random outputs: at a perfect fit every gradient vanishes and nothing is told.
-    leaf = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
-    leaf = leaf.to(outputs.device, _at_least_float32(outputs).dtype).requires_grad_(True)
+    # Compared at random outputs, too: at a perfect fit every gradient vanishes and tells nothing.
+    leaf = torch.randn(
+        outputs.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    ).to(actual)
+    leaf.requires_grad_(True)
     with torch.enable_grad():
         value = _scalar(loss_fn(leaf, targets))
-        gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0]
+    if not value.requires_grad:
+        raise UnsupportedError("loss_fn(outputs, targets) has no gradient in outputs.")
+    gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0]
     for kind, reduction, class_dim, scale in candidates:
         loss = ResolvedLoss(kind, reduction, class_dim, scale, total)
-        if gradient is not None and _close(gradient, _batch_gradient(loss, leaf, targets)):
+        if (
+            gradient is not None
+            and _close(gradient, loss.batch_gradient(leaf, targets))
+            and _same_value(loss, float(value.detach()), leaf, targets)
+            and _same_value(loss, total, actual, targets)
+        ):
             return loss
     tried = " or ".join(
         dict.fromkeys(f"{kind} ({reduction})" for kind, reduction, *_ in candidates)
     )
     raise UnsupportedError(
-        f"loss_fn is not {tried} of outputs {list(outputs.shape)}: its gradient differs. "
-        "Supported: "
-        "cross-entropy on class indices and MSE, as a mean or a sum over data, without class "
+        f"loss_fn is not {tried} of outputs {list(outputs.shape)}: its value or gradient differs. "
+        "Supported: cross-entropy on logits and class indices (for NLLLoss on log-probabilities, "
+        "cross_entropy is the same loss) and MSE, as a mean or a sum over data, without class "
         "weights, label smoothing, ignored targets or added penalties; pass the data term alone."
     )
 
@@ -185,7 +210,7 @@ def _candidates(outputs: Tensor, targets: Tensor) -> list[tuple[str, str, int, f
                 "cross-entropy needs class indices (int64)."
             )
         size = outputs[0].numel()
-        return [("mse", "mean", -1, 1.0 / size), ("mse", "sum", -1, 1.0)]
+        return _scales("mse", -1, size)
     if targets.dtype != torch.int64:
         raise InvalidInputError(
             f"{shapes}: give class indices as int64 (targets.long()) or MSE targets as floats."
@@ -207,14 +232,15 @@ def _candidates(outputs: Tensor, targets: Tensor) -> list[tuple[str, str, int, f
                 f"targets range over {low}..{high}, and the outputs have {outputs.shape[d]} "
                 "classes; every label must be a valid class (ignored targets are not supported)."
             )
-        terms = targets[0].numel()
-        found += [("cross-entropy", "mean", d, 1.0 / terms), ("cross-entropy", "sum", d, 1.0)]
+        found += _scales("cross-entropy", d, targets[0].numel())
     return found
 
 
-def _batch_gradient(loss: ResolvedLoss, outputs: Tensor, targets: Tensor) -> Tensor:
-    gradient = loss.true_gradient(outputs, targets)
-    return gradient / outputs.shape[0] if loss.reduction == "mean" else gradient
+def _scales(kind: str, class_dim: int, terms: int) -> list[tuple[str, str, int, float]]:
+    """A mean over data of a mean or a sum over a datum's terms, and a sum over everything."""
+    per_datum = dict.fromkeys((1.0 / terms, 1.0))
+    means = [(kind, "mean", class_dim, scale) for scale in per_datum]
+    return [*means, (kind, "sum", class_dim, 1.0)]
 
 
 def _close(gradient: Tensor, expected: Tensor) -> bool:
@@ -223,3 +249,17 @@ def _close(gradient: Tensor, expected: Tensor) -> bool:
     error = torch.linalg.vector_norm(gradient.double() - expected.double())
     size = torch.linalg.vector_norm(expected.double())
     return float(error) <= 64 * eps * float(size)
+
+
+def _same_value(loss: ResolvedLoss, value: float, outputs: Tensor, targets: Tensor) -> bool:
+    """Equal up to the rounding of outputs and targets, carried through the terms."""
+    rounding = 64 * torch.finfo(outputs.dtype).eps
+    expected = loss.batch_value(outputs, targets)
+    total = loss.term_weight(outputs) * (outputs if loss.kind == "mse" else targets).numel()
+    largest = float(outputs.detach().abs().max())
+    if loss.kind == "mse":  # a term d^2 moves by 2 d e + e^2 when d moves by e
+        e = rounding * max(largest, float(targets.abs().max()))
+        slack = 2 * e * math.sqrt(total * expected) + total * e**2
+    else:  # a term moves by as much as its logits
+        slack = total * rounding * largest
+    return abs(value - expected) <= rounding * expected + slack

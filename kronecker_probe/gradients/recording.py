@@ -16,10 +16,11 @@ from kronecker_probe.gradients.layers import LayerRule
 
 @dataclass(frozen=True)
 class Owner:
-    """A module that holds a parameter, and the rule that reads its gradient."""
+    """A module that holds a weight, and the rule that reads its gradient."""
 
     name: str
     module: nn.Module
+    weight: nn.Parameter
     rule: LayerRule
 
 
@@ -28,7 +29,8 @@ class Call:
     """One call of a module.
 
     The gradient edge stands for the output as the module returned it: an in-place activation
-    behind the layer rebases the tensor, and not the edge.
+    behind the layer rebases the tensor, and not the edge. An output that is a view (Linear on
+    shared positions) is copied first, because there it replaces the edge.
     """
 
     owner: Owner
@@ -36,6 +38,13 @@ class Call:
     version: int
     edge: GradientEdge | None
     output_shape: torch.Size
+    output_dtype: torch.dtype
+
+    def nbytes(self, columns: int) -> float:
+        """Bytes of the call's samples: output gradients, and inputs (unfolded, for a Conv2d)."""
+        weight = self.owner.weight
+        inputs_per_output = weight[0].numel() / weight.shape[0]
+        return self.output_shape.numel() * (columns + inputs_per_output) * self.x.element_size()
 
     def check(self) -> None:
         """Refuse an input that is not finite, or that was overwritten after the call.
@@ -95,35 +104,25 @@ class _Hook:
 
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
-        problem = self.owner.rule.batch_problem(module, x, self.n_data)
+        problem = self._problem(module, x)
         if problem:
             self.record.problems.setdefault(self.parameter, problem)
-            return
-        edge = get_gradient_edge(output) if output.requires_grad else None
-        call = Call(self.owner, x.detach(), x._version, edge, output.shape)
+            return None
+        copied = output.clone() if output.requires_grad and output._is_view() else None
+        kept = output if copied is None else copied
+        edge = get_gradient_edge(kept) if kept.requires_grad else None
+        call = Call(self.owner, x.detach(), x._version, edge, output.shape, output.dtype)
         self.record.calls[self.parameter].append(call)
+        return copied
 
-
-def graph_uses(outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """How many operations in the graph of ``outputs`` read each parameter.
-
-    More uses than recorded calls means that a weight is also used outside its layer, whose
-    gradient the layer's factors would miss.
-    """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    uses = dict.fromkeys(parameters, 0)
-    seen: set[object] = set()
-    stack = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if variable is not None and id(variable) in names:
-                uses[names[id(variable)]] += 1
-            stack.append(following)
-    return uses
+    def _problem(self, module: nn.Module, x: Tensor) -> str:
+        if module.weight is not self.owner.weight:
+            return (
+                f"{self.owner.name!r} ran with another weight than its own "
+                "(torch.func.functional_call, or a replica of the module)"
+            )
+        if x.layout != torch.strided:
+            return f"its input has layout {x.layout}; only dense tensors are measured"
+        return self.owner.rule.batch_problem(module, x, self.n_data)

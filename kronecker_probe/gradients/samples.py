@@ -46,6 +46,7 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shapes do not fit, or a dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
+        _check_tensors(output_grads=output_grads, inputs=inputs)
         forms = {(2, 2), (3, 3), (4, 3)}
         if (output_grads.ndim, inputs.ndim) not in forms:
             raise InvalidInputError(
@@ -68,7 +69,8 @@ class GradientSamples(abc.ABC):
             raise InvalidInputError(
                 f"output_grads are on {d.device} and inputs on {inputs.device}; move one."
             )
-        return FactoredSamples(d, inputs, _check_weights(weights, d.shape[0], d.device))
+        checked = _check_weights(weights, d.shape[0], d.device)
+        return FactoredSamples(d.detach(), inputs.detach(), checked)
 
     @staticmethod
     def from_matrices(
@@ -87,13 +89,15 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shape does not fit, or the dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
+        _check_tensors(matrices=matrices)
         if matrices.ndim not in (3, 4):
             raise InvalidInputError(
                 f"from_matrices got a tensor {_dims(matrices)}; give [N, m, n] or [N, C, m, n]."
             )
         values = matrices if matrices.ndim == 4 else matrices[:, None]
         _check_values("matrices", values)
-        return MatrixSamples(values, _check_weights(weights, values.shape[0], values.device))
+        checked = _check_weights(weights, values.shape[0], values.device)
+        return MatrixSamples(values.detach(), checked)
 
     @property
     @abc.abstractmethod
@@ -237,6 +241,14 @@ def _dims(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(value).__name__}; give a torch tensor (torch.as_tensor)."
+            )
+
+
 def _check_values(name: str, tensor: Tensor) -> None:
     if not tensor.dtype.is_floating_point:
         raise InvalidInputError(
@@ -259,7 +271,9 @@ def _check_weights(
 ) -> Tensor:
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64, device=device)
-    given = torch.as_tensor(weights, dtype=torch.float64, device=device)
+    if isinstance(weights, Tensor) and weights.is_complex():
+        raise InvalidInputError(f"weights have dtype {weights.dtype}; give real ones.")
+    given = torch.as_tensor(weights, dtype=torch.float64, device=device).detach()
     if given.shape != (count,):
         raise InvalidInputError(f"weights are {_dims(given)}; {count} data need shape [{count}].")
     if not bool(torch.isfinite(given).all()):

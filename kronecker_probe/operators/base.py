@@ -120,3 +120,15 @@ class Operator(abc.ABC):
             matmat=matmat,
             rmatmat=matmat,
         )
+
+
+def check_nonnegative(name: str, values: Tensor) -> None:
+    """Refuse the spectrum of something that is not PSD.
+
+    Raises:
+        InvalidInputError: A value is negative.
+    """
+    if bool((values < 0).any()):
+        raise InvalidInputError(
+            f"{name} go down to {float(values.min()):g}; a PSD operator needs values >= 0."
+        )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.base import Operator, check_nonnegative
 
 
 @final
@@ -23,6 +24,7 @@ class DiagonalOperator(Operator):
         if values.ndim != 2:
             raise InvalidInputError(f"A diagonal has shape [m, n]; got {list(values.shape)}.")
         self.values = values.detach().double()
+        check_nonnegative("values", self.values)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,6 +42,8 @@ class DiagonalOperator(Operator):
 
     def power(self, p: float) -> DiagonalOperator:
         """P^p entrywise; for p <= 0 zero entries stay zero."""
+        if not math.isfinite(p):
+            raise InvalidInputError(f"power got p={p}; give a finite exponent.")
         powered = self.values.clamp_min(torch.finfo(torch.float64).tiny).pow(p)
         return DiagonalOperator(torch.where(self.values > 0, powered, torch.zeros_like(powered)))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.base import Operator, check_nonnegative
 from kronecker_probe.operators.factors import Eigenbasis, spectrum_power
 
 
@@ -28,6 +28,7 @@ class EigenOperator(Operator):
         self.left = _as_basis(left_basis)
         self.right = _as_basis(right_basis)
         self.eigenvalues = eigenvalues.detach().double()
+        check_nonnegative("eigenvalues", self.eigenvalues)
         if eigenvalues.shape != (self.left.rank, self.right.rank):
             raise InvalidInputError(
                 f"eigenvalues are {list(eigenvalues.shape)}; bases of {self.left.rank} and "

@@ -315,7 +315,13 @@ class SpectralFactor(Factor):
 
 
 def spectrum_power(values: Tensor, p: float, size: int) -> Tensor:
-    """Entrywise values^p of a PSD spectrum; what is below rounding is null, for any p."""
+    """Entrywise values^p of a PSD spectrum; what is below rounding is null, for any p.
+
+    Raises:
+        InvalidInputError: p is not a finite number.
+    """
+    if not math.isfinite(p):
+        raise InvalidInputError(f"power got p={p}; give a finite exponent.")
     top = float(values.max()) if values.numel() else 0.0
     floor = max(0.0, top * size * torch.finfo(torch.float64).eps)
     powered = values.clamp_min(torch.finfo(torch.float64).tiny).pow(p)

@@ -15,8 +15,14 @@ def inner(p: Operator, q: Operator) -> float:
     """<P, Q> of two operators of one shape.
 
     Raises:
-        InvalidInputError: The shapes differ.
+        InvalidInputError: The shapes differ, or one is no operator.
     """
+    for one in (p, q):
+        if not isinstance(one, Operator):
+            raise InvalidInputError(
+                f"Inner product with a {type(one).__name__}; give an operator (a matrix "
+                "[mn, mn] becomes one by kp.DenseOperator)."
+            )
     if p.shape != q.shape:
         raise InvalidInputError(
             f"Inner product of operators on {p.shape[0]} x {p.shape[1]} and {q.shape[0]} x "

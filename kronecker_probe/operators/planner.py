@@ -129,7 +129,8 @@ def _eigen_seconds(machine: Machine, size: float) -> float:
 
 def _sample(s: GradientSamples) -> RouteCost:
     if s.n_positions != 1:
-        reason = "holds only factored samples with T = 1"
+        seen = "matrices" if s.n_positions is None else f"factors with T = {s.n_positions}"
+        reason = f"sample space holds only factored samples with T = 1, these are {seen}"
         return RouteCost("sample", math.inf, math.inf, reason)
     machine = machine_of(s.device)
     (m, n), count, columns = s.shape, s.n_data, s.n_columns

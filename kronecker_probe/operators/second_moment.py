@@ -120,8 +120,8 @@ class SecondMoment(Operator):
         Raises:
             InvalidInputError: k is not positive.
         """
-        if k is not None and k < 1:
-            raise InvalidInputError(f"kronecker_spectrum got k={k}; give a positive number.")
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise InvalidInputError(f"kronecker_spectrum got k={k!r}; give a positive integer.")
         if k is None and self.samples.n_positions == 1 and self._plan.route == "parameter":
             return SampleSpace(self.samples).spectrum(None)  # type: ignore[arg-type]
         return self._route.spectrum(k)

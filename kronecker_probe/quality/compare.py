@@ -72,7 +72,7 @@ class Scores:
 
 def compare(
     samples: Mapping[str, GradientSamples] | GradientSamples,
-    approximations: Sequence[str] | None = None,
+    approximations: str | Sequence[str] | None = None,
     *,
     singular_values: int = 8,
     extra: Mapping[str, Mapping[str, Operator]] | None = None,
@@ -81,7 +81,7 @@ def compare(
 
     Args:
         samples: What ``kp.capture`` returned, any mapping of names to samples, or one set.
-        approximations: Names; None for all. What the samples cannot carry ("kfac" without
+        approximations: A name, or several; None for all. What the samples cannot carry ("kfac" without
             factors) is a row without a value, whose note says why.
         singular_values: How many leading singular values of R(H) to list; 0 for none.
         extra: Operators of your own: parameter name -> name -> operator. Only their shape counts,
@@ -91,21 +91,25 @@ def compare(
         The table of plug-in numbers: those of the sample matrix itself.
 
     Raises:
-        InvalidInputError: No samples.
+        InvalidInputError: No samples, or an operator of ``extra`` that has the name of an
+            approximation or another shape.
         UnknownNameError: An approximation, or a parameter of ``extra``, that is not there.
     """
-    names = tuple(APPROXIMATIONS) if approximations is None else tuple(approximations)
-    for name in names:
-        if name not in APPROXIMATIONS:
-            raise unknown_name("approximation", name, APPROXIMATIONS)
+    names = approximation_names(approximations)
+    if singular_values < 0:
+        raise InvalidInputError(f"singular_values={singular_values}; give 0 (for none) or more.")
     if isinstance(samples, GradientSamples):
         samples = {"samples": samples}
     if not samples:
         raise InvalidInputError("compare got no samples; capture at least one parameter.")
     extra = extra or {}
-    for parameter in extra:
+    for parameter, operators in extra.items():
         if parameter not in samples:
             raise unknown_name("parameter of extra", parameter, samples)
+        if taken := sorted(operators.keys() & set(names)):
+            raise InvalidInputError(
+                f"extra for {parameter!r} has the name {taken[0]!r} of an approximation; rename it."
+            )
     draws = samples.draws if isinstance(samples, Capture) else None
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
@@ -123,6 +127,21 @@ def compare(
     if isinstance(samples, Capture):
         rows += [skipped_row(name, reason) for name, reason in samples.skipped.items()]
     return Scores(to_table(rows))
+
+
+def approximation_names(approximations: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names asked for, each once; all of them for None.
+
+    Raises:
+        UnknownNameError: No such approximation.
+    """
+    if approximations is None:
+        return tuple(APPROXIMATIONS)
+    names = [approximations] if isinstance(approximations, str) else approximations
+    for name in names:
+        if name not in APPROXIMATIONS:
+            raise unknown_name("approximation", name, APPROXIMATIONS)
+    return tuple(dict.fromkeys(names))
 
 
 def to_table(rows: Sequence[Row], leading: Sequence[str] = ()) -> pd.DataFrame:

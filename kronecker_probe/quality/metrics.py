@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.inner import inner
+
+# Inner products of H with its own factors scale as |H|^3, which must stay inside float64.
+LARGEST_NORM = 1e95
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,27 @@ class InnerProducts:
     @staticmethod
     def of(target: Operator, approximation: Operator) -> InnerProducts:
         """Compute them once for all metrics of a pair."""
-        return InnerProducts(target.inner(approximation), target.norm(), approximation.norm())
+        return InnerProducts(inner(target, approximation), target.norm(), approximation.norm())
+
+    @property
+    def unusable(self) -> str:
+        """Why no metric is defined here; empty when some are."""
+        if self.target == 0.0:
+            return "H = 0: no quality number is defined"
+        if not math.isfinite(self.target):
+            return f"|H| = {self.target}: the target is not finite"
+        if not 1.0 / LARGEST_NORM < self.target < LARGEST_NORM:
+            return f"|H| = {self.target:.3g} is beyond what float64 can score; rescale the loss"
+        if not (math.isfinite(self.approximation) and math.isfinite(self.cross)):
+            return f"|P| = {self.approximation}, <H, P> = {self.cross}: P is not finite"
+        return ""
 
     @property
     def undefined(self) -> str:
-        """Why quality is undefined here; empty when it is defined."""
-        if self.target == 0.0:
-            return "H = 0: no quality number is defined"
-        if self.approximation == 0.0:
-            return "P = 0: no cosine or scale is defined"
-        return ""
+        """Why cosine and scale are undefined here; empty when they are defined."""
+        if self.unusable:
+            return self.unusable
+        return "P = 0: no cosine or scale is defined" if self.approximation == 0.0 else ""
 
     @property
     def cosine(self) -> float:
@@ -48,7 +63,7 @@ class InnerProducts:
     @property
     def relative_error(self) -> float:
         """|H - P| / |H|."""
-        if self.target == 0.0:
+        if self.unusable:
             return math.nan
         ratio = self.approximation / self.target
         cross = self.cross / self.target / self.target
@@ -57,6 +72,8 @@ class InnerProducts:
     @property
     def best_scale(self) -> float:
         """The c that minimizes |H - c P|: <H, P> / |P|^2."""
+        if self.undefined and self.target != 0.0:
+            return math.nan
         if self.approximation == 0.0:
             return math.nan
         return self.cross / self.approximation / self.approximation

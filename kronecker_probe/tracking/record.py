@@ -32,9 +32,13 @@ def read_record(directory: Path) -> dict[str, Any]:
         data = path.read_bytes()
     with contextlib.suppress(ValueError):  # undecodable bytes and broken JSON alike
         record = json.loads(data)
-        if isinstance(record, dict) and isinstance(record.get(FORMAT_KEY), int):
-            if isinstance(record.get("config"), dict) and "status" in record:
-                return record
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get(FORMAT_KEY), int)
+            and isinstance(record.get("config"), dict)
+            and "status" in record
+        ):
+            return record
     raise RunDirectoryError(
         f"{path} was not written by kronecker-probe, or is damaged; choose another path."
     )

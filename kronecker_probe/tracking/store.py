@@ -276,7 +276,7 @@ class RunStore:
                     "are kept as *.bad), or read the rest with strict=False."
                 )
             warnings.warn(f"Left out of the table: {named}.", RuntimeWarning, stacklevel=2)
-        whole = [frames[step] for step in sorted(frames) if len(frames[step])]
+        whole = [frame for frame in frames.values() if len(frame)]
         if not whole:
             return schema.empty_table()
         table = pd.concat(whole, ignore_index=True)

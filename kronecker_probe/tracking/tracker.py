@@ -8,17 +8,27 @@ from typing import Any, final
 
 import pandas as pd
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from kronecker_probe.approximations import APPROXIMATIONS
-from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.gradients.capture import Capture, capture
 from kronecker_probe.gradients.draws import check_draws
 from kronecker_probe.gradients.losses import LossFunction
+from kronecker_probe.gradients.selection import select
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.quality.compare import Row, Scores, absent_row, compare, to_table
+from kronecker_probe.quality.compare import (
+    Row,
+    Scores,
+    absent_row,
+    approximation_names,
+    compare,
+    to_table,
+)
 from kronecker_probe.tracking.live import live_operator
+from kronecker_probe.tracking.record import FILE
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
+from kronecker_probe.tracking.schema import conform, empty_table
 from kronecker_probe.tracking.store import RunStore
 
 
@@ -37,14 +47,15 @@ class Tracker:
         out: Run directory; None keeps the numbers in memory only.
         every: Interval in steps, a collection of steps, or a predicate on the step.
         probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
-            noise; None measures the batch given to :meth:`step`.
+            noise; None measures the batch given to :meth:`step` or :meth:`finish`.
         draws: "ggn", "fisher" or "empirical-fisher".
         layers: Glob, or several, of parameter names.
-        approximations: Names; None for all.
+        approximations: A name, or several; None for all.
         seed: Of the sampled labels.
         singular_values: Leading singular values of R(H) to store at each probe.
         config: Options of the run for run.json; they must be the same on resuming.
-        resume: Go on with the run in ``out``: steps that it holds are not measured again.
+        resume: Go on with the run in ``out``: steps that it holds are not measured again. A run
+            that is not there yet is started.
         overwrite: Delete the run in ``out`` first.
         start: Optimizer steps taken before the first call of :meth:`step`.
 
@@ -52,7 +63,7 @@ class Tracker:
         RunDirectoryError: ``out`` holds another run, cannot be written, or was made with other
             options.
         InvalidInputError: An option is out of range; the message names it.
-        UnknownNameError: Unknown draws or approximation.
+        UnknownNameError: Unknown draws or approximation, or a glob that matches no parameter.
     """
 
     def __init__(
@@ -66,7 +77,7 @@ class Tracker:
         probe: tuple[Tensor, Tensor] | None = None,
         draws: str = "ggn",
         layers: str | Sequence[str] = "*",
-        approximations: Sequence[str] | None = None,
+        approximations: str | Sequence[str] | None = None,
         seed: int = 0,
         singular_values: int = 8,
         config: Mapping[str, Any] | None = None,
@@ -75,9 +86,9 @@ class Tracker:
         start: int = 0,
     ) -> None:
         check_draws(draws, 1)
-        for name in approximations or ():
-            if name not in APPROXIMATIONS:
-                raise unknown_name("approximation", name, APPROXIMATIONS)
+        names = approximation_names(approximations)
+        if not any(map(is_lazy, model.parameters())):
+            select(model, layers)  # before the run directory is touched
         if out is None and (resume or overwrite):
             raise InvalidInputError("resume and overwrite need a run directory: give out=.")
         if resume and overwrite:
@@ -88,7 +99,7 @@ class Tracker:
         self.probe = probe
         self.draws = draws
         self.layers = layers
-        self.approximations = approximations
+        self.approximations = names
         self.seed = seed
         self.singular_values = singular_values
         self.steps_taken = start
@@ -104,10 +115,12 @@ class Tracker:
         options: dict[str, Any] = {
             "draws": self.draws,
             "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
-            "approximations": list(self.approximations or APPROXIMATIONS),
+            "approximations": list(self.approximations),
+            "seed": self.seed,
+            "singular_values": self.singular_values,
             **(config or {}),
         }
-        if resume and out.exists():
+        if resume and (out / FILE).exists():
             store = RunStore.resume(out, options)
             self._measured.update(store.steps())
             return store
@@ -139,7 +152,8 @@ class Tracker:
         data = self.probe if self.probe is not None else batch
         if data is None:
             raise InvalidInputError(
-                "Nothing to measure: give the Tracker a probe=(inputs, targets), or step(batch)."
+                "Nothing to measure: give the Tracker a probe=(inputs, targets), or a batch to "
+                f"this call (step {self.steps_taken})."
             )
         samples = capture(
             self.model, self.loss_fn, data, draws=self.draws, layers=self.layers, seed=self.seed
@@ -173,12 +187,28 @@ class Tracker:
         if self.store is not None:
             self.store.set_status("done")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the tracker stands, for a checkpoint taken before this step's :meth:`log`.
+
+        Returns:
+            JSON values: ``steps_taken``, and ``logged``, the numbers that no part holds yet.
+        """
+        return {"steps_taken": self.steps_taken, "logged": [dict(row) for row in self._pending]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, so that the resumed run logs every step once."""
+        self.steps_taken = int(state["steps_taken"])
+        self._pending = [dict(row) for row in state["logged"]]
+
     @property
     def table(self) -> pd.DataFrame:
         """Everything measured so far, with a column ``step``; from disk where there is a run."""
         if self.store is not None:
             return self.store.read()
-        return pd.concat(self._parts, ignore_index=True) if self._parts else to_table([], ["step"])
+        if not self._parts:
+            return empty_table()
+        table = pd.concat(self._parts, ignore_index=True)
+        return table.sort_values("step", kind="stable", ignore_index=True)
 
     def plot(self, **options: Any) -> Any:
         """The trajectory figure; returns its Axes."""
@@ -213,7 +243,7 @@ class Tracker:
         rows = [*self._pending, *run, *({"step": step} | row for row in absent)]
         scored = scores.table.copy()
         scored.insert(0, "step", step)
-        part = pd.concat([scored, to_table(rows, ["step"])], ignore_index=True)
+        part = conform(pd.concat([scored, to_table(rows, ["step"])], ignore_index=True))
         if self.store is None:
             self._parts.append(part)
         else:

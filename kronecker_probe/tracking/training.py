@@ -139,6 +139,7 @@ class Training:
             for step in range(self.tracker.steps_taken, self.options.steps):
                 report(Progress(step + 1, self._step(step), self.accuracy))
             self._probe_accuracy()
+            self.tracker.measure()
             self._checkpoint(torch.get_rng_state(), self.options.steps)
             self.tracker.finish()
         except KeyboardInterrupt:
@@ -167,8 +168,10 @@ class Training:
         self.tracker.log(train_loss=value)
         if step in self.probed:
             self._probe_accuracy()
-            self._checkpoint(generator, step)
         self.tracker.step(batch)
+        if step in self.probed:
+            # after the part, which holds the losses logged since the last one
+            self._checkpoint(generator, step)
         self.optimizer.step()
         return value
 

@@ -90,7 +90,8 @@ class DenseSpace(Route):
         return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))
 
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
-        return project_rearranged(self.rearranged, left.vectors, right.vectors)
+        projected = project_rearranged(self.rearranged, left.vectors, right.vectors)
+        return projected.clamp_min(0)  # a sum of squares, but for the rounding of differences
 
     def leading(self) -> LeadingProduct:
         found = leading_triples(

@@ -1,0 +1,300 @@
+"""Captured gradients against torch.func, and everything that a capture says about itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kronecker_probe as kp
+from tests import functional_oracle as oracle
+from tests.functional_oracle import RELATIVE, assert_close, second_moment
+from tests.small_models import SMALL_MODELS, SmallModel
+from tests.small_modules import CLASSES, Lambda, mlp, three
+
+# Standard errors that a mean of sampled draws may be off, the worst of a few hundred entries: by
+# chance less than once in 1e6 seeds, and the seed is fixed.
+STANDARD_ERRORS = 6.0
+
+# What torch says about models of the registry, and not about the package.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
+
+
+every_model = pytest.mark.parametrize("small", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
+every_kind = pytest.mark.parametrize("kind", ["cross-entropy", "mse"])
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum"])
+
+
+@every_model
+@every_kind
+def test_gauss_newton_is_that_of_torch_func(small: SmallModel, kind: str) -> None:
+    model, batch, loss = small.model(), small.batch(kind), small.loss(kind)
+    samples = kp.capture(model, loss, batch, draws="ggn")
+    assert tuple(samples) == small.measured
+    expected = oracle.gauss_newton(small.reference(model), loss, *batch, small.measured)
+    for name in small.measured:
+        assert_close(second_moment(samples[name]), expected[name])
+
+
+@every_model
+@every_reduction
+@every_kind
+def test_empirical_fisher_is_the_gradient_of_each_datum(
+    small: SmallModel, kind: str, reduction: str
+) -> None:
+    model, batch, loss = small.model(), small.batch(kind), small.loss(kind, reduction)
+    samples = kp.capture(model, loss, batch, draws="empirical-fisher")
+    expected = oracle.share_gradients(small.reference(model), loss, *batch, small.measured)
+    for name in small.measured:
+        assert samples[name].n_columns == 1
+        assert_close(samples[name].matrices()[:, 0].flatten(1), expected[name].flatten(1))
+
+
+@pytest.mark.parametrize(
+    "small",
+    [s for s in SMALL_MODELS.values() if s.batchable and not s.coupled],
+    ids=lambda small: small.name,
+)
+def test_empirical_fisher_is_the_gradient_of_each_datum_alone(small: SmallModel) -> None:
+    model, batch = small.model(), small.batch("cross-entropy")
+    loss = small.loss("cross-entropy")
+    samples = kp.capture(model, loss, batch, draws="empirical-fisher")
+    expected = oracle.per_sample_gradients(small.reference(model), loss, *batch)
+    for name in small.measured:
+        assert_close(samples[name].matrices()[:, 0].flatten(1), expected[name].flatten(1))
+
+
+@every_model
+def test_what_is_skipped_has_its_reason(small: SmallModel) -> None:
+    model = small.model()
+    samples = kp.capture(model, F.mse_loss, small.batch("mse"))
+    assert [*samples, *samples.skipped] != []
+    assert set(samples) | set(samples.skipped) == {name for name, _ in model.named_parameters()}
+    assert not set(samples) & set(samples.skipped)
+    for name, pattern in small.skipped.items():
+        assert re.search(pattern, samples.skipped[name]), samples.skipped[name]
+
+
+SHAPES = ("2-D", "3-D", "classes second", "pooled sequence", "conv in-place activation, pixels")
+
+
+@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
+def test_models_that_return_one_number_a_datum(draws: str) -> None:
+    small = SMALL_MODELS["2-D"]
+    model = nn.Sequential(small.model(), Lambda(lambda m, x: x[:, 0]))
+    inputs = small.inputs()
+    targets = small.inputs(seed=5)[:, 0]
+    samples = kp.capture(model, F.mse_loss, (inputs, targets), draws=draws)
+    assert list(samples) == ["0.0.weight", "0.2.weight"]
+    assert samples["0.0.weight"].n_columns == 1
+    if draws == "ggn":
+        expected = oracle.gauss_newton(model, F.mse_loss, inputs, targets, ["0.0.weight"])
+        assert_close(second_moment(samples["0.0.weight"]), expected["0.0.weight"])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [("cross-entropy", "sum"), ("mse", "sum"), ("cross-entropy", "mixed"), ("mse", "mixed")],
+)
+def test_gauss_newton_of_other_reductions(name: str, kind: str, reduction: str) -> None:
+    small = SMALL_MODELS[name]
+    model, batch = small.model(), small.batch(kind)
+    loss = small.loss(kind, "sum")
+    if reduction == "mixed":  # a sum over a datum's terms, and a mean over data
+        total = loss
+        loss = lambda outputs, targets: total(outputs, targets) / len(targets)  # noqa: E731
+    samples = kp.capture(model, loss, batch)
+    expected = oracle.gauss_newton(model, loss, *batch, small.measured)
+    for parameter in small.measured:
+        assert_close(second_moment(samples[parameter]), expected[parameter])
+    assert samples.loss == pytest.approx(loss(model(batch[0]), batch[1]).item(), rel=RELATIVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reduction"),
+    [
+        ("2-D", "cross-entropy", "mean"),
+        ("2-D", "mse", "mean"),
+        ("3-D", "cross-entropy", "mean"),
+        ("3-D", "mse", "mean"),
+        ("classes second", "cross-entropy", "sum"),
+        ("pooled sequence", "mse", "sum"),
+    ],
+)
+def test_fisher_is_unbiased_for_gauss_newton(name: str, kind: str, reduction: str) -> None:
+    small, K = SMALL_MODELS[name], 1500
+    model, batch, loss = small.model(), small.batch(kind, 2), small.loss(kind, reduction)
+    samples = kp.capture(model, loss, batch, draws="fisher", label_draws=K, seed=5)
+    exact = kp.capture(model, loss, batch, draws="ggn")
+    for parameter in small.measured:
+        expected = second_moment(exact[parameter])
+        G = samples[parameter].matrices().flatten(2)  # [N, K, mn], K independent label draws
+        draws = torch.einsum("ikp,ikq->kpq", G, G) / len(G)
+        error = draws.std(0) / K**0.5
+        assert_close(second_moment(samples[parameter]), draws.mean(0))
+        assert float(((draws.mean(0) - expected).abs() / (error + 1e-12)).max()) < STANDARD_ERRORS
+        # sharp enough to see a factor of T, of the number of outputs, or of 2
+        assert float(error.norm() / expected.norm()) < 0.15
+
+
+@every_kind
+def test_a_mean_of_sampled_gradients_vanishes(kind: str) -> None:
+    small, K = SMALL_MODELS["2-D"], 2000
+    batch = small.batch(kind, 2)
+    samples = kp.capture(small.model(), small.loss(kind), batch, draws="fisher", label_draws=K)
+    G = samples["0.weight"].matrices().flatten(2)
+    z = G.mean(1) / (G.std(1) / K**0.5)
+    assert float(z.abs().max()) < STANDARD_ERRORS
+
+
+def test_sampled_labels_follow_the_model_and_not_the_targets() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, (inputs, targets) = small.model(), small.batch("cross-entropy")
+    other = (targets + 1) % CLASSES
+    one = kp.capture(model, F.cross_entropy, (inputs, targets), draws="fisher", seed=3)
+    two = kp.capture(model, F.cross_entropy, (inputs, other), draws="fisher", seed=3)
+    assert torch.equal(one["0.weight"].output_grads, two["0.weight"].output_grads)
+    assert one.loss != two.loss
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "mse"])
+def test_fisher_is_fixed_by_its_seed_alone(kind: str) -> None:
+    small = SMALL_MODELS["3-D"]
+    model, batch, loss = small.model(), small.batch(kind), small.loss(kind)
+
+    def drawn(seed: int) -> Tensor:
+        return kp.capture(model, loss, batch, draws="fisher", seed=seed)["0.weight"].output_grads
+
+    torch.manual_seed(1)
+    first = drawn(7)
+    torch.manual_seed(2)
+    torch.rand(3)
+    assert torch.equal(first, drawn(7))
+    assert not torch.equal(first, drawn(8))
+
+
+@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["2-D", "3-D", "conv reflect", "layer norm"])
+def test_lower_precision_agrees_with_float64(name: str, dtype: torch.dtype, draws: str) -> None:
+    small = SMALL_MODELS[name]
+    model, (inputs, targets) = small.model(), small.batch("cross-entropy")
+    loss = small.loss("cross-entropy")
+    exact = kp.capture(model, loss, (inputs, targets), draws=draws)
+    low = kp.capture(model.to(dtype), loss, (inputs.to(dtype), targets), draws=draws)
+    assert tuple(low) == small.measured
+    for parameter in small.measured:
+        assert low[parameter].output_grads.dtype == dtype
+        # a dozen roundings, each relative to entries of the size of the whole
+        tolerance = 32 * torch.finfo(dtype).eps
+        assert_close(second_moment(low[parameter]), second_moment(exact[parameter]), tolerance)
+
+
+def test_layers_of_different_precision() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, (inputs, targets) = small.model(), small.batch("cross-entropy")
+    exact = kp.capture(model, F.cross_entropy, (inputs, targets))
+    mixed = Lambda(
+        lambda m, x: m.last(m.first(x).float()), first=model[:2].bfloat16(), last=model[2].float()
+    )
+    samples = kp.capture(mixed, F.cross_entropy, (inputs.bfloat16(), targets))
+    assert samples["first.0.weight"].output_grads.dtype == torch.bfloat16
+    assert samples["last.weight"].output_grads.dtype == torch.float32
+    tolerance = 32 * torch.finfo(torch.bfloat16).eps
+    assert_close(second_moment(samples["last.weight"]), second_moment(exact["2.weight"]), tolerance)
+    assert_close(
+        second_moment(samples["first.0.weight"]), second_moment(exact["0.weight"]), tolerance
+    )
+
+
+@pytest.mark.parametrize("name", ["2-D", "called twice", "tied", "functional use beside the call"])
+def test_under_autocast(name: str) -> None:
+    small = SMALL_MODELS[name]
+    model, (inputs, targets) = small.model(), small.batch("cross-entropy")
+    exact = kp.capture(model, F.cross_entropy, (inputs, targets))
+    model, inputs = model.float(), inputs.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(inputs).sum().backward()  # fills the cache of cast weights
+        samples = kp.capture(model, F.cross_entropy, (inputs, targets))
+    assert tuple(samples) == small.measured
+    tolerance = 32 * torch.finfo(torch.bfloat16).eps
+    for parameter in small.measured:
+        assert_close(second_moment(samples[parameter]), second_moment(exact[parameter]), tolerance)
+
+
+def assert_same_samples(got: kp.Capture, expected: kp.Capture, prefix: str) -> None:
+    assert [name.removeprefix(prefix) for name in got] == list(expected)
+    for name, one in expected.items():
+        assert torch.equal(got[prefix + name].output_grads, one.output_grads)
+
+
+def test_data_parallel() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, batch = small.model(), small.batch("cross-entropy")
+    expected = kp.capture(model, F.cross_entropy, batch)
+    wrapped = nn.DataParallel(model)
+    assert_same_samples(kp.capture(wrapped, F.cross_entropy, batch), expected, "module.")
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+@pytest.mark.parametrize("name", ["2-D", "called twice", "functional use beside the call"])
+def test_compiled_models_are_measured_as_if_they_were_not(name: str, run_before: bool) -> None:
+    small = SMALL_MODELS[name]
+    model, batch = small.model(), small.batch("cross-entropy")
+    expected = kp.capture(model, F.cross_entropy, batch)
+    wrapped = torch.compile(model, backend="eager")
+    if run_before:
+        wrapped(batch[0])
+    assert_same_samples(kp.capture(wrapped, F.cross_entropy, batch), expected, "_orig_mod.")
+    outputs = wrapped(batch[0])
+    assert torch.equal(outputs, model(batch[0]))
+    model.compile(backend="eager")
+    assert_same_samples(kp.capture(model, F.cross_entropy, batch), expected, "")
+
+
+def test_traced_models_are_measured() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, batch = small.model(), small.batch("cross-entropy")
+    expected = kp.capture(model, F.cross_entropy, batch)
+    traced = torch.fx.symbolic_trace(model)
+    assert_same_samples(kp.capture(traced, F.cross_entropy, batch), expected, "")
+
+
+def test_a_gradient_that_a_custom_backward_leaves_out_is_zero() -> None:
+    class Block(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> None:
+            return None
+
+    model = three(lambda m, x: m.c(m.a(x) + Block.apply(m.b(m.a(x))))).double()
+    samples = kp.capture(model, F.mse_loss, SMALL_MODELS["2-D"].batch("mse"))
+    assert float(samples["b.weight"].output_grads.abs().max()) == 0
+    assert float(samples["a.weight"].output_grads.abs().max()) > 0
+
+
+def test_another_default_device_does_no_harm() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, batch = small.model(), small.batch("cross-entropy")
+    expected = kp.capture(model, F.cross_entropy, batch, draws="fisher")
+    with torch.device("meta"):
+        got = kp.capture(model, F.cross_entropy, batch, draws="fisher")
+    assert_same_samples(got, expected, "")
+
+
+def test_models_of_the_registry_are_varied() -> None:
+    """A registry that lost its skipped or shared cases would leave the tests above hollow."""
+    assert sum(bool(small.skipped) for small in SMALL_MODELS.values()) >= 20
+    assert sum(small.coupled for small in SMALL_MODELS.values()) >= 4
+    assert mlp()[0].weight.shape == (4, 3)

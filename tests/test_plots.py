@@ -1,0 +1,548 @@
+"""Figures show the table's numbers, and their titles say what the table says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import strategies as st
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from sklearn.isotonic import IsotonicRegression
+
+from kronecker_probe import plots
+from kronecker_probe.conclusions import (
+    conclusions,
+    gaps,
+    headline,
+    spectrum_headline,
+    training_headline,
+)
+from kronecker_probe.errors import InvalidInputError, UnknownNameError
+from kronecker_probe.panels import STYLES, apart
+from kronecker_probe.tables import LABELS, first_shares, last_step, scores
+from tests.synthetic_tables import (
+    APPROXIMATIONS,
+    NO_LIVE,
+    frame,
+    probe,
+    quality,
+    run_table,
+    spectrum,
+    training,
+)
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["0.weight", "2.weight", "4.weight"]
+STEPS = list(range(0, 400, 20))
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return run_table(LAYERS, STEPS)
+
+
+def cosines(table: pd.DataFrame) -> dict[tuple[int, str, str], float]:
+    """(step, parameter, approximation) -> cosine, row by row."""
+    found = {}
+    for step, parameter, approximation, metric, number in table[
+        ["step", "parameter", "approximation", "metric", "value"]
+    ].itertuples(index=False):
+        if metric == "cosine":
+            assert (step, parameter, approximation) not in found
+            found[step, parameter, approximation] = number
+    return found
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def title(axes: np.ndarray) -> str:
+    return " ".join(axes[0].figure.get_suptitle().split())
+
+
+# ---------------------------------------------------------------- conclusions
+
+
+def test_conclusion_of_a_layer_in_full() -> None:
+    cosines = {"optimal": 0.931, "shampoo-squared": 0.926, "kfac": 0.912, "shampoo": 0.829,
+               "eigen-corrected": 0.945, "diagonal": 0.4, "live": 0.81}  # fmt: skip
+    table = frame(quality(0, "0.weight", {"optimal": 0.97}) + quality(40, "0.weight", cosines))
+    assert conclusions(table) == [
+        "0.weight: at step 40 Shampoo² comes within 0.005 of the best Kronecker product "
+        "(cosine 0.931; 0.970 at step 0), K-FAC within 0.019, Shampoo within 0.102; correcting the "
+        "eigenvalues gives 0.945, beyond any Kronecker product; the optimizer's live "
+        "preconditioner is at 0.810."
+    ]
+
+
+def test_conclusion_of_one_shot_names_no_step() -> None:
+    table = frame(quality(0, "a", {"optimal": 0.9, "kfac": 0.8})).drop(columns="step")
+    assert conclusions(table) == [
+        "a: K-FAC comes within 0.100 of the best Kronecker product (cosine 0.900)."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cosines", "sentence"),
+    [
+        ({"optimal": 0.9}, "a: at step 7 the best Kronecker product has cosine 0.900."),
+        (
+            {"kfac": 0.8, "diagonal": 0.3},
+            "a: at step 7 K-FAC has cosine 0.800, diagonal has cosine 0.300.",
+        ),
+        (
+            {"optimal": 0.9, "eigen-corrected": 0.88},
+            "a: at step 7 the best Kronecker product has cosine 0.900; "
+            "correcting the eigenvalues gives 0.880.",
+        ),
+        ({"optimal": NAN, "live": NAN}, "a: at step 7 every cosine is undefined (H = 0)."),
+    ],
+)
+def test_conclusions_of_incomplete_layers(cosines: dict[str, float], sentence: str) -> None:
+    rows = quality(7, "a", cosines)
+    for row in rows:
+        row["note"] = NO_LIVE if row["approximation"] == "live" else "H = 0"
+    assert conclusions(frame(rows)) == [sentence]
+
+
+def test_conclusions_keep_the_order_of_the_layers(table: pd.DataFrame) -> None:
+    shuffled = run_table(["z", "a", "m"], [0, 20])
+    assert [sentence.split(":")[0] for sentence in conclusions(shuffled)] == ["z", "a", "m"]
+    for plot in (plots.plot_trajectory, plots.plot_ladder, plots.plot_spectrum):
+        panels = plot(shuffled, figure=Figure())
+        assert [ax.get_title(loc="left").split()[0] for ax in panels] == ["z", "a", "m"]
+    assert len(conclusions(table)) == len(LAYERS)
+    assert conclusions(table.iloc[:0]) == []
+
+
+def test_headline_numbers_are_the_worst_over_layers_and_steps(table: pd.DataFrame) -> None:
+    value = cosines(table)
+
+    def gap(step: int, layer: str, name: str) -> float:
+        return value[step, layer, "optimal"] - value[step, layer, name]
+
+    places = [(step, layer) for step in STEPS[::4] for layer in LAYERS]
+    part = table[table["step"].isin(STEPS[::4])]
+    closest = max(gap(*place, "shampoo-squared") for place in places)
+    farthest, where = max((gap(*place, "shampoo"), place) for place in places)
+    expected = (
+        f"Shampoo² stays within {math.ceil(closest * 1000) / 1000:.3f} of the optimal Kronecker "
+        f"product in every layer; Shampoo lags by up to {farthest:.3f} "
+        f"({where[1]}, step {where[0]})"
+    )
+    assert headline(part) == expected
+
+
+@hypothesis.given(st.lists(st.floats(0, 0.5), min_size=1, max_size=5))
+def test_within_is_never_less_than_the_gap(differences: list[float]) -> None:
+    rows = [
+        row
+        for step, difference in enumerate(differences)
+        for row in quality(step, "a", {"optimal": 0.9, "kfac": 0.9 - difference})
+    ]
+    told = float(re.search(r"within (\d\.\d+)", headline(frame(rows)))[1])  # type: ignore[index]
+    worst = max(0.9 - (0.9 - difference) for difference in differences)
+    assert worst - 1e-8 <= told <= worst + 0.001
+
+
+def test_headline_says_where_values_are_undefined() -> None:
+    rows = quality(0, "a", {"optimal": 0.9, "kfac": 0.8}) + quality(
+        0, "b", {"optimal": NAN, "kfac": NAN}
+    )
+    assert headline(frame(rows)) == (
+        "K-FAC is within 0.100 of the optimal Kronecker product in every layer where it is defined"
+    )
+    assert headline(frame(rows[-8:])).startswith("No cosine similarity to H is defined")
+
+
+@pytest.mark.parametrize("metric", ["relative_error", "best_scale_error"])
+def test_for_errors_the_gap_is_the_excess_over_the_optimum(metric: str) -> None:
+    rows = quality(0, "a", {"optimal": 0.8, "kfac": 0.6})
+    table = frame([row for row in rows if row["metric"] == metric])
+    found = {row["approximation"]: row["value"] for row in rows if row["metric"] == metric}
+    (only,) = gaps(table, metric)
+    assert only.worst == pytest.approx(found["kfac"] - found["optimal"])
+    assert (only.approximation, only.parameter, only.step) == ("kfac", "a", 0)
+
+
+def test_best_scale_headline_names_the_farthest_from_one() -> None:
+    scales = [(0, "kfac", 1.02), (1, "kfac", 1.04), (0, "shampoo", 3.0), (1, "shampoo", 4.5)]
+    rows = [
+        {"step": s, "parameter": "a", "approximation": name, "metric": "best_scale", "value": c}
+        for s, name, c in scales
+    ]
+    text = headline(frame(rows), "best_scale")
+    assert text.startswith("Shampoo is farthest from its best scale: c = 3.000 to 4.500")
+
+
+def test_two_values_for_one_place_are_refused_by_place() -> None:
+    rows = quality(3, "a", {"kfac": 0.9}) + quality(3, "a", {"kfac": 0.8}, draws="fisher")
+    with pytest.raises(InvalidInputError, match="step 3, parameter a, approximation kfac"):
+        scores(frame(rows))
+
+
+def test_shares_are_the_first_singular_value_over_the_norm() -> None:
+    rows = spectrum(0, "a", [3.0, 1.0], 4.0) + spectrum(0, "zero", [0.0, 0.0], 0.0)
+    rows += [row for row in spectrum(0, "no norm", [3.0], 1.0) if row["metric"] != "norm"]
+    assert first_shares(frame(rows)) == {"a": 0.75}
+    assert spectrum_headline(frame(rows)) == "One Kronecker product holds 56% of ‖H‖² in a"
+    two = frame(spectrum(0, "a", [3.0], 4.0) + spectrum(0, "b", [1.0], 1.0))
+    assert spectrum_headline(two) == (
+        "One Kronecker product holds 56% (a) to 100% of ‖H‖², layer by layer"
+    )
+
+
+def test_training_headline_prefers_held_out_accuracy() -> None:
+    logged = [
+        (0, "train_loss", 2.3),
+        (100, "train_loss", 0.4131),
+        (100, "train_accuracy", 0.99),
+        (100, "probe_accuracy", 0.98),
+        (0, "test_accuracy", 0.1),
+        (100, "test_accuracy", 0.925),
+    ]
+    rows = [{"step": step, "metric": metric, "value": number} for step, metric, number in logged]
+    assert training_headline(frame(rows)) == (
+        "Training loss falls from 2.3 to 0.413 by step 100; "
+        "test accuracy rises from 10.0% to 92.5% by step 100"
+    )
+    once = frame([{"step": 5, "metric": "probe_loss", "value": 0.5}])
+    assert training_headline(once) == "Loss on the probe set is 0.5 at step 5"
+
+
+# ---------------------------------------------------------------- trajectory
+
+
+def test_trajectory_draws_the_numbers_of_the_table(table: pd.DataFrame) -> None:
+    value = cosines(table)
+    axes = plots.plot_trajectory(table, figure=Figure())
+    assert len(axes) == len(LAYERS)
+    for ax, layer in zip(axes, LAYERS, strict=True):
+        assert ax.get_title(loc="left").startswith(layer + " (6")
+        lines = {line.get_label(): line for line in ax.lines}
+        assert set(lines) == set(LABELS.values())
+        for name in APPROXIMATIONS:
+            line = lines[LABELS[name]]
+            assert line.get_color() == STYLES[name].color
+            assert list(line.get_xdata()) == STEPS
+            for step in (0, 180, 380):
+                drawn = line.get_ydata()[STEPS.index(step)]
+                np.testing.assert_equal(drawn, value[step, layer, name])
+    assert title(axes) == headline(table)
+
+
+def test_the_live_line_starts_with_its_first_value_and_is_marked_there(table: pd.DataFrame) -> None:
+    ax = plots.plot_trajectory(table, ["0.weight"], figure=Figure())[0]
+    (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
+    drawn = np.isfinite(live.get_ydata())
+    assert STEPS[int(np.argmax(drawn))] == 20
+    start, every = live.get_markevery()
+    assert any(drawn[start::every])
+
+
+def test_lines_of_late_or_rare_values_have_markers() -> None:
+    rows = [row for s in range(40) for row in quality(s, "a", {"optimal": 0.9, "kfac": 0.8})]
+    rows += quality(39, "a", {"live": 0.7})
+    ax = plots.plot_trajectory(frame(rows), figure=Figure())[0]
+    (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
+    start, every = live.get_markevery()
+    assert np.isfinite(live.get_ydata()[start::every]).any()
+
+
+def test_a_diagonal_far_below_is_named_and_not_hidden(table: pd.DataFrame) -> None:
+    value = cosines(table)
+    axes = plots.plot_trajectory(table, figure=Figure())
+    for ax, layer in zip(axes, LAYERS, strict=True):
+        last = value[380, layer, "diagonal"]
+        assert last < ax.get_ylim()[0]
+        assert f"diagonal ↓ {last:.3f}" in texts(ax)
+        shown = [value[s, layer, a] for s in STEPS[1::6] for a in APPROXIMATIONS if a != "diagonal"]
+        assert ax.get_ylim()[0] < min(shown) < max(shown) < ax.get_ylim()[1]
+
+
+@pytest.mark.parametrize("layers", [1, 3, 6])
+def test_labels_at_the_lines_do_not_overlap(layers: int) -> None:
+    figure = Figure()
+    axes = plots.plot_trajectory(run_table([f"{i}.w" for i in range(layers)], STEPS), figure=figure)
+    figure.draw_without_rendering()
+    for ax in axes:
+        labels = [text for text in ax.texts if isinstance(text, Annotation)]
+        names = {text.get_text() for text in labels}
+        assert names | {"diagonal"} == {LABELS[name].split(" (")[0] for name in APPROXIMATIONS}
+        boxes = sorted(
+            (mpl.text.Text.get_window_extent(text) for text in labels), key=lambda box: box.y0
+        )
+        for below, above in itertools.pairwise(boxes):
+            assert above.y0 > below.y0 + 0.6 * below.height  # ascenders and descenders may touch
+        assert not figure.legends
+
+
+def test_beyond_six_panels_one_legend_names_the_lines() -> None:
+    figure = Figure()
+    axes = plots.plot_trajectory(run_table([f"l{i}" for i in range(14)], [0, 20]), figure=figure)
+    assert len(axes) == 14
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(LABELS.values())
+    columns = {round(ax.get_subplotspec().get_position(figure).x0, 3) for ax in axes}
+    assert len(columns) == 4
+
+
+def test_many_layers_are_cut_and_the_title_says_so() -> None:
+    layers = [f"l{i}" for i in range(30)]
+    table = frame(
+        [row for name in layers for row in quality(0, name, {"optimal": 0.9, "kfac": 0.8})]
+    )
+    axes = plots.plot_trajectory(table, figure=Figure())
+    assert len(axes) == plots.MAX_PANELS == 24
+    assert title(axes).endswith("(the first 24 of 30 layers are drawn)")
+    asked = plots.plot_trajectory(table, layers[::-1], figure=Figure())
+    assert [ax.get_title(loc="left").split()[0] for ax in asked] == layers[::-1]
+
+
+def test_undefined_layers_say_so() -> None:
+    rows = quality(0, "a", {"optimal": NAN, "kfac": NAN}) + quality(
+        0, "b", {"optimal": 0.9, "kfac": 0.8}
+    )
+    axes = plots.plot_trajectory(frame(rows), figure=Figure())
+    assert texts(axes[0]) == ["undefined"]
+    assert len(axes[1].lines) == 2
+    ladder = plots.plot_ladder(frame(rows), figure=Figure())
+    assert texts(ladder[0]) == ["undefined", "undefined"]
+    assert texts(ladder[1]) == ["0.900", "0.800"]
+
+
+def test_errors_over_a_decade_get_a_log_scale() -> None:
+    rows = quality(0, "a", {"optimal": 0.9, "shampoo": 0.8})
+    rows = [row | {"value": 40.0} if row["approximation"] == "shampoo" else row for row in rows]
+    for plot in (plots.plot_trajectory, plots.plot_ladder):
+        ax = plot(frame(rows), metric="relative_error", figure=Figure())[0]
+        assert "log" in (ax.get_yscale(), ax.get_xscale())
+        ax = plot(frame(rows), metric="best_scale_error", figure=Figure())[0]
+        ax.figure.draw_without_rendering()
+    assert plots.plot_trajectory(frame(quality(0, "a", {"kfac": 0.5})), figure=Figure())[0].lines
+
+
+# ---------------------------------------------------------------- ladder
+
+
+@pytest.mark.parametrize(("metric", "descending"), [("cosine", True), ("relative_error", False)])
+def test_ladder_lists_the_best_first(table: pd.DataFrame, metric: str, descending: bool) -> None:
+    axes = plots.plot_ladder(table, 200, metric, figure=Figure())
+    at_200 = table[(table["step"] == 200) & (table["metric"] == metric)]
+    for ax, layer in zip(axes, LAYERS, strict=True):
+        rows = at_200[at_200["parameter"] == layer].sort_values("value", ascending=not descending)
+        names = [LABELS[name].split(" (")[0] for name in rows["approximation"]]
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == names
+        assert texts(ax) == [f"{number:.3f}" for number in rows["value"]]
+        top = ax.get_ylim()
+        assert top[0] > top[1]  # the first rung is the uppermost
+    if metric == "cosine":
+        assert title(axes) == "At step 200: " + headline(table[table["step"] == 200])
+
+
+def test_an_arrowhead_stands_for_a_rung_beyond_the_edge() -> None:
+    row = {"optimal": 0.9, "shampoo": 0.7, "diagonal": 0.1}
+    (ax,) = plots.plot_ladder(frame(quality(0, "a", row)), figure=Figure())
+    edge = ax.get_xlim()[0]
+    assert 0.5 < edge < 0.7
+    (head,) = [line for line in ax.lines if line.get_marker() == "<"]
+    assert (list(head.get_xdata()), list(head.get_ydata())) == ([edge], [2])
+    assert texts(ax) == ["0.900", "0.700", "0.100"]
+
+
+def test_ladder_takes_the_last_step_or_one_shot(table: pd.DataFrame) -> None:
+    last = plots.plot_ladder(table, figure=Figure())
+    assert title(last).startswith("At step 380: ")
+    one_shot = table[table["step"] == 380].drop(columns="step")
+    axes = plots.plot_ladder(one_shot, figure=Figure())
+    assert [texts(ax) for ax in axes] == [texts(ax) for ax in last]
+    assert title(axes) == headline(one_shot)
+
+
+def test_ladder_of_a_step_that_was_not_probed_names_the_nearest(table: pd.DataFrame) -> None:
+    with pytest.raises(InvalidInputError, match=r"205.*nearest probed step is 200"):
+        plots.plot_ladder(table, 205, figure=Figure())
+    with pytest.raises(InvalidInputError, match="no 'step' column"):
+        plots.plot_ladder(table.drop(columns="step"), 20, figure=Figure())
+
+
+# ---------------------------------------------------------------- spectrum
+
+
+def test_spectrum_is_relative_and_states_the_first_share() -> None:
+    rows = spectrum(0, "a", [4.0, 2.0, 1.0, 0.0], 5.0) + spectrum(0, "b", [9.0], 9.0)
+    axes = plots.plot_spectrum(frame(rows), figure=Figure())
+    (line,) = axes[0].lines
+    assert list(line.get_xdata()) == [1, 2, 3]
+    np.testing.assert_allclose(line.get_ydata(), [1.0, 0.5, 0.25], rtol=1e-15)
+    assert axes[0].get_yscale() == "log"
+    assert texts(axes[0]) == ["σ₁/‖H‖ = 0.800\n64% of ‖H‖²"]
+    assert texts(axes[1]) == ["σ₁/‖H‖ = 1.000\n100% of ‖H‖²"]
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+
+
+def test_spectrum_keeps_the_order_of_layers_and_takes_the_last_step(table: pd.DataFrame) -> None:
+    axes = plots.plot_spectrum(table, figure=Figure())
+    assert [ax.get_title(loc="left").split()[0] for ax in axes] == LAYERS
+    assert title(axes).startswith("At step 380: One Kronecker product holds")
+    # in the made-up run, as in theory, the share is the cosine of the optimum
+    assert f"= {cosines(table)[380, '2.weight', 'optimal']:.3f}" in texts(axes[1])[0]
+
+
+def test_spectrum_of_a_zero_target_says_so() -> None:
+    axes = plots.plot_spectrum(frame(spectrum(0, "a", [0.0, 0.0], 0.0)), figure=Figure())
+    assert texts(axes[0]) == ["undefined (H = 0)"]
+    with pytest.raises(InvalidInputError, match="singular values"):
+        plots.plot_spectrum(frame(quality(0, "a", {"kfac": 0.5})), figure=Figure())
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_draws_what_was_logged_and_marks_probed_steps(table: pd.DataFrame) -> None:
+    loss, accuracy = plots.plot_training(table, figure=Figure())
+    lines = {line.get_label(): line for line in loss.lines}
+    assert set(lines) == {"training loss", "probe set loss", "probed step"}
+    assert list(lines["training loss"].get_xdata()) == list(range(381))
+    assert list(lines["probed step"].get_xdata()) == STEPS
+    logged = table[table["metric"] == "train_loss"]["value"]
+    assert lines["training loss"].get_ydata().sum() == pytest.approx(logged.sum())
+    assert {line.get_label() for line in accuracy.lines} == {
+        "training accuracy", "probe set accuracy", "probed step",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale", "from_zero"),
+    [([2.0, 0.5], "linear", True), ([2.0, 0.01], "log", False), ([0.5, -3.0], "linear", False)],
+)
+def test_losses_are_all_in_view(losses: list[float], scale: str, from_zero: bool) -> None:
+    rows = [{"step": s, "metric": "train_loss", "value": v} for s, v in enumerate(losses)]
+    (ax,) = plots.plot_training(frame(rows), figure=Figure())
+    assert ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    assert low <= min(losses) < max(losses) <= high
+    assert (low == 0) == from_zero
+
+
+def test_training_without_accuracy_is_one_panel_and_without_loss_an_error() -> None:
+    assert len(plots.plot_training(frame(training([0, 1], accuracy=False)), figure=Figure())) == 1
+    with pytest.raises(InvalidInputError, match="no losses"):
+        plots.plot_training(frame(quality(0, "a", {"kfac": 0.9})), figure=Figure())
+
+
+# ---------------------------------------------------------------- what all figures share
+
+
+def test_styles_differ_in_colour_marker_and_line() -> None:
+    assert list(STYLES) == list(LABELS)
+    for field in ("color", "marker"):
+        assert len({getattr(style, field) for style in STYLES.values()}) == len(STYLES)
+    dashed = [style.line for style in STYLES.values() if style.line != "-"]
+    assert len(set(dashed)) == len(STYLES) - 2  # the optimum and Shampoo² are both solid
+
+
+def test_an_approximation_of_your_own_is_drawn_under_its_name() -> None:
+    table = frame(quality(0, "a", {"optimal": 0.9, "kl": 0.85}))
+    axes = plots.plot_ladder(table, figure=Figure())
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["optimal Kronecker", "kl"]
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_a_dollar_in_a_name_is_a_dollar(layers: int) -> None:
+    names = [f"{number}$\\frac$.w" for number in range(layers)]
+    rows = [row for name in names for row in quality(0, name, {"optimal": 0.9, "$\\bad$": 0.8})]
+    rows += [row for name in names for row in spectrum(0, name, [1.0], 1.0)]
+    for plot in (plots.plot_trajectory, plots.plot_ladder, plots.plot_spectrum):
+        figure = Figure()
+        plot(frame(rows), figure=figure)
+        figure.draw_without_rendering()  # raises where it is read as a formula
+
+
+def test_given_axes_are_drawn_into_and_counted(table: pd.DataFrame) -> None:
+    figure = Figure()
+    given_axes = figure.subplots(1, 3)
+    drawn = plots.plot_trajectory(table, axes=given_axes)
+    assert list(drawn) == list(given_axes)
+    assert all(ax.lines for ax in given_axes)
+    assert figure.get_suptitle() == ""  # the figure around them is the caller's
+    with pytest.raises(InvalidInputError, match="2 Axes, but there are 3 panels"):
+        plots.plot_ladder(table, axes=Figure().subplots(1, 2))
+    single = Figure().subplots()
+    assert plots.plot_spectrum(table, parameters="0.weight", axes=single)[0] is single
+
+
+def test_without_a_figure_pyplot_shows_it_and_settings_stay() -> None:
+    table = probe(0, ["a"])
+    settings = dict(mpl.rcParams)
+    before = pyplot.get_fignums()
+    axes = plots.plot_ladder(table)
+    (number,) = set(pyplot.get_fignums()) - set(before)
+    assert pyplot.figure(number) is axes[0].figure
+    pyplot.close(number)
+    plots.plot_trajectory(table, figure=Figure())
+    assert pyplot.get_fignums() == before
+    assert dict(mpl.rcParams) == settings
+
+
+@pytest.mark.parametrize("plot", [plots.plot_trajectory, plots.plot_ladder])
+def test_unknown_names_suggest_the_nearest(table: pd.DataFrame, plot: object) -> None:
+    with pytest.raises(UnknownNameError, match=r"'0.wieght'.*'0.weight'"):
+        plot(table, parameters=["0.wieght"], figure=Figure())  # type: ignore[operator]
+    with pytest.raises(UnknownNameError, match=r"'cosin'.*'cosine'"):
+        plot(table, metric="cosin", figure=Figure())  # type: ignore[operator]
+    with pytest.raises(InvalidInputError, match="empty"):
+        plot(table, parameters=[], figure=Figure())  # type: ignore[operator]
+
+
+def test_trajectory_needs_steps_and_values(table: pd.DataFrame) -> None:
+    with pytest.raises(InvalidInputError, match="plot_ladder"):
+        plots.plot_trajectory(table.drop(columns="step"), figure=Figure())
+    for plot in (plots.plot_trajectory, plots.plot_ladder):
+        with pytest.raises(InvalidInputError, match="no values of metric 'cosine'"):
+            plot(frame(training([0, 1])), figure=Figure())
+    assert last_step(table) == 380
+    assert last_step(table.drop(columns="step")) is None
+
+
+@hypothesis.given(
+    positions=st.lists(st.floats(0, 1), min_size=1, max_size=8).map(sorted),
+    gap=st.floats(0.01, 0.2),
+)
+def test_labels_move_apart_as_little_as_possible(positions: list[float], gap: float) -> None:
+    moved = apart(positions, gap)
+    assert all(b - a >= gap - 1e-12 for a, b in itertools.pairwise(moved))
+    ranks = np.arange(len(positions))
+    reference = IsotonicRegression().fit_transform(ranks, np.array(positions) - ranks * gap)
+    np.testing.assert_allclose(moved, reference + ranks * gap, atol=1e-6)
+
+
+def test_figures_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'torch', 'safetensors'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import kronecker_probe as kp\n"
+        "from matplotlib.figure import Figure\n"
+        "from tests.synthetic_tables import probe\n"
+        "kp.plots.plot_trajectory(probe(0, ['a']), figure=Figure())\n"
+        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
