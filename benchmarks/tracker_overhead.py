@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=load_workload("digits-mlp").steps)
     options = parser.parse_args(sys.argv[1:])
+    torch.set_num_threads(load_workload("digits-mlp").threads or torch.get_num_threads())
     print(f"Tracker on the demo ({options.steps} steps, 21 probes); {environment()}")
     contenders = {"plain": lambda: plain(options.steps), "tracked": lambda: tracked(options.steps)}
     timed = interleaved(contenders, options.repetitions)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kronecker_probe.tracking.training import TrainingOptions
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# Column heads where the usual name would not fit 80 columns.
+HEADS = {"optimal": "optimal", "eigen-corrected": "eigen-corr."}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +92,14 @@ SeedOption = Annotated[
 ProbeSizeOption = Annotated[
     int, typer.Option(min=1, help="Data in the fixed probe set (training data are used).")
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads of torch. Default: the workload's, else torch's own choice.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 
 
@@ -139,13 +150,17 @@ def track(
     probes: Annotated[
         int, typer.Option(min=2, help="Probed steps, evenly spread, first and last included.")
     ] = 21,
-    probe_size: ProbeSizeOption = 256,
+    probe_size: ProbeSizeOption = 200,
     draws: DrawsOption = Draws.GGN,
     layers: LayersOption = ["*"],  # noqa: B006
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, from its checkpoint.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out from its checkpoint, or start it."
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run in --out and start anew.")
@@ -161,6 +176,7 @@ def track(
             from kronecker_probe.workloads import load_workload
 
             loaded = load_workload(workload, seed)
+            _set_threads(threads or loaded.threads)
             options = TrainingOptions(
                 steps=steps if steps is not None else loaded.steps,
                 batch_size=batch_size if batch_size is not None else loaded.batch_size,
@@ -195,34 +211,33 @@ def track(
         _show_run(directory)
 
 
-def _train(training: object, options: TrainingOptions) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _set_threads(threads: int | None) -> None:
+    import torch
 
-    from kronecker_probe.tracking.training import Progress as State
-    from kronecker_probe.tracking.training import Training
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _train(training: object, options: TrainingOptions) -> None:
+    from rich import progress
+
+    from kronecker_probe.tracking.training import Progress, Training
 
     assert isinstance(training, Training)
     columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("accuracy {task.fields[accuracy]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]}"),
+        progress.TextColumn("accuracy {task.fields[accuracy]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with progress.Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=options.steps, loss="-", accuracy="-")
 
-        def show(state: State) -> None:
+        def show(state: Progress) -> None:
             accuracy = "-" if state.accuracy != state.accuracy else f"{state.accuracy:.3f}"
             loss = f"{state.loss:.4f}"
             bar.update(task, completed=state.step, loss=loss, accuracy=accuracy)
@@ -247,11 +262,12 @@ def measure(
             help="Also write a run directory with table, figures and report.", show_default=False
         ),
     ] = None,
-    probe_size: ProbeSizeOption = 256,
+    probe_size: ProbeSizeOption = 200,
     draws: DrawsOption = Draws.GGN,
     layers: LayersOption = ["*"],  # noqa: B006
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run in --out first.")
     ] = False,
@@ -259,18 +275,23 @@ def measure(
     """Measure WORKLOAD once, at initialization or at a checkpoint."""
     with _exit_codes():
         with _usage():
-            from kronecker_probe.tracking.checkpoint import load_checkpoint
             from kronecker_probe.tracking.tracker import Tracker
-            from kronecker_probe.tracking.training import load_model, torch_device
+            from kronecker_probe.tracking.training import (
+                ending_noted,
+                load_model,
+                load_training_state,
+                torch_device,
+            )
             from kronecker_probe.workloads import load_workload
 
             loaded = load_workload(workload, seed)
+            _set_threads(threads or loaded.threads)
             target = torch_device(device)
             step = 0
             if checkpoint is not None:
-                state = load_checkpoint(checkpoint)
+                state = load_training_state(checkpoint)
                 load_model(loaded.model, state, checkpoint)
-                step = state["step"]
+                step = state["tracker"]["steps_taken"]
             inputs, targets = loaded.probe(probe_size, seed)
             if overwrite and out is None:
                 raise InvalidInputError("--overwrite needs --out.")
@@ -290,7 +311,8 @@ def measure(
                 overwrite=overwrite,
                 start=step,
             )
-        tracker.finish()
+        with ending_noted(tracker):
+            tracker.finish()
         if out is not None:
             _show_run(out)
         else:
@@ -382,10 +404,11 @@ def _show_table(table: pd.DataFrame) -> None:
     if "step" in wide.index.names:
         wide = wide.droplevel("step")
     names = ordered(wide.columns)
-    shown = Table(title=f"Cosine to H{'' if step is None else f' at step {step}'}")
-    shown.add_column("layer")
+    title = f"Cosine to H{'' if step is None else f' at step {step}'}"
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:
-        shown.add_column(short(name), justify="right")
+        shown.add_column(HEADS.get(name) or short(name), justify="right", no_wrap=True)
     for parameter, values in wide.iterrows():
         cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
         shown.add_row(escape(str(parameter)), *cells)
@@ -397,6 +420,3 @@ def _show_table(table: pd.DataFrame) -> None:
 def main() -> None:
     """Entry point of the ``kronecker-probe`` command."""
     app()
-
-
-__all__ = ["app", "main"]

@@ -80,7 +80,7 @@ def _refusal(holders: Holders) -> str:
 
 def _owners(parameter: nn.Parameter, holders: Holders) -> list[Owner]:
     return [
-        Owner(name, module, parameter, rule)
+        Owner(name or type(module).__name__, module, parameter, rule)
         for name, _, module in holders
         if (rule := rule_for(module)) is not None
     ]

@@ -39,6 +39,9 @@ def squared_gram(rows: Tensor) -> Tensor:
     (D D^T)^{o2} of the sample-space route when C = 1 (then :func:`gram` squared is cheaper).
     """
     count, columns, width = rows.shape
+    packed = width * (width + 1) // 2
+    if packed < columns**2 * width // 2 and count * packed <= CHUNK_ELEMENTS:
+        return gram(_packed_outer(rows))
     out = torch.empty(count, count, dtype=torch.float64, device=rows.device)
     side = max(1, int(CHUNK_ELEMENTS**0.5) // columns)
     step = min(side, chunk_rows(columns * width), max(16, -(-count // 8)))
@@ -55,6 +58,15 @@ def squared_gram(rows: Tensor) -> Tensor:
             if j0 > i0:
                 out[j0:j1, i0:i1] = folded.T
     return out
+
+
+def _packed_outer(rows: Tensor) -> Tensor:
+    """sum_c x_ic x_ic^T as vectors [N, k (k + 1) / 2] with the same inner products."""
+    x = rows.double()
+    width = rows.shape[2]
+    i, j = torch.triu_indices(width, width, device=rows.device)
+    upper = (x.mT @ x).flatten(1).index_select(1, i * width + j)
+    return upper.mul_(torch.where(i == j, 1.0, 2.0).double().sqrt())
 
 
 def weighted_outer(rows: Tensor, weights: Tensor) -> Tensor:

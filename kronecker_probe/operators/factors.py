@@ -60,6 +60,7 @@ class VectorBasis(Eigenbasis):
 
     def __init__(self, vectors: Tensor) -> None:
         self._vectors = vectors
+        self._last: tuple[Rows, Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -74,7 +75,9 @@ class VectorBasis(Eigenbasis):
         return self._vectors
 
     def project(self, rows: Rows) -> Tensor:
-        return rows.values.double() @ self._vectors
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, rows.values.double() @ self._vectors
+        return self._last[1]
 
 
 @final

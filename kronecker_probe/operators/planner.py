@@ -12,7 +12,7 @@ from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.linalg.memory import available_bytes
 
 # Pairs of half steps that the optimal product takes, a typical number.
-TYPICAL_ROUNDS = 25
+TYPICAL_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def machine_of(device: torch.device) -> Machine:
     if device.type == "cuda":
         return Machine(flops=1e13, eigh=2e11, stream=1e12, call=1e-5)
     threads = torch.get_num_threads()
-    return Machine(flops=2e10 * threads, eigh=8e9 * threads**0.5, stream=5e9, call=5e-6)
+    return Machine(flops=2e10 * threads, eigh=8e9 * threads**0.5, stream=1e10, call=5e-6)
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,12 @@ def _sample(s: GradientSamples) -> RouteCost:
     machine = machine_of(s.device)
     (m, n), count, columns = s.shape, s.n_data, s.n_columns
     rows = count * columns
-    gram = rows**2 * m + count**2 * n
-    stream = 8 * (3 * rows**2 + 4 * count**2 + TYPICAL_ROUNDS * 6 * count**2)
+    # sum_cd <x_ic, x_jd>^2 from all products, or from packed outer products where m is small
+    products, packed = rows**2 * m, count**2 * m * (m + 1)
+    direct = columns == 1 or products <= packed
+    gram = min(products, packed) + count**2 * n
+    pairs = rows**2 if direct else count**2
+    stream = 8 * (3 * pairs + 4 * count**2 + TYPICAL_ROUNDS * 6 * count**2)
     roots, flops, peak = 0.0, float(gram), 8.0 * 6 * count**2
     for size, vectors in ((m, rows), (n, count)):
         if size <= vectors:

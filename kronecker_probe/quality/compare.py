@@ -26,6 +26,12 @@ COLUMNS = (
     "approximation", "metric", "index", "kind", "value", "note",
 )  # fmt: skip
 
+_DTYPES = {
+    **dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), "Int64"),
+    "step": "int64",
+    "value": "float64",
+}
+
 Row = dict[str, Any]
 
 
@@ -81,8 +87,8 @@ def compare(
 
     Args:
         samples: What ``kp.capture`` returned, any mapping of names to samples, or one set.
-        approximations: A name, or several; None for all. What the samples cannot carry ("kfac" without
-            factors) is a row without a value, whose note says why.
+        approximations: A name, or several; None for all. What the samples cannot carry ("kfac"
+            without factors) is a row without a value, whose note says why.
         singular_values: How many leading singular values of R(H) to list; 0 for none.
         extra: Operators of your own: parameter name -> name -> operator. Only their shape counts,
             not their scale, so they get "cosine" and "best_scale_error".
@@ -91,8 +97,8 @@ def compare(
         The table of plug-in numbers: those of the sample matrix itself.
 
     Raises:
-        InvalidInputError: No samples, or an operator of ``extra`` that has the name of an
-            approximation or another shape.
+        InvalidInputError: No samples, or something else in their place; or an operator of
+            ``extra`` that has the name of an approximation or another shape.
         UnknownNameError: An approximation, or a parameter of ``extra``, that is not there.
     """
     names = approximation_names(approximations)
@@ -100,6 +106,11 @@ def compare(
         raise InvalidInputError(f"singular_values={singular_values}; give 0 (for none) or more.")
     if isinstance(samples, GradientSamples):
         samples = {"samples": samples}
+    if not isinstance(samples, Mapping):
+        raise InvalidInputError(
+            f"compare got a {type(samples).__name__}; give the samples of kp.capture, "
+            "GradientSamples, or a mapping of names to them."
+        )
     if not samples:
         raise InvalidInputError("compare got no samples; capture at least one parameter.")
     extra = extra or {}
@@ -114,8 +125,8 @@ def compare(
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
     for parameter, one in samples.items():
-        shared = _describe(parameter, one, draws, note)
         target = SecondMoment(one)
+        shared = _describe(parameter, one, draws, note)
         found = _target_rows(target, singular_values)
         for name in names:
             found += _approximation_rows(target, name)
@@ -146,12 +157,11 @@ def approximation_names(approximations: str | Sequence[str] | None) -> tuple[str
 
 def to_table(rows: Sequence[Row], leading: Sequence[str] = ()) -> pd.DataFrame:
     """Rows as a table with all columns, nullable integers and strings."""
-    columns = [*leading, *COLUMNS]
-    table = pd.DataFrame([{c: row.get(c) for c in columns} for row in rows], columns=columns)
-    integers = ("m", "n", "n_data", "n_columns", "n_positions", "index")
-    strings = ("parameter", "draws", "approximation", "metric", "kind", "note")
-    dtypes = dict.fromkeys(integers, "Int64") | dict.fromkeys(strings, "string")
-    return table.astype(dtypes | {"value": "float64"})
+    columns = {}
+    for name in (*leading, *COLUMNS):
+        values = [row.get(name) for row in rows]
+        columns[name] = pd.array(values, dtype=_DTYPES.get(name, "string"))
+    return pd.DataFrame(columns, columns=[*leading, *COLUMNS])
 
 
 def skipped_row(parameter: str, reason: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection
 
 from kronecker_probe.errors import InvalidInputError
@@ -29,8 +30,11 @@ def make_schedule(every: int | Collection[int] | Schedule) -> Schedule:
         if every < 1:
             raise InvalidInputError(f"every={every}; the interval must be at least 1 step.")
         return lambda step: step % every == 0
-    steps = frozenset(every)
-    if not steps or not all(isinstance(step, int) and step >= 0 for step in steps):
+    try:
+        steps = frozenset(operator.index(step) for step in every)  # NumPy's integers too
+    except TypeError:
+        steps = frozenset()
+    if not steps or min(steps) < 0:
         raise InvalidInputError(f"every={every!r}; the steps must be integers >= 0, at least one.")
     return steps.__contains__
 

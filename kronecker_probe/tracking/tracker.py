@@ -93,6 +93,9 @@ class Tracker:
             raise InvalidInputError("resume and overwrite need a run directory: give out=.")
         if resume and overwrite:
             raise InvalidInputError("resume=True with overwrite=True; choose one.")
+        for option, value in (("singular_values", singular_values), ("start", start)):
+            if value < 0:
+                raise InvalidInputError(f"{option}={value}; give 0 or more.")
         self.model = model
         self.loss_fn = loss_fn
         self.optimizer = optimizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -15,6 +17,7 @@ from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirecto
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.optim import Shampoo
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.files import naming
 from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.tracker import Tracker
 from kronecker_probe.workloads import Workload
@@ -43,13 +46,14 @@ class TrainingOptions:
     lr: float
     precondition_frequency: int = 10
     probes: int = 21
-    probe_size: int = 256
+    probe_size: int = 200
     draws: str = "ggn"
     layers: tuple[str, ...] = ("*",)
     seed: int = 0
     device: str = "cpu"
 
 
+@final
 @dataclass(frozen=True)
 class Progress:
     """Where the training stands.
@@ -65,6 +69,7 @@ class Progress:
     accuracy: float
 
 
+@final
 class Training:
     """One run: model, optimizer, tracker and checkpoints in a run directory.
 
@@ -78,7 +83,7 @@ class Training:
         keep_checkpoints: "last", or "all" for one at every probed step.
 
     Raises:
-        RunDirectoryError: As for :class:`Tracker`; or no checkpoint can be read on resuming.
+        RunDirectoryError: As for :class:`Tracker`.
         InvalidInputError: An option is out of range.
     """
 
@@ -118,6 +123,8 @@ class Training:
             resume=resume,
             overwrite=overwrite,
         )
+        assert self.tracker.store is not None
+        self.store = self.tracker.store
         self.device = device
         self.accuracy = math.nan
         if resume:
@@ -133,47 +140,66 @@ class Training:
             NonFiniteError: The loss became NaN or infinite; what was measured is stored.
             KeyboardInterrupt: Interrupted; the run can be resumed.
         """
-        store = self.tracker.store
-        assert store is not None
-        try:
+        with ending_noted(self.tracker):
             for step in range(self.tracker.steps_taken, self.options.steps):
                 report(Progress(step + 1, self._step(step), self.accuracy))
-            self._probe_accuracy()
-            self.tracker.measure()
-            self._checkpoint(torch.get_rng_state(), self.options.steps)
-            self.tracker.finish()
-        except KeyboardInterrupt:
-            store.set_status("interrupted", f"interrupted at step {self.tracker.steps_taken}")
-            raise
-        except Exception as error:
-            _note_failure(store.set_status, error)
-            raise
+            with self._checkpointed():
+                self._probe_accuracy()
+                self.tracker.finish()
         return self.tracker
 
     def _step(self, step: int) -> float:
         """One optimizer step; at a probed step the state before it is stored and measured."""
-        generator = torch.get_rng_state()
-        batch = _to(
-            self.workload.batch(step, self.options.batch_size, self.options.seed), self.device
-        )
-        self.optimizer.zero_grad()
-        loss = self.workload.loss_fn(self.model(batch[0]), batch[1])
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"Training diverged: the loss is {value} at step {step}. Lower the learning rate "
-                f"(lr={self.options.lr:g})."
+        with self._checkpointed() if step in self.probed else nullcontext():
+            batch = _to(
+                self.workload.batch(step, self.options.batch_size, self.options.seed), self.device
             )
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.tracker.log(train_loss=value)
-        if step in self.probed:
-            self._probe_accuracy()
-        self.tracker.step(batch)
-        if step in self.probed:
-            # after the part, which holds the losses logged since the last one
-            self._checkpoint(generator, step)
+            self.optimizer.zero_grad()
+            loss = self.workload.loss_fn(self.model(batch[0]), batch[1])
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"Training diverged: the loss is {value} at step {step}. Lower the learning "
+                    f"rate (lr={self.options.lr:g})."
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.tracker.log(train_loss=value)
+            if step in self.probed:
+                self._probe_accuracy()
+            self.tracker.step(batch)
         self.optimizer.step()
         return value
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Store the state before the block; the older ones go only when the block is done.
+
+        Before the block, because a forward pass moves generators and batch statistics.
+        """
+        path = self.store.checkpoint_path(self.tracker.steps_taken)
+        state = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "generators": _generators(self.device),
+        }
+        with naming("write", path):
+            path.parent.mkdir(exist_ok=True)  # a run killed at its very start lacks it
+        save_checkpoint(path, state)
+        yield
+        if not self.keep_all:
+            for other in self._checkpoints().values():
+                if other != path:
+                    other.unlink(missing_ok=True)
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """The checkpoints by step, the last first."""
+        found = {
+            int(path.stem.removeprefix("step-")): path
+            for path in self.store.checkpoints.glob("step-*.safetensors")
+            if path.stem.removeprefix("step-").isdecimal()
+        }
+        return dict(sorted(found.items(), reverse=True))
 
     def _probe_accuracy(self) -> None:
         test = self.workload.test
@@ -186,37 +212,45 @@ class Training:
         self.accuracy = float((outputs.argmax(dim=class_dim) == targets).double().mean())
         self.tracker.log(test_accuracy=self.accuracy)
 
-    def _checkpoint(self, generator: Tensor, step: int) -> None:
-        store = self.tracker.store
-        assert store is not None
-        path = store.checkpoint_path(step)
-        state = {
-            "step": step,
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": generator,
-        }
-        save_checkpoint(path, state)
-        if not self.keep_all:
-            for other in store.checkpoints.glob("step-*.safetensors"):
-                if other != path:
-                    other.unlink(missing_ok=True)
-
     def _restore(self) -> None:
-        """Load the last checkpoint that can be read; without any, start again from step 0."""
-        store = self.tracker.store
-        assert store is not None
-        paths = store.checkpoints.glob("step-*.safetensors")
-        for path in sorted(paths, key=lambda p: int(p.stem.split("-")[1]), reverse=True):
+        """Go back to the last checkpoint that lets every missing step be measured, or to step 0."""
+        stored = self.store.steps()
+        missing = [step for step in self.probed if step not in stored]
+        for step, path in self._checkpoints().items():
+            if missing and step > missing[0]:
+                continue
             try:
-                state = load_checkpoint(path)
-            except InvalidInputError:
+                state = load_training_state(path)
+            except InvalidInputError as error:
+                warnings.warn(f"{error} Going on from an earlier one.", RuntimeWarning, 3)
                 continue
             load_model(self.model, state, path)
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["generator"])
-            self.tracker.steps_taken = state["step"]
+            self.tracker.load_state_dict(state["tracker"])
+            _set_generators(state["generators"], self.device)
             return
+        if stored:
+            warnings.warn(
+                f"No checkpoint from before step {missing[0] if missing else self.options.steps}, "
+                "which is to be measured: training again from step 0. Stored steps are kept.",
+                RuntimeWarning,
+                3,
+            )
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """A checkpoint of :class:`Training`: model, optimizer, tracker, generators.
+
+    Raises:
+        InvalidInputError: The file cannot be read, or is no such checkpoint.
+    """
+    state = load_checkpoint(path)
+    lacking = {"model", "optimizer", "tracker", "generators"} - state.keys()
+    if lacking:
+        raise InvalidInputError(
+            f"{path} is no checkpoint of a run: it lacks {', '.join(sorted(lacking))}."
+        )
+    return state
 
 
 def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
@@ -227,15 +261,24 @@ def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> Non
     """
     try:
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
+    except RuntimeError as error:
         raise InvalidInputError(f"The checkpoint {path} is of another model: {error}") from error
 
 
-def _note_failure(set_status: Callable[[str, str], None], error: Exception) -> None:
+@contextmanager
+def ending_noted(tracker: Tracker) -> Iterator[None]:
+    """Record in run.json, if there is one, that the block was interrupted or why it failed."""
     try:
-        set_status("failed", str(error))
-    except RunDirectoryError:
-        return  # the disk that failed the run fails its record too; the first error is the news
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed"
+        reason = f"interrupted at step {tracker.steps_taken}" if interrupted else str(error)
+        if tracker.store is not None:
+            # the disk that failed a run fails its record too; the first error is the news
+            with suppress(RunDirectoryError):
+                tracker.store.set_status(status, reason)
+        raise
 
 
 def torch_device(name: str) -> torch.device:
@@ -261,3 +304,16 @@ def _json(options: TrainingOptions) -> dict[str, Any]:
     values = asdict(options)
     values["layers"] = list(options.layers)
     return values
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

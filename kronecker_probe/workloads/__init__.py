@@ -44,13 +44,15 @@ def load_workload(name: str, seed: int = 0) -> Workload:
 
 def _imported(name: str) -> Callable[[int], Workload]:
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise InvalidInputError(f"{name!r} names no module; give package.module:factory.")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the user's module exists and misses an import of its own
         raise InvalidInputError(
             f"No module {module_name!r} (searched the installed packages and {here}); "

@@ -40,10 +40,11 @@ def digits_mlp(seed: int) -> Workload:
         nn.CrossEntropyLoss(),
         train,
         test,
-        steps=1000,
-        batch_size=128,
+        steps=3000,
+        batch_size=64,
         lr=1e-3,
         description="64-128-64-10 MLP on 8x8 handwritten digits (1,797 images, 10 classes)",
+        threads=1,
     )
 
 
@@ -59,4 +60,5 @@ def digits_logistic(seed: int) -> Workload:
         batch_size=64,
         lr=1e-3,
         description="logistic regression on the digits 3 and 8, as 2-class cross-entropy",
+        threads=1,
     )

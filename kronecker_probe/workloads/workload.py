@@ -28,6 +28,8 @@ class Workload:
         batch_size: Data a step.
         lr: Learning rate of the embedded Shampoo.
         description: One line for ``kronecker-probe workloads``.
+        threads: CPU threads of torch that suit it; None leaves torch's own choice. Matrices of a
+            few hundred rows gain nothing from more than one, and lose much on a busy machine.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Workload:
     batch_size: int = 128
     lr: float = 1e-3
     description: str = ""
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name, pair in (("train", self.train), ("test", self.test)):
@@ -67,12 +70,18 @@ class Workload:
     def batch(self, step: int, size: int, seed: int = 0) -> Pair:
         """The batch of one step: epochs of shuffled data, a function of (seed, step) alone.
 
-        So a resumed run sees the same batches. The last incomplete batch of an epoch is dropped.
+        So a resumed run sees the same batches. The last incomplete batch of an epoch is dropped;
+        a ``size`` above the number of data gives all of them.
+
+        Raises:
+            InvalidInputError: ``size`` is not positive.
         """
+        if size < 1:
+            raise InvalidInputError(f"batch size {size}; give at least 1 datum.")
         inputs, targets = self.train
         size = min(size, len(targets))
         epoch, position = divmod(step, len(targets) // size)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         index = torch.randperm(len(targets), generator=generator)
         index = index[position * size : (position + 1) * size]
         return inputs[index], targets[index]
