@@ -41,7 +41,7 @@ def ours(d: Tensor, a: Tensor) -> list[float]:
     return [kp.cosine_similarity(target, kp.approximate(target, name)) for name in NAMES]
 
 
-def materialized(d: Tensor, a: Tensor, rounds: int = 30) -> None:
+def materialized(d: Tensor, a: Tensor, rounds: int) -> None:
     """Power iteration on the gradient matrices themselves, in float32."""
     g = d[:, :, None] * a[:, None]
     v = torch.eye(a.shape[1], device=a.device)
@@ -69,29 +69,33 @@ def peak_above_inputs(count: int, m: int, n: int) -> float:
     return float(done.stdout)
 
 
+def layer(count: int, m: int, n: int, repetitions: int) -> None:
+    """Time one layer and print its line."""
+    d, a = factors(count, m, n)
+    timed = interleaved({"floor": lambda: floor(d, a), "ours": lambda: ours(d, a)}, repetitions)
+    line = (
+        f"  {m} x {n}, N = {count}: floor {1e3 * timed['floor'].median:.0f} ms, "
+        f"optimum + three others + cosines {1e3 * timed['ours'].median:.0f} ms, "
+        f"ratio {paired_ratio(timed['ours'], timed['floor']):.2f} (goal 3)"
+    )
+    if device().type == "cpu":
+        line += f", {peak_above_inputs(count, m, n):.3f} GB above the inputs (goal .25)"
+    print(line)
+    if m <= 512:
+        seconds = clock(lambda: materialized(d, a, rounds=1)) * 30
+        print(
+            f"    30 power iterations on materialized gradients (1 timed, x 30): {seconds:.1f} s, "
+            f"{seconds / timed['ours'].median:.0f} times ours"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=7)
     repetitions = parser.parse_args(sys.argv[1:]).repetitions
     print(f"Kronecker approximations of one layer; {environment()}")
     for count, m, n in ((512, 512, 512), (1024, 4096, 4096)):
-        d, a = factors(count, m, n)
-        timed = interleaved({"floor": lambda: floor(d, a), "ours": lambda: ours(d, a)}, repetitions)
-        ratio = paired_ratio(timed["ours"], timed["floor"])
-        line = (
-            f"  {m} x {n}, N = {count}: floor {1e3 * timed['floor'].median:.0f} ms, "
-            f"optimum + three others + cosines {1e3 * timed['ours'].median:.0f} ms, "
-            f"ratio {ratio:.2f} (goal 3)"
-        )
-        if device().type == "cpu":
-            line += f", {peak_above_inputs(count, m, n):.3f} GB above the inputs (goal .25)"
-        print(line)
-        if m <= 512:
-            seconds = clock(lambda: materialized(d, a, rounds=2)) * 15
-            print(
-                f"    30 power iterations on materialized gradients (2 timed, x 15): {seconds:.1f} "
-                f"s, {seconds / timed['ours'].median:.0f} times ours"
-            )
+        layer(count, m, n, repetitions)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import argparse
 import math
 import sys
 
-import torch
-
 import kronecker_probe as kp
 from benchmarks.kronecker_floor import factors
 from benchmarks.timing import clock, environment
@@ -25,6 +23,11 @@ def everything(samples: kp.GradientSamples, route: str) -> None:
         kp.cosine_similarity(target, kp.approximate(target, name))
 
 
+def fastest(samples: kp.GradientSamples, route: str, repetitions: int) -> float:
+    """Seconds of the fastest of some repetitions."""
+    return min(clock(lambda: everything(samples, route)) for _ in range(repetitions))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=2)
@@ -40,14 +43,7 @@ def main() -> None:
                 feasible = [c for c in plan.costs if c.seconds <= LONGEST and c.peak_bytes < 8e9]
                 if plan.route not in [c.route for c in feasible]:
                     continue
-                times: dict[str, float] = {}
-                for cost in feasible:
-                    torch.manual_seed(0)
-                    runs = [
-                        clock(lambda route=cost.route: everything(samples, route))
-                        for _ in range(options.repetitions)
-                    ]
-                    times[cost.route] = min(runs)
+                times = {c.route: fastest(samples, c.route, options.repetitions) for c in feasible}
                 best = min(times.values())
                 ratio = times[plan.route] / best
                 points += 1
@@ -59,7 +55,9 @@ def main() -> None:
                     )
                     print(f"  {m} x {n}, N = {count}: {plan.route} at {ratio:.2f}; {shown}")
     share = good / points if points else math.nan
-    print(f"  within 1.5x of the fastest route on {good} of {points} points, {share:.0%} (goal 90%)")
+    print(
+        f"  within 1.5x of the fastest route on {good} of {points} points, {share:.0%} (goal 90%)"
+    )
 
 
 if __name__ == "__main__":

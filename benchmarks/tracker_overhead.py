@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,33 +12,40 @@ from torch import Tensor
 
 from benchmarks.timing import environment, interleaved, paired_ratio
 from kronecker_probe.optim import Shampoo
-from kronecker_probe.tracking.training import Training, TrainingOptions
+from kronecker_probe.tracking.schedule import spread
+from kronecker_probe.tracking.tracker import Tracker
+from kronecker_probe.tracking.training import TrainingOptions
 from kronecker_probe.workloads import load_workload
 
 
-def plain(steps: int) -> list[Tensor]:
-    """The demo's training alone."""
+def train(steps: int, out: Path | None) -> list[Tensor]:
+    """The demo's training, with a tracker that writes to ``out`` if that is given."""
     workload = load_workload("digits-mlp", 0)
-    model = workload.model
+    model, loss_fn = workload.model, workload.loss_fn
     optimizer = Shampoo(model.named_parameters(), lr=workload.lr)
+    tracker = None
+    if out is not None:
+        probe = workload.probe(TrainingOptions.probe_size)
+        every = spread(steps, TrainingOptions.probes)
+        tracker = Tracker(model, loss_fn, optimizer=optimizer, out=out, every=every, probe=probe)
     for step in range(steps):
-        inputs, targets = workload.batch(step, workload.batch_size)
+        batch = workload.batch(step, workload.batch_size)
         optimizer.zero_grad()
-        workload.loss_fn(model(inputs), targets).backward()
+        loss = loss_fn(model(batch[0]), batch[1])
+        loss.backward()
+        if tracker is not None:
+            tracker.log(train_loss=loss.item())
+            tracker.step(batch)
         optimizer.step()
+    if tracker is not None:
+        tracker.finish()
     return [p.detach() for p in model.parameters()]
 
 
 def tracked(steps: int) -> list[Tensor]:
-    """The demo, without figures and report."""
-    workload = load_workload("digits-mlp", 0)
-    options = TrainingOptions(steps, workload.batch_size, workload.lr)
-    folder = tempfile.mkdtemp()
-    try:
-        Training(workload, "digits-mlp", Path(folder) / "run", options).run()
-    finally:
-        shutil.rmtree(folder)
-    return [p.detach() for p in workload.model.parameters()]
+    """The same with a tracker, its run directory included."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(steps, Path(folder) / "run")
 
 
 def main() -> None:
@@ -49,9 +55,12 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     torch.set_num_threads(load_workload("digits-mlp").threads or torch.get_num_threads())
     print(f"Tracker on the demo ({options.steps} steps, 21 probes); {environment()}")
-    contenders = {"plain": lambda: plain(options.steps), "tracked": lambda: tracked(options.steps)}
+    contenders = {
+        "plain": lambda: train(options.steps, None),
+        "tracked": lambda: tracked(options.steps),
+    }
     timed = interleaved(contenders, options.repetitions)
-    same = all(map(torch.equal, plain(options.steps), tracked(options.steps)))
+    same = all(map(torch.equal, train(options.steps, None), tracked(options.steps)))
     print(
         f"  plain {timed['plain'].median:.2f} s, tracked {timed['tracked'].median:.2f} s, ratio "
         f"{paired_ratio(timed['tracked'], timed['plain']):.2f} (goal 1.3); "

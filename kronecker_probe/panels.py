@@ -100,7 +100,7 @@ class Panels:
             if self.figure is None or number + self.columns >= len(self.axes):
                 ax.set_xlabel(x, fontsize=9)
         if self.figure is not None:
-            across = int(self.figure.get_size_inches()[0] * 11)
+            across = int(self.figure.get_size_inches()[0] * 10)
             self.figure.suptitle(
                 textwrap.fill(title, across),
                 x=0.01,

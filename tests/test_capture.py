@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
 
 every_model = pytest.mark.parametrize("small", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
@@ -75,11 +82,25 @@ def test_empirical_fisher_is_the_gradient_of_each_datum_alone(small: SmallModel)
 def test_what_is_skipped_has_its_reason(small: SmallModel) -> None:
     model = small.model()
     samples = kp.capture(model, F.mse_loss, small.batch("mse"))
-    assert [*samples, *samples.skipped] != []
-    assert set(samples) | set(samples.skipped) == {name for name, _ in model.named_parameters()}
-    assert not set(samples) & set(samples.skipped)
+    names = [name for name, _ in model.named_parameters()]
+    assert list(samples) == [name for name in names if name in small.measured]
+    assert list(samples.skipped) == [name for name in names if name not in small.measured]
     for name, pattern in small.skipped.items():
         assert re.search(pattern, samples.skipped[name]), samples.skipped[name]
+
+
+@pytest.mark.parametrize("reader", [0, 1])
+def test_a_coupling_is_seen_in_either_direction(reader: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        seen = [torch.zeros_like(h[0]), torch.zeros_like(h[0])]
+        seen[reader] = h[1 - reader]
+        return m.c(m.b(h) + torch.stack(seen))
+
+    model = three(forward).double()
+    samples = kp.capture(model, F.mse_loss, SMALL_MODELS["2-D"].batch("mse", 2))
+    assert list(samples) == ["b.weight", "c.weight"]
+    assert "mix" in samples.skipped["a.weight"]
 
 
 SHAPES = ("2-D", "3-D", "classes second", "pooled sequence", "conv in-place activation, pixels")
@@ -250,13 +271,28 @@ def test_compiled_models_are_measured_as_if_they_were_not(name: str, run_before:
     small = SMALL_MODELS[name]
     model, batch = small.model(), small.batch("cross-entropy")
     expected = kp.capture(model, F.cross_entropy, batch)
-    wrapped = torch.compile(model, backend="eager")
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    wrapped = torch.compile(model, backend=backend)
     if run_before:
         wrapped(batch[0])
+    before = len(compiled)
     assert_same_samples(kp.capture(wrapped, F.cross_entropy, batch), expected, "_orig_mod.")
-    outputs = wrapped(batch[0])
-    assert torch.equal(outputs, model(batch[0]))
+    assert len(compiled) == before
+    assert torch.equal(wrapped(batch[0]), model(batch[0]))
+    assert len(compiled) == 1
+
+
+def test_models_compiled_in_place_are_measured_as_if_they_were_not() -> None:
+    small = SMALL_MODELS["2-D"]
+    model, batch = small.model(), small.batch("cross-entropy")
+    expected = kp.capture(model, F.cross_entropy, batch)
     model.compile(backend="eager")
+    model(batch[0])
     assert_same_samples(kp.capture(model, F.cross_entropy, batch), expected, "")
 
 

@@ -42,6 +42,15 @@ def refused(error: type[KroneckerProbeError], *words: str, **given: Any) -> str:
     return message
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Wide(nn.Linear):
+    pass
+
+
 # -- values that are not finite ----------------------------------------------------------------
 
 
@@ -94,6 +103,16 @@ def test_activations_that_are_not_finite_name_the_first_layer_that_reads_them() 
     refused(NonFiniteError, "input of layer 'b'", "layers before it", model=model)
 
 
+def test_a_model_that_is_one_layer_goes_by_its_class() -> None:
+    model = Wide(3, CLASSES).double()
+    inputs = INPUTS.clone()
+    inputs[0] = math.inf
+    model.weight.data[:, 1:] = 0  # 0 * inf
+    refused(NonFiniteError, "inputs of the batch", model=model, batch=(inputs, LABELS))
+    model.register_forward_hook(lambda m, x, y: torch.nan_to_num(y))
+    refused(NonFiniteError, "input of layer 'Wide'", model=model, batch=(inputs, LABELS))
+
+
 def test_outputs_that_are_not_finite_by_the_last_layer() -> None:
     model = nn.Sequential(MODEL, Lambda(lambda m, x: x / 0.0))
     refused(NonFiniteError, "outputs hold NaN", "finite inputs and parameters", model=model)
@@ -103,7 +122,7 @@ def test_masked_activations_that_are_not_finite() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         h = m.a(x)
         h = torch.cat([h[:, :3], torch.full_like(h[:, :1], math.inf)], dim=1)
-        return m.c(torch.nan_to_num(m.b(h)))
+        return m.c(torch.nan_to_num(m.b(h), 0.0, 1.0, -1.0))
 
     refused(NonFiniteError, "input of layer 'b'", model=three(forward).double())
 

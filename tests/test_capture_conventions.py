@@ -16,6 +16,11 @@ from tests.small_models import SMALL_MODELS, N
 from tests.small_modules import CLASSES, Lambda, three
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize(
     ("draws", "options", "columns", "weight"),
     [

@@ -29,6 +29,11 @@ HOOKS = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 class Restless(nn.Module):
     """A forward pass that changes whatever a forward pass can change."""
 
@@ -359,17 +364,30 @@ def test_no_overridden_train_method_runs() -> None:
     kp.capture(Frozen(small.model()), F.mse_loss, small.batch("mse"))
 
 
-def test_hooks_of_the_model_run_with_it_and_after_ours() -> None:
+def test_hooks_of_the_model_are_part_of_it() -> None:
     small = SMALL_MODELS["2-D"]
     model, batch = small.model(), small.batch("mse")
-    expected = kp.capture(model, F.mse_loss, batch)
     seen = []
+    model[0].register_forward_pre_hook(lambda m, x: (3 * x[0],))
     model[0].register_forward_hook(lambda m, x, y: seen.append(y.shape), prepend=True)
-    model[0].register_forward_hook(lambda m, x, y: y + 1 - 1)
-    got = kp.capture(model, F.mse_loss, batch)
+    model[0].register_forward_hook(lambda m, x, y: 2 * y)
+    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher")
     assert seen == [torch.Size([4, 4])]
-    got, expected = got["0.weight"].output_grads, expected["0.weight"].output_grads
-    assert torch.allclose(got, expected, rtol=1e-12, atol=0)
+    F.mse_loss(model(batch[0]), batch[1]).backward()
+    gradient = model[0].weight.grad
+    assert torch.allclose(samples["0.weight"].matrices().mean(0)[0], gradient, rtol=1e-10)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_autocast_cache_is_on_or_off_as_before(cached: bool) -> None:
+    small = SMALL_MODELS["2-D"]
+    before = torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(cached)
+        kp.capture(small.model(), F.mse_loss, small.batch("mse"))
+        assert torch.is_autocast_cache_enabled() is cached
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def test_a_forward_hook_that_adds_an_adapter_is_part_of_the_model() -> None:

@@ -292,6 +292,7 @@ OTHER_ENTROPIES: dict[str, Loss] = {
     "penalty on parameters": lambda o, y: F.cross_entropy(o, y) + _parameter.square().sum(),
     "constant": lambda o, y: F.cross_entropy(o, y) - 0.5,
     "noise": lambda o, y: F.cross_entropy(o + torch.randn_like(o), y),
+    "straight-through": lambda o, y: F.cross_entropy(o, y) + 1e-3 * (o - o.detach()).sum(),
     "detached": lambda o, y: F.cross_entropy(o.detach(), y),
     "constant in outputs": lambda o, y: _parameter.sum(),
 }
@@ -304,6 +305,7 @@ OTHER_SQUARES: dict[str, Loss] = {
     "soft labels": lambda o, y: F.cross_entropy(o, y.softmax(-1)),
     "root": lambda o, y: F.mse_loss(o, y).sqrt(),
     "output weights": lambda o, y: (_weights * (o - y).square()).mean(),
+    "straight-through": lambda o, y: F.mse_loss(o, y) + 1e-3 * (o - o.detach()).sum(),
     "relative": lambda o, y: ((o - y) / y).square().mean(),
     "kl": lambda o, y: F.kl_div(o.log_softmax(-1), y.softmax(-1), reduction="batchmean"),
 }
