@@ -87,7 +87,10 @@ LayersOption = Annotated[
     list[str], typer.Option("--layers", help="Glob of parameter names; may be repeated.")
 ]
 SeedOption = Annotated[
-    int, typer.Option(min=0, help="Seed of model, batches, probe set and sampled labels.")
+    int,
+    typer.Option(
+        min=0, max=2**63 - 1, help="Seed of model, batches, probe set and sampled labels."
+    ),
 ]
 ProbeSizeOption = Annotated[
     int, typer.Option(min=1, help="Data in the fixed probe set (training data are used).")
@@ -405,14 +408,15 @@ def _show_table(table: pd.DataFrame) -> None:
         wide = wide.droplevel("step")
     names = ordered(wide.columns)
     title = f"Cosine to H{'' if step is None else f' at step {step}'}"
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:
         shown.add_column(HEADS.get(name) or short(name), justify="right", no_wrap=True)
     for parameter, values in wide.iterrows():
         cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
         shown.add_row(escape(str(parameter)), *cells)
-    console.print(shown)
+    # never narrower than its numbers need: rich would cut their last digits without a mark
+    Console(width=max(console.width, 80)).print(shown)
     for sentence in conclusions(table):
         console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,31 +14,13 @@ from torch import Tensor, nn
 import kronecker_probe as kp
 from kronecker_probe.errors import (
     InvalidInputError,
-    KroneckerProbeError,
-    MemoryBudgetError,
     NonFiniteError,
     UnknownNameError,
     UnsupportedError,
 )
-from kronecker_probe.linalg import memory
+from tests.refusals import INPUTS, LABELS, MODEL, VALUES, refused
 from tests.small_models import SMALL_MODELS, N
-from tests.small_modules import CLASSES, Lambda, conv, mlp, three
-
-INPUTS, LABELS = SMALL_MODELS["2-D"].batch("cross-entropy")
-VALUES = SMALL_MODELS["2-D"].batch("mse")[1]
-MODEL = SMALL_MODELS["2-D"].model()
-
-
-def refused(error: type[KroneckerProbeError], *words: str, **given: Any) -> str:
-    """The message of the refusal; ``given`` replaces what a good call gets."""
-    call: dict[str, Any] = {"model": MODEL, "loss_fn": F.cross_entropy, "batch": (INPUTS, LABELS)}
-    with pytest.raises(error) as caught:
-        kp.capture(**(call | given))
-    assert type(caught.value) is error
-    message = str(caught.value)
-    for word in words:
-        assert word in message, message
-    return message
+from tests.small_modules import CLASSES, Lambda, three
 
 
 @pytest.fixture(autouse=True)
@@ -275,147 +256,3 @@ def test_label_draws_that_are_no_count(label_draws: Any) -> None:
 def test_label_draws_where_no_label_is_drawn(draws: str) -> None:
     words = ("label_draws=3", repr(draws), "only by 'fisher'")
     refused(InvalidInputError, *words, draws=draws, label_draws=3)
-
-
-# -- models ------------------------------------------------------------------------------------
-
-
-def test_what_is_no_module() -> None:
-    refused(InvalidInputError, "model is a function", "torch.nn.Module", model=lambda x: x)
-
-
-def test_a_model_without_parameters() -> None:
-    refused(InvalidInputError, "Sequential has no parameters", model=nn.Sequential(nn.ReLU()))
-
-
-def test_no_supported_layer_at_all() -> None:
-    model = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 3, 3), nn.Flatten()).double()
-    words = ("No parameter can be measured", "1.weight", "Conv1d", "Linear and Conv2d")
-    refused(InvalidInputError, *words, model=model)
-
-
-def test_everything_frozen() -> None:
-    model = mlp().double().requires_grad_(False)
-    refused(InvalidInputError, "frozen", "no parameter that requires a gradient", model=model)
-
-
-def test_nothing_measurable_is_left_by_the_glob() -> None:
-    words = ("No parameter can be measured", "0.bias: a bias of Linear", "not selected by")
-    refused(InvalidInputError, *words, layers="*.bias")
-
-
-def test_frozen_parameters_are_skipped_and_the_rest_measured() -> None:
-    model = SMALL_MODELS["2-D"].model()
-    model[0].weight.requires_grad_(False)
-    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["2.weight"]
-    assert samples.skipped["0.weight"] == "frozen (requires_grad=False)"
-
-
-def test_a_model_under_no_grad() -> None:
-    class Frozen(nn.Sequential):
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)
-
-    refused(InvalidInputError, "torch.no_grad()", model=Frozen(MODEL))
-
-
-@pytest.mark.parametrize(
-    ("wrap", "kind"),
-    [
-        (lambda z: (z, z), "tuple"),
-        (lambda z: {"logits": z}, "dict"),
-        (lambda z: [z], "list"),
-        (lambda z: None, "NoneType"),
-        (lambda z: z.detach().numpy(), "ndarray"),
-    ],
-)
-def test_outputs_that_are_no_tensor(wrap: Callable[[Tensor], Any], kind: str) -> None:
-    model = nn.Sequential(MODEL, Lambda(lambda m, z: wrap(z)))
-    refused(InvalidInputError, f"returned a {kind}", "wrap it", "logits", model=model)
-
-
-def test_a_batch_flattened_into_positions() -> None:
-    small = SMALL_MODELS["3-D"]
-    inputs, targets = small.batch("cross-entropy")
-    model = nn.Sequential(small.model(), nn.Flatten(0, 1))
-    words = ("[8, 3]", "4 data", "do not flatten")
-    loss = lambda o, y: F.cross_entropy(o, y.flatten())  # noqa: E731
-    refused(InvalidInputError, *words, model=model, loss_fn=loss, batch=(inputs, targets))
-
-
-def test_a_layer_on_a_batch_flattened_into_positions_is_skipped() -> None:
-    model = three(lambda m, x: m.c(m.b(m.a(x).flatten(0, 1)).reshape(len(x), -1, 4))).double()
-    small = SMALL_MODELS["3-D"]
-    samples = kp.capture(model, F.mse_loss, small.batch("mse"))
-    assert list(samples) == ["a.weight", "c.weight"]
-    assert "[8, 4] for a batch of 4 data" in samples.skipped["b.weight"]
-
-
-def test_outputs_that_are_one_number() -> None:
-    model = nn.Sequential(MODEL, Lambda(lambda m, z: z.sum()))
-    refused(InvalidInputError, "returned []", "first dimension", model=model)
-
-
-@pytest.mark.filterwarnings("ignore:Complex modules")
-def test_complex_weights_are_skipped() -> None:
-    model = Lambda(
-        lambda m, x: m.c(m.a(x.to(torch.complex128)).abs()),
-        a=nn.Linear(3, 4).to(torch.complex128), c=nn.Linear(4, CLASSES).double(),
-    )  # fmt: skip
-    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["c.weight"]
-    assert samples.skipped["a.weight"] == "torch.complex128 is not real"
-
-
-def test_sparse_inputs_of_a_layer_are_skipped() -> None:
-    model = three(lambda m, x: m.c(m.b(m.a(x.to_sparse())))).double()
-    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["b.weight", "c.weight"]
-    assert "sparse_coo" in samples.skipped["a.weight"]
-
-
-def test_an_input_overwritten_after_the_layer_read_it() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        y = m.a(x)
-        x.add_(1)
-        return m.c(y)
-
-    words = ("input of layer 'a'", "changed in place", "out of place")
-    refused(InvalidInputError, *words, model=three(forward).double())
-
-
-def test_a_scripted_model_has_no_layers_to_read() -> None:
-    with pytest.warns(DeprecationWarning, match="jit"):
-        model = torch.jit.script(mlp().double())
-    refused(InvalidInputError, "No parameter", "no rule for RecursiveScriptModule", model=model)
-
-
-def test_a_convolution_of_one_image_without_a_batch_is_skipped() -> None:
-    model = conv()
-    model(torch.zeros(1, 2, 5, 6))
-    lonely = Lambda(lambda m, x: m.net[3](m.net[0](x[0]).reshape(1, -1)), net=model.double())
-    samples = kp.capture(lonely, F.mse_loss, (torch.randn(1, 2, 5, 6).double(), VALUES[:1]))
-    assert list(samples) == ["net.3.weight"]
-    assert "[2, 5, 6] for a batch of 1 data" in samples.skipped["net.0.weight"]
-
-
-def test_samples_that_would_not_fit_are_refused_with_the_figure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
-    message = refused(MemoryBudgetError, "3 gradient columns a datum", "GB")
-    assert "0.00 GB are free" in message
-
-
-def test_the_memory_of_unfolded_images_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = SMALL_MODELS["conv default"]
-    batch = small.batch("mse")
-    samples = kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
-    held = sum(one.nbytes for one in samples.values())
-    monkeypatch.setattr(memory, "available_bytes", lambda device: held)
-    kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
-    monkeypatch.setattr(memory, "available_bytes", lambda device: held - 1)
-    with pytest.raises(MemoryBudgetError):
-        kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")

@@ -554,7 +554,7 @@ def test_measure_works_off_schedule_and_only_once() -> None:
 
 
 def started(out: Path, **options: Any) -> kp.Tracker:
-    return kp.Tracker(network(), LOSS, out=out, every=1, probe=batch(0), **options)
+    return kp.Tracker(network(), LOSS, **{"out": out, "every": 1, "probe": batch(0)} | options)
 
 
 def test_an_occupied_directory_is_refused_with_the_remedies(tmp_path: Path) -> None:
@@ -675,15 +675,13 @@ def test_a_failed_write_loses_nothing_that_was_logged(
 
 
 def test_where_it_stands_goes_through_a_checkpoint(tmp_path: Path) -> None:
-    first = started(tmp_path / "run")
-    first._schedule = make_schedule([0, 4])
+    first = started(tmp_path / "run", every=[0, 4])
     for step in range(3):
         first.log(train_loss=step)
         first.step()
     state = json.loads(json.dumps(first.state_dict()))
     first.log(train_loss=99.0)  # after the checkpoint: lost with the process, and logged again
-    second = started(tmp_path / "run", resume=True)
-    second._schedule = make_schedule([0, 4])
+    second = started(tmp_path / "run", every=[0, 4], resume=True)
     second.load_state_dict(state)
     assert second.steps_taken == 3
     for step in range(3, 5):

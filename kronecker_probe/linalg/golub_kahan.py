@@ -18,30 +18,36 @@ CANCELLATION = 1e3
 BREAKDOWN = 64 * EPS
 # A singular value of a locked complement below this share of the largest is what locking left.
 LOCKING = 1e-11
+# Vectors for which a basis makes room at first.
+ROOM = 24
 
 Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
 class Space:
-    """One side of the map: the inner product <x, y> = <metric(x), y> on float64 vectors.
+    """One side of the map: the inner product <x, y> = <K x, y> on float64 vectors.
 
-    Attributes:
-        metric: The Gram operator of the coordinates; None for the Euclidean inner product.
+    Args:
+        gram: K, float64 [d, d], PSD with entries >= 0; None for the Euclidean inner product.
     """
 
-    metric: Map | None = None
+    def __init__(self, gram: Tensor | None = None) -> None:
+        self.gram = gram
+        self.trace = 0.0 if gram is None else float(gram.diagonal().sum())
 
     def dual(self, x: Tensor) -> Tensor:
-        """metric(x)."""
-        return x if self.metric is None else self.metric(x)
+        """K x."""
+        return x if self.gram is None else self.gram.mv(x)
 
-    def rounding(self, x: Tensor) -> float:
-        """The part of <x, x> that rounding alone can produce; the metric has entries >= 0."""
-        if self.metric is None:
-            return 0.0
+    def is_rounding(self, squared: float, x: Tensor) -> bool:
+        """Whether <x, x> = ``squared`` could be produced by rounding alone."""
+        if self.gram is None:
+            return False
+        bound = CANCELLATION * EPS
+        if squared > bound * self.trace * float(x @ x):  # at least |x|^T K |x|
+            return False
         size = x.abs()
-        return CANCELLATION * EPS * float(size @ self.metric(size))
+        return squared <= bound * float(size @ self.gram.mv(size))
 
 
 @dataclass(frozen=True)
@@ -73,35 +79,48 @@ class _Basis:
 
     def __init__(self, space: Space, locked: Sequence[Tensor]) -> None:
         self.space = space
-        self.locked = len(locked)
-        self.vectors = list(locked)
-        self.duals = [space.dual(x) for x in locked]
+        self.locked = self.count = len(locked)
+        self._vectors = torch.stack([*locked]) if locked else torch.empty(0, 0)
+        self._duals = torch.stack([space.dual(x) for x in locked]) if locked else self._vectors
+
+    @property
+    def last_dual(self) -> Tensor:
+        """The dual of the last vector."""
+        return self._duals[self.count - 1]
 
     def append(self, x: Tensor) -> float:
         """Orthogonalize ``x``, normalize and append it; returns its norm, 0 if nothing is left."""
-        if self.vectors:
-            vectors, duals = torch.stack(self.vectors), torch.stack(self.duals)
+        if self.count:
+            vectors, duals = self._vectors[: self.count], self._duals[: self.count]
             for _ in range(2):  # twice is enough
-                x = x - vectors.T @ (duals @ x)
+                x = x - (duals @ x) @ vectors
         dual = self.space.dual(x)
         squared = float(dual @ x)
-        if not squared > self.space.rounding(x):
+        if not squared > 0 or self.space.is_rounding(squared, x):
             return 0.0
         norm = math.sqrt(squared)
-        self.vectors.append(x / norm)
-        self.duals.append(dual / norm)
+        self._make_room(x)
+        torch.div(x, norm, out=self._vectors[self.count])
+        torch.div(dual, norm, out=self._duals[self.count])
+        self.count += 1
         return norm
+
+    def _make_room(self, like: Tensor) -> None:
+        if self.count < len(self._vectors):
+            return
+        room = max(ROOM, self.count)
+        empty = like.new_empty(room, len(like))
+        kept = [self._vectors, self._duals] if self.count else [like.new_empty(0, len(like))] * 2
+        self._vectors, self._duals = (torch.cat([held, empty]) for held in kept)
 
     def pop(self) -> None:
         """Drop the last vector."""
-        self.vectors.pop()
-        self.duals.pop()
+        self.count -= 1
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """sum_j coefficients_jk x_j over the vectors that are not locked, [d, k]."""
-        used = self.vectors[self.locked : self.locked + len(coefficients)]
-        vectors = torch.stack(used, dim=1)
-        return vectors @ torch.as_tensor(coefficients, dtype=vectors.dtype, device=vectors.device)
+        used = self._vectors[self.locked : self.locked + len(coefficients)]
+        return used.T @ torch.as_tensor(coefficients, dtype=used.dtype, device=used.device)
 
 
 def leading_triples(
@@ -145,7 +164,7 @@ def leading_triples(
     sigma, p, qt, residual = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)), 0.0
     alive = right.append(start) > 0
     while alive and len(alphas) < max_rounds:
-        alpha = left.append(forward(right.duals[-1]))
+        alpha = left.append(forward(right.last_dual))
         if alpha <= max([negligible, *(BREAKDOWN * known for known in alphas)]):
             # the last right vector maps into the span that is there: B gains a column only
             if alpha > 0:
@@ -154,7 +173,7 @@ def leading_triples(
             residual = 0.0
             break
         alphas.append(alpha)
-        beta = right.append(adjoint(left.duals[-1]))
+        beta = right.append(adjoint(left.last_dual))
         alive = beta > BREAKDOWN * max(alphas)
         if not alive or len(alphas) <= 12 or len(alphas) % 4 == 0 or len(alphas) == max_rounds:
             p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas)))

@@ -26,7 +26,7 @@ COLUMNS = (
     "approximation", "metric", "index", "kind", "value", "note",
 )  # fmt: skip
 
-_DTYPES = {
+_DTYPES: dict[str, Any] = {
     **dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), "Int64"),
     "step": "int64",
     "value": "float64",

@@ -246,9 +246,9 @@ class Tracker:
         rows = [*self._pending, *run, *({"step": step} | row for row in absent)]
         scored = scores.table.copy()
         scored.insert(0, "step", step)
-        part = conform(pd.concat([scored, to_table(rows, ["step"])], ignore_index=True))
+        part = pd.concat([scored, to_table(rows, ["step"])], ignore_index=True)
         if self.store is None:
-            self._parts.append(part)
+            self._parts.append(conform(part))
         else:
             self.store.write_part(step, part)
         self._measured.add(step)

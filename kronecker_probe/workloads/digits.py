@@ -40,7 +40,7 @@ def digits_mlp(seed: int) -> Workload:
         nn.CrossEntropyLoss(),
         train,
         test,
-        steps=4000,
+        steps=5000,
         batch_size=64,
         lr=1e-3,
         description="64-128-64-10 MLP on 8x8 handwritten digits (1,797 images, 10 classes)",

@@ -92,8 +92,8 @@ class SampleSpace(Route):
             _unchanged,
             _unchanged,
             kd @ (root * self.inputs.squared_norms),
-            left_space=Space(kd.mv),
-            right_space=Space(ka.mv),
+            left_space=Space(kd),
+            right_space=Space(ka),
         )
         if found.leading_value == 0.0:
             return self.void()
@@ -130,7 +130,7 @@ class SampleSpace(Route):
             return kd @ noise.to(device)
 
         values = leading_values(
-            _unchanged, _unchanged, draw, k, left_space=Space(kd.mv), right_space=Space(ka.mv)
+            _unchanged, _unchanged, draw, k, left_space=Space(kd), right_space=Space(ka)
         )
         values[:1] = self._leading.singular_value
         return values
