@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
@@ -81,15 +81,15 @@ class SecondMoment(Operator):
         """Tr H = E|G|^2 = Tr L = Tr R."""
         return self.left_factor.trace()
 
-    @cached_property
+    @property
     def left_factor(self) -> Factor:
         """L = E[G G^T], the left partial trace."""
-        return self._route.left_factor()
+        return self._route.left
 
-    @cached_property
+    @property
     def right_factor(self) -> Factor:
         """R = E[G^T G], the right partial trace."""
-        return self._route.right_factor()
+        return self._route.right
 
     def kfac_factors(self) -> tuple[Factor, Factor]:
         """E[d d^T] and E[a a^T] of factored samples (expand form for T > 1).
@@ -122,8 +122,10 @@ class SecondMoment(Operator):
         """
         if k is not None and (not isinstance(k, int) or k < 1):
             raise InvalidInputError(f"kronecker_spectrum got k={k!r}; give a positive integer.")
-        if k is None and self.samples.n_positions == 1 and self._plan.route == "parameter":
-            return SampleSpace(self.samples).spectrum(None)  # type: ignore[arg-type]
+        samples = self.samples
+        if k is None and self._plan.route == "parameter" and samples.n_positions == 1:
+            assert isinstance(samples, FactoredSamples)
+            return SampleSpace(samples).spectrum(None)  # complete, unlike half steps
         return self._route.spectrum(k)
 
     def factor_inner(self, left: Factor, right: Factor) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
-from kronecker_probe.operators.factors import Eigenbasis, Factor
+from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes.kernels import Kernels, kernels_for
 from kronecker_probe.operators.rows import Rows
 
@@ -52,13 +53,21 @@ class Route(abc.ABC):
     def norm_squared(self) -> float:
         """|H|^2."""
 
-    @abc.abstractmethod
-    def left_factor(self) -> Factor:
+    @cached_property
+    def left(self) -> Factor:
         """L = E[G G^T], [m, m]."""
+        return self._left_factor()
+
+    @cached_property
+    def right(self) -> Factor:
+        """R = E[G^T G], [n, n]."""
+        return self._right_factor()
 
     @abc.abstractmethod
-    def right_factor(self) -> Factor:
-        """R = E[G^T G], [n, n]."""
+    def _left_factor(self) -> Factor: ...
+
+    @abc.abstractmethod
+    def _right_factor(self) -> Factor: ...
 
     @abc.abstractmethod
     def factor_inner(self, left: Factor, right: Factor) -> float:
@@ -78,7 +87,7 @@ class Route(abc.ABC):
 
     def void(self) -> LeadingProduct:
         """The leading product of H = 0, whose factors L and R are zero."""
-        return LeadingProduct(0.0, self.left_factor(), self.right_factor(), 0, 0.0)
+        return LeadingProduct(0.0, self.left, self.right, 0, 0.0)
 
     def kfac_factors(self) -> tuple[Factor, Factor]:
         """E[d d^T] and E[a a^T], expand form over shared positions.
@@ -101,8 +110,11 @@ class Route(abc.ABC):
         total = self.weights.sum() * samples.n_positions
         return self.weights / total if float(total) > 0 else self.weights
 
-    @abc.abstractmethod
     def _outer_factors(
         self, outputs: Rows, inputs: Rows, input_weights: Tensor
     ) -> tuple[Factor, Factor]:
-        """sum_i w_i sum d d^T and sum_i v_i sum a a^T, in this route's representation."""
+        """sum_i w_i sum d d^T and sum_i v_i sum a a^T."""
+        return (
+            MatrixFactor(outputs.outer_sum(self.weights)),
+            MatrixFactor(inputs.outer_sum(input_weights)),
+        )

@@ -16,7 +16,6 @@ from kronecker_probe.operators.dense import project_rearranged, rearrange, resto
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes.base import LeadingProduct, Route
 from kronecker_probe.operators.routes.parameter_space import matrix_product
-from kronecker_probe.operators.rows import Rows
 
 
 @final
@@ -60,31 +59,15 @@ class DenseSpace(Route):
     def norm_squared(self) -> float:
         return float(torch.linalg.vector_norm(self.rearranged).square())
 
-    @cached_property
-    def _left(self) -> MatrixFactor:
+    def _left_factor(self) -> MatrixFactor:
         m, n = self.shape
         eye = torch.eye(n, dtype=torch.float64, device=self.weights.device)
         return MatrixFactor((self.rearranged @ eye.reshape(-1)).view(m, m))
 
-    @cached_property
-    def _right(self) -> MatrixFactor:
+    def _right_factor(self) -> MatrixFactor:
         m, n = self.shape
         eye = torch.eye(m, dtype=torch.float64, device=self.weights.device)
         return MatrixFactor((self.rearranged.T @ eye.reshape(-1)).view(n, n))
-
-    def left_factor(self) -> Factor:
-        return self._left
-
-    def right_factor(self) -> Factor:
-        return self._right
-
-    def _outer_factors(
-        self, outputs: Rows, inputs: Rows, input_weights: Tensor
-    ) -> tuple[Factor, Factor]:
-        return (
-            MatrixFactor(outputs.outer_sum(self.weights)),
-            MatrixFactor(inputs.outer_sum(input_weights)),
-        )
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))
@@ -97,7 +80,7 @@ class DenseSpace(Route):
         found = leading_triples(
             forward=lambda v: self.rearranged @ v,
             adjoint=lambda u: self.rearranged.T @ u,
-            start=self.rearranged.T @ self._left.matrix.reshape(-1),
+            start=self.rearranged.T @ self.left.matrix.reshape(-1),
         )
         return matrix_product(found) or self.void()
 

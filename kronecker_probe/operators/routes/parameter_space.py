@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -16,7 +15,6 @@ from kronecker_probe.linalg.golub_kahan import (
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes.base import DEFAULT_LEADING, LeadingProduct, Route
 from kronecker_probe.operators.routes.kernels import squared_product_sum
-from kronecker_probe.operators.rows import Rows
 
 
 @final
@@ -28,27 +26,11 @@ class ParameterSpace(Route):
     def norm_squared(self) -> float:
         return squared_product_sum(self.samples, self.samples)
 
-    @cached_property
-    def _left(self) -> MatrixFactor:
+    def _left_factor(self) -> MatrixFactor:
         return MatrixFactor(self.kernels.left_step(None))
 
-    @cached_property
-    def _right(self) -> MatrixFactor:
+    def _right_factor(self) -> MatrixFactor:
         return MatrixFactor(self.kernels.right_step(None))
-
-    def left_factor(self) -> Factor:
-        return self._left
-
-    def right_factor(self) -> Factor:
-        return self._right
-
-    def _outer_factors(
-        self, outputs: Rows, inputs: Rows, input_weights: Tensor
-    ) -> tuple[Factor, Factor]:
-        return (
-            MatrixFactor(outputs.outer_sum(self.weights)),
-            MatrixFactor(inputs.outer_sum(input_weights)),
-        )
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         return self.kernels.kronecker_inner(left.matrix, right.matrix)

@@ -41,19 +41,11 @@ class SampleSpace(Route):
         w = self.weights
         return float(w @ (self.outputs.squared_gram * self.inputs.squared_gram) @ w)
 
-    @cached_property
-    def _left(self) -> SampleFactor:
+    def _left_factor(self) -> SampleFactor:
         return SampleFactor(self.outputs, self.weights * self.inputs.squared_norms)
 
-    @cached_property
-    def _right(self) -> SampleFactor:
+    def _right_factor(self) -> SampleFactor:
         return SampleFactor(self.inputs, self.weights * self.outputs.squared_norms)
-
-    def left_factor(self) -> Factor:
-        return self._left
-
-    def right_factor(self) -> Factor:
-        return self._right
 
     def _outer_factors(
         self, outputs: Rows, inputs: Rows, input_weights: Tensor
