@@ -5,7 +5,6 @@ Nothing here imports torch before a command needs it; ``report`` never does.
 
 from __future__ import annotations
 
-import math
 import runpy
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,15 +23,12 @@ from kronecker_probe.errors import (
     RunDirectoryError,
     unknown_name,
 )
+from kronecker_probe.terminal import console, errors, progress_bar, show_run, show_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from kronecker_probe.tracking.training import TrainingOptions
+    from kronecker_probe.tracking.training import Training
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-# Column heads where the usual name would not fit 80 columns.
-HEADS = {"optimal": "optimal", "eigen-corrected": "eigen-corr."}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,8 +38,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed (what is on disk is intact), 2 bad usage, "
     "130 interrupted (resume with --resume).",
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 class Draws(StrEnum):
@@ -202,16 +194,22 @@ def track(
                 overwrite=overwrite,
                 keep_checkpoints=keep_checkpoints.value,
             )
-        try:
-            _train(training, options)
-        except KeyboardInterrupt:
-            step = training.tracker.steps_taken
-            errors.print(
-                f"[yellow]Interrupted[/] at step {step}. Nothing measured is lost; go on with "
-                f"the same command and [bold]--resume[/]."
-            )
-            raise typer.Exit(INTERRUPTED) from None
-        _show_run(directory)
+        with _resumable(training), progress_bar(options.steps) as show:
+            training.run(show)
+        show_run(directory)
+
+
+@contextmanager
+def _resumable(training: Training) -> Iterator[None]:
+    """On Ctrl-C, say where the run stands and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(
+            f"[yellow]Interrupted[/] at step {training.tracker.steps_taken}. Nothing measured is "
+            "lost; go on with the same command and [bold]--resume[/]."
+        )
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _set_threads(threads: int | None) -> None:
@@ -219,33 +217,6 @@ def _set_threads(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _train(training: object, options: TrainingOptions) -> None:
-    from rich import progress
-
-    from kronecker_probe.tracking.training import Progress, Training
-
-    assert isinstance(training, Training)
-    columns = (
-        progress.TextColumn("training"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("loss {task.fields[loss]}"),
-        progress.TextColumn("accuracy {task.fields[accuracy]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=options.steps, loss="-", accuracy="-")
-
-        def show(state: Progress) -> None:
-            accuracy = "-" if state.accuracy != state.accuracy else f"{state.accuracy:.3f}"
-            loss = f"{state.loss:.4f}"
-            bar.update(task, completed=state.step, loss=loss, accuracy=accuracy)
-
-        training.run(show)
 
 
 @app.command()
@@ -317,9 +288,9 @@ def measure(
         with ending_noted(tracker):
             tracker.finish()
         if out is not None:
-            _show_run(out)
+            show_run(out)
         else:
-            _show_table(tracker.table)
+            show_table(tracker.table)
 
 
 @app.command()
@@ -332,7 +303,7 @@ def report(
             from kronecker_probe.tracking.store import RunStore
 
             RunStore.open(run)
-        _show_run(run)
+        show_run(run)
 
 
 @app.command()
@@ -383,42 +354,6 @@ def _analyses() -> Path:
         if folder.is_dir():
             return folder
     raise InvalidInputError("This installation holds no analyses; install from the source tree.")
-
-
-def _show_run(directory: Path) -> None:
-    """Write figures and report of a stored run, and print table, conclusions and paths."""
-    from kronecker_probe.report import write_report
-    from kronecker_probe.tracking.store import RunStore
-
-    paths = write_report(directory)
-    _show_table(RunStore.open(directory).read(strict=False))
-    for figure in paths.figures:
-        console.print(f"figure  {escape(str(figure))}", soft_wrap=True, highlight=False)
-    console.print(f"report  {escape(str(paths.report))}", soft_wrap=True, highlight=False)
-
-
-def _show_table(table: pd.DataFrame) -> None:
-    """The cosines at the last probed step, a line a layer, and a sentence for each."""
-    from kronecker_probe.conclusions import conclusions
-    from kronecker_probe.tables import last_step, ordered, scores, short
-
-    step = last_step(table)
-    wide = scores(table if step is None else table[table["step"] == step])
-    if "step" in wide.index.names:
-        wide = wide.droplevel("step")
-    names = ordered(wide.columns)
-    title = f"Cosine to H{'' if step is None else f' at step {step}'}"
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.add_column("layer", overflow="fold", min_width=8)
-    for name in names:
-        shown.add_column(HEADS.get(name) or short(name), justify="right", no_wrap=True)
-    for parameter, values in wide.iterrows():
-        cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
-        shown.add_row(escape(str(parameter)), *cells)
-    # never narrower than its numbers need: rich would cut their last digits without a mark
-    Console(width=max(console.width, 80)).print(shown)
-    for sentence in conclusions(table):
-        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
