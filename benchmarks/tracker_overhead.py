@@ -26,7 +26,7 @@ def train(steps: int, out: Path | None) -> list[Tensor]:
     tracker = None
     if out is not None:
         probe = workload.probe(TrainingOptions.probe_size)
-        every = spread(steps, TrainingOptions.probes)
+        every = spread(steps, TrainingOptions.probes, "early")
         tracker = Tracker(model, loss_fn, optimizer=optimizer, out=out, every=every, probe=probe)
     for step in range(steps):
         batch = workload.batch(step, workload.batch_size)

@@ -48,6 +48,13 @@ class Draws(StrEnum):
     EMPIRICAL = "empirical-fisher"
 
 
+class Spacing(StrEnum):
+    """How the probed steps are spread over the run."""
+
+    EARLY = "early"
+    EVEN = "even"
+
+
 class Keep(StrEnum):
     """Which checkpoints stay."""
 
@@ -143,8 +150,11 @@ def track(
         int, typer.Option(min=1, help="Steps between refreshes of Shampoo's inverse roots.")
     ] = 10,
     probes: Annotated[
-        int, typer.Option(min=2, help="Probed steps, evenly spread, first and last included.")
+        int, typer.Option(min=2, help="Number of probed steps, first and last included.")
     ] = 21,
+    spacing: Annotated[
+        Spacing, typer.Option(help="Probed steps: more of them early in the run, or even.")
+    ] = Spacing.EARLY,
     probe_size: ProbeSizeOption = 200,
     draws: DrawsOption = Draws.GGN,
     layers: LayersOption = ["*"],  # noqa: B006
@@ -178,6 +188,7 @@ def track(
                 lr=lr if lr is not None else loaded.lr,
                 precondition_frequency=precondition_frequency,
                 probes=probes,
+                spacing=spacing.value,
                 probe_size=probe_size,
                 draws=draws.value,
                 layers=tuple(layers),

@@ -122,6 +122,9 @@ class SecondMoment(Operator):
         """
         if k is not None and (not isinstance(k, int) or k < 1):
             raise InvalidInputError(f"kronecker_spectrum got k={k!r}; give a positive integer.")
+        if k == 1:
+            sigma = self.leading_product.singular_value
+            return torch.tensor([sigma] if sigma > 0 else [], dtype=torch.float64)
         samples = self.samples
         if k is None and self._plan.route == "parameter" and samples.n_positions == 1:
             assert isinstance(samples, FactoredSamples)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection
 
-from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.errors import InvalidInputError, unknown_name
 
 Schedule = Callable[[int], bool]
+SPACINGS = {"even": 1, "early": 2}
 
 
 def make_schedule(every: int | Collection[int] | Schedule) -> Schedule:
@@ -39,14 +40,24 @@ def make_schedule(every: int | Collection[int] | Schedule) -> Schedule:
     return steps.__contains__
 
 
-def spread(total: int, count: int) -> list[int]:
-    """``count`` steps from 0 to ``total``, evenly spread, both ends included.
+def spread(total: int, count: int, spacing: str = "even") -> list[int]:
+    """``count`` steps from 0 to ``total``, both ends included; fewer where they coincide.
+
+    Args:
+        total: Optimizer steps of the run.
+        count: How many to probe.
+        spacing: "even", or "early" for steps total (i / (count - 1))^2, denser at the start,
+            where curvature changes fastest.
 
     Raises:
         InvalidInputError: Fewer than 2 probes, or no steps.
+        UnknownNameError: No such spacing.
     """
     if count < 2 or total < 1:
         raise InvalidInputError(
             f"{count} probes over {total} steps; at least 2 probes and 1 step are needed."
         )
-    return sorted({round(i * total / (count - 1)) for i in range(count)})
+    if spacing not in SPACINGS:
+        raise unknown_name("spacing", spacing, SPACINGS)
+    power = SPACINGS[spacing]
+    return sorted({round(total * (i / (count - 1)) ** power) for i in range(count)})

@@ -33,7 +33,8 @@ class TrainingOptions:
         batch_size: Data a step.
         lr: Learning rate.
         precondition_frequency: Steps between refreshes of Shampoo's inverse roots.
-        probes: Number of probed steps, spread evenly, both ends included.
+        probes: Number of probed steps, both ends included.
+        spacing: "even", or "early" for more of them at the start.
         probe_size: Data of the fixed probe set.
         draws: "ggn", "fisher" or "empirical-fisher".
         layers: Globs of parameter names.
@@ -46,6 +47,7 @@ class TrainingOptions:
     lr: float
     precondition_frequency: int = 10
     probes: int = 21
+    spacing: str = "even"
     probe_size: int = 200
     draws: str = "ggn"
     layers: tuple[str, ...] = ("*",)
@@ -101,7 +103,7 @@ class Training:
         self.workload = workload
         self.options = options
         self.keep_all = keep_checkpoints == "all"
-        self.probed = spread(options.steps, options.probes)
+        self.probed = spread(options.steps, options.probes, options.spacing)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
         self.optimizer = Shampoo(
