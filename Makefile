@@ -22,6 +22,8 @@ bench: $(VENV)/.installed
 
 figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze shampoo-square --preset default --out figures
+	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
+	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png
 
 # curvlinops, for the optional cross-checks and the side-by-side benchmark
 peers: $(VENV)/.installed

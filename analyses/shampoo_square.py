@@ -31,6 +31,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -97,6 +98,7 @@ def collect(preset: Preset) -> pd.DataFrame:
 def run(name: str, seed: int, preset: Preset) -> Iterator[Row]:
     """Train one workload and measure it along the way."""
     workload = load_workload(name, seed)
+    torch.set_num_threads(workload.threads or torch.get_num_threads())
     model, loss_fn = workload.model, workload.loss_fn
     optimizer = kp.optim.Shampoo(model.named_parameters(), lr=workload.lr)
     total = workload.steps if preset.steps is None else preset.steps

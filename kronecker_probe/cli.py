@@ -20,6 +20,7 @@ from rich.table import Table
 from kronecker_probe.errors import (
     InvalidInputError,
     KroneckerProbeError,
+    MemoryBudgetError,
     RunDirectoryError,
     unknown_name,
 )
@@ -123,7 +124,7 @@ def _usage() -> Iterator[None]:
     """Errors of the arguments themselves, before any work was done."""
     try:
         yield
-    except (InvalidInputError, RunDirectoryError) as error:
+    except (InvalidInputError, RunDirectoryError, MemoryBudgetError) as error:
         errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(USAGE) from None
 

@@ -77,6 +77,7 @@ def show_table(table: pd.DataFrame) -> None:
     for parameter, values in wide.iterrows():
         cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
         shown.add_row(escape(str(parameter)), *cells)
-    console.print(shown)
+    # never narrower than its numbers need: rich would cut their last digits without a mark
+    Console(width=max(console.width, 80)).print(shown)
     for sentence in conclusions(table):
         console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)

@@ -52,9 +52,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 KEYS = st.text(max_size=4) | st.integers() | st.sampled_from(["a.b", "a", "b", "", "__metadata__"])
-LEAVES = (
-    tensors() | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
-)
+LEAVES = tensors() | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
 TREES = st.recursive(
     LEAVES,
     lambda inner: (
@@ -299,5 +297,5 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="no checkpoint.*absent"):
+    with pytest.raises(InvalidInputError, match=r"no checkpoint.*absent"):
         load_checkpoint(tmp_path / "absent")

@@ -33,7 +33,7 @@ FIGURES = {f"{name}.{kind}" for name in ("trajectory", "ladder", "spectrum", "tr
            for kind in ("png", "svg")}  # fmt: skip
 SHORT = ("--steps", "4", "--probes", "2", "--probe-size", "16")
 
-MODULE = '''
+MODULE = """
 import os, time, torch
 from torch import nn
 import kronecker_probe as kp
@@ -60,7 +60,7 @@ def broken(seed):
     raise RuntimeError("the factory's own trouble")
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +125,9 @@ OPTIONS = {
         "--batch-size": "Data a step. Default: the workload's",
         "--lr": "Learning rate. Default: the workload's",
         "--precondition-frequency": "Steps between refreshes",
-        "--probes": "Probed steps",
+        "--probes": "robed steps",
         "--probe-size": "Data in the fixed probe set",
+        "--spacing": "more of them early in the run",
         "--draws": "exact Gauss-Newton",
         "--layers": "Glob of parameter names; may be repeated",
         "--seed": "batches, probe set and sampled labels",
@@ -153,7 +154,7 @@ OPTIONS = {
 }
 DEFAULTS = {
     "track": {"probes": "21", "precondition-frequency": "10", "draws": "ggn", "device": "cpu",
-              "keep-checkpoints": "last", "seed": "0"},
+              "spacing": "early", "keep-checkpoints": "last", "seed": "0"},
     "measure": {"draws": "ggn", "seed": "0"},
     "analyze": {"preset": "default", "out": "figures"},
 }  # fmt: skip
@@ -339,7 +340,6 @@ def test_errors_of_the_users_own_code_keep_their_traceback(module: str, tmp_path
     (tmp_path / "users_syntax.py").write_text("def workload(seed:\n")
     for name, error in (
         (f"{module}:broken", RuntimeError),
-        (f"{module}:takes_no_seed", TypeError),
         ("users_other:workload", ModuleNotFoundError),
         ("users_syntax:workload", SyntaxError),
     ):
@@ -527,7 +527,8 @@ def command(*arguments: object, before: str = "", **environment: str) -> subproc
 
 def test_ctrl_c_ends_with_130_and_resume_completes(module: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ("track", f"{module}:workload", "--out", out, "--probes", 16)
+    arguments = ("track", f"{module}:workload", "--out", out)
+    arguments += ("--probes", 16, "--spacing", "even")
     process = command(*arguments, SLOW="0.05")
     parts = out / "measurements"
     deadline = time.monotonic() + 60

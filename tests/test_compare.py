@@ -75,6 +75,11 @@ def value(table: pd.DataFrame, **where: str) -> float:
     return float(rows["value"].iloc[0])
 
 
+def all_say(rows: pd.DataFrame, pattern: str) -> bool:
+    """Whether there are rows, and each has a note that matches."""
+    return len(rows) > 0 and bool(rows["note"].fillna("").str.contains(pattern).all())
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -194,22 +199,24 @@ def test_the_approximations_asked_for_in_their_order(
     asked: list[str] | None, given: list[str]
 ) -> None:
     scores = kp.compare(factors(), asked)
-    assert scores.table["approximation"].dropna().unique().tolist() == given
+    cosines = scores.table[scores.table["metric"] == "cosine"]
+    assert cosines["approximation"].tolist() == given
     assert scores.pivot().columns.tolist() == given
     assert repr(scores)
 
 
-@pytest.mark.parametrize("route", ["table", "pivot", "extra"])
-def test_unknown_names_suggest_the_nearest(route: str, scores: Scores) -> None:
-    operator = kp.DiagonalOperator(torch.ones(3, 4))
-    with pytest.raises(UnknownNameError, match="Did you mean '(shampoo-squared|cosine|layer)'"):
-        match route:
-            case "table":
-                kp.compare(factors(), ["optimal", "shampoo_squared"])
-            case "pivot":
-                scores.pivot("cosin")
-            case "extra":
-                kp.compare({"layer": factors()}, extra={"layr": {"mine": operator}})
+@pytest.mark.parametrize(
+    ("call", "nearest"),
+    [
+        (lambda: kp.compare(factors(), ["optimal", "shampoo_squared"]), "shampoo-squared"),
+        (lambda: kp.compare(factors()).pivot("cosin"), "cosine"),
+        (lambda: kp.compare({"layer": factors()}, extra={"layr": {}}), "layer"),
+    ],
+    ids=["approximation", "metric", "parameter of extra"],
+)
+def test_unknown_names_suggest_the_nearest(call: Callable[[], object], nearest: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{nearest}'"):
+        call()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +245,7 @@ def test_kfac_of_draws_without_factors_is_a_row_without_value() -> None:
     without, there = rows[rows["parameter"] == "mine"], rows[rows["parameter"] == "layer"]
     assert without["metric"].tolist() == list(METRICS)
     assert without["value"].isna().all()
-    assert without["note"].str.contains("from_factors").all()
+    assert all_say(without, "from_factors")
     assert there["value"].notna().all()
     others = scores.table[scores.table["approximation"].isin(set(APPROXIMATIONS) - {"kfac"})]
     assert others["value"].notna().all()
@@ -301,8 +308,7 @@ def test_no_quality_of_a_zero_target(given: kp.GradientSamples) -> None:
     decided = quality["metric"].isin(["cosine", "relative_error", "best_scale_error"])
     assert quality.loc[decided, "value"].isna().all()
     assert quality.loc[quality["value"].isna(), "note"].notna().all()
-    told = quality.loc[decided & (quality["approximation"] != "kfac"), "note"]
-    assert told.str.startswith("H = 0").all()
+    assert all_say(quality[decided & (quality["approximation"] != "kfac")], "^H = 0")
     assert not (quality["value"] == 1.0).any()
     assert value(scores.table, metric="norm") == 0.0
     assert value(scores.table, metric="trace") == 0.0
@@ -316,7 +322,7 @@ def test_no_cosine_of_a_zero_operator() -> None:
     table = kp.compare({"layer": factors()}, [], extra=extra).table
     rows = table[table["approximation"] == "nothing"]
     assert rows["value"].isna().all()
-    assert rows["note"].str.startswith("P = 0").all()
+    assert all_say(rows, "^P = 0")
 
 
 # ---------------------------------------------------------------- skipped, notes
@@ -339,8 +345,7 @@ def test_the_table_says_where_the_measurement_differs_from_training() -> None:
     batch = torch.randn(6, 1, 3, 3), torch.randint(3, (6,))
     table = kp.compare(kp.capture(model, nn.CrossEntropyLoss(), batch)).table
     measured = table[table["approximation"].notna()]
-    assert measured["note"].str.contains("eval mode").all()
-    assert measured["note"].str.contains("p=0.25").all()
+    assert all_say(measured, r"eval mode.*p=0\.25")
     model.eval()
     quiet = kp.compare(kp.capture(model, nn.CrossEntropyLoss(), batch)).table
     assert quiet.loc[quiet["approximation"].notna(), "note"].isna().all()

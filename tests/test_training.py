@@ -121,7 +121,8 @@ def test_accuracy_with_classes_before_positions(tmp_path: Path) -> None:
 
     model = nn.Sequential(nn.Linear(3, 3, bias=False), ClassesFirst())
     model[0].weight.data.copy_(10 * torch.eye(3))
-    pair = torch.eye(3).repeat(4, 1, 1), torch.tensor([0, 1, 0]).repeat(4, 1)
+    inputs = torch.eye(3)[[1, 2, 0]]  # classes 1, 2, 0; read the wrong way round, 2, 0, 1
+    pair = inputs.repeat(4, 1, 1), torch.tensor([1, 2, 1]).repeat(4, 1)
     options = TrainingOptions(steps=1, batch_size=4, lr=0.0, probes=2)
     run = Training(
         Workload(model, nn.CrossEntropyLoss(), pair, pair), "tokens", tmp_path / "run", options
@@ -271,6 +272,7 @@ def test_an_occupied_directory_is_refused_and_left_alone(
         ({"probes": 4}, "probes"),
         ({"probe_size": 21}, "probe_size"),
         ({"precondition_frequency": 3}, "precondition_frequency"),
+        ({"spacing": "early"}, "spacing"),
         ({"draws": "fisher"}, "draws"),
         ({"layers": ("0*",)}, "layers"),
     ],
@@ -506,9 +508,7 @@ def check_killed(out: Path, reference: RunStore) -> None:
 
 # a write, its fsync, its rename: of run.json, checkpoints and parts, first, middle and last
 @pytest.mark.parametrize("event", [0, 6, 9, 14, 23, 38, 55, 70])
-def test_killed_while_writing(
-    spawn: Any, reference: RunStore, tmp_path: Path, event: int
-) -> None:
+def test_killed_while_writing(spawn: Any, reference: RunStore, tmp_path: Path, event: int) -> None:
     assert kill_at(spawn, tmp_path / "run", event)
     check_killed(tmp_path / "run", reference)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -20,6 +21,9 @@ from kronecker_probe.gradients.recording import recording
 from kronecker_probe.gradients.samples import FactoredSamples
 from kronecker_probe.gradients.selection import select
 from kronecker_probe.linalg.memory import require_memory
+
+# Backward passes above which an exact Gauss-Newton deserves a word of warning.
+MANY_COLUMNS = 512
 
 
 @final
@@ -231,22 +235,30 @@ def _pull_back(
     flat = [(name, call) for name, made in calls.items() for call in made]
     size = sum(call.nbytes(columns) for _, call in flat)
     require_memory(size, f"The samples ({columns} gradient columns a datum)", outputs.device)
-    collected: list[list[Tensor]] = [[] for _ in flat]
+    if draws == "ggn" and columns > MANY_COLUMNS:
+        warnings.warn(
+            f"draws='ggn' takes {columns} backward passes here, one for each output of a datum; "
+            "draws='fisher' takes one a label draw.",
+            UserWarning,
+            stacklevel=3,
+        )
+    collected: list[Tensor] = []
     cotangents = output_gradients(draws, loss, outputs, targets, label_draws, seed)
     for index, cotangent in enumerate(cotangents):
         last = index == columns - 1
         gradients = pull_back(outputs, cotangent, [call for _, call in flat], last=last)
-        for store, (_, call), gradient in zip(collected, flat, gradients, strict=True):
-            store.append(call.owner.rule.output_grads(gradient))
+        for place, ((_, call), gradient) in enumerate(zip(flat, gradients, strict=True)):
+            d = call.owner.rule.output_grads(gradient)
+            if index == 0:  # one block for all columns, so that none exists twice
+                collected.append(d.new_empty(d.shape[0], columns, *d.shape[1:]))
+            collected[place][:, index] = d
     n_data = outputs.shape[0]
     weight = 1.0 / (n_data * (label_draws if draws == "fisher" else 1))
     weights = torch.full((n_data,), weight, dtype=torch.float64, device=outputs.device)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for store, (name, call) in zip(collected, flat, strict=True):
+    for d, (name, call) in zip(collected, flat, strict=True):
         call.check()
         a = call.owner.rule.inputs(call.owner.module, call.x)
-        d = torch.stack(store, dim=1)
-        store.clear()
         if not bool(torch.isfinite(d).all()):
             raise NonFiniteError(
                 f"The output gradients of layer {call.owner.name!r} hold NaN or infinite values; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,6 +19,8 @@ CANCELLATION = 1e3
 BREAKDOWN = 64 * EPS
 # A singular value of a locked complement below this share of the largest is what locking left.
 LOCKING = 1e-11
+# Relative residual above which listed singular values carry a warning.
+UNCONVERGED = 1e-6
 # Vectors for which a basis makes room at first.
 ROOM = 24
 
@@ -162,7 +165,8 @@ def leading_triples(
     alphas: list[float] = []
     betas: list[float] = []
     sigma, p, qt, residual = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)), 0.0
-    alive = right.append(start) > 0
+    largest = float(start.abs().max()) if len(start) else 0.0
+    alive = largest > 0 and right.append(start / largest) > 0
     while alive and len(alphas) < max_rounds:
         alpha = left.append(forward(right.last_dual))
         if alpha <= max([negligible, *(BREAKDOWN * known for known in alphas)]):
@@ -239,6 +243,13 @@ def leading_values(
             locked=(lefts, rights),
             negligible=negligible,
         )
+        if found.residual > UNCONVERGED:
+            warnings.warn(
+                f"Singular values of R(H) are accurate to {found.residual:.1e} only: "
+                f"{found.rounds} Lanczos rounds did not separate them.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         enough = values[k - 1] if len(values) >= k else 0.0
         if found.leading_value <= enough + negligible:
             return torch.tensor(values[:k], dtype=torch.float64)

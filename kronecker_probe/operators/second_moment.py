@@ -114,8 +114,8 @@ class SecondMoment(Operator):
 
         Returns:
             float64 CPU [k], descending, unnormalized; their squares sum to |H|^2 when complete.
-            Values below about 1e-8 of the largest are rounding in sample space. Fewer than k
-            when R(H) has a smaller rank.
+            Values below about 1e-8 of the largest are rounding in sample space. Where R(H) has a
+            smaller rank than k, the rest are zero or left out.
 
         Raises:
             InvalidInputError: k is not positive.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, final, overload
@@ -265,6 +266,10 @@ class Shampoo(Optimizer):
         raise AssertionError("a parameter of this optimizer")
 
     def _step_group(self, group: Group, params: list[Tensor]) -> None:
+        if not math.isfinite(group["lr"]):
+            raise InvalidInputError(
+                f"lr is {group['lr']} at this step; check the scheduler. Nothing was changed."
+            )
         states: list[State] = [self.state[param] for param in params]
         gradients = [_gradient(param) for param in params]
         filtered = _filtered(group, params, states, gradients)

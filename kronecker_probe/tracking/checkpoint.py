@@ -113,8 +113,7 @@ def _put(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
     while name in tensors or name in ("", "__metadata__"):  # the last is safetensors' own
         name += "'"
     # a copy of its own: safetensors refuses shared storage, which tied weights have
-    copy = tensor.detach().cpu().resolve_neg()
-    tensors[name] = copy.clone(memory_format=torch.contiguous_format)
+    tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return name
 
 

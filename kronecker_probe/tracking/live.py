@@ -28,6 +28,10 @@ def live_operator(optimizer: Optimizer, parameter: Tensor) -> Operator:
         operator = method(parameter)
     except InvalidInputError as error:
         raise UnsupportedError(str(error)) from error
+    except Exception as error:  # somebody else's optimizer must not end the training
+        raise UnsupportedError(
+            f"{type(optimizer).__name__}.operator failed: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(operator, Operator):
         raise UnsupportedError(
             f"{type(optimizer).__name__}.operator returned a {type(operator).__name__}, "

@@ -29,6 +29,7 @@ from kronecker_probe.tracking.files import (
     remove_temporaries,
     write_atomically,
 )
+from kronecker_probe.tracking.lock import Lock
 from kronecker_probe.tracking.record import (
     FILE,
     FORMAT,
@@ -60,6 +61,7 @@ class RunStore:
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path = path
         self._record = record
+        self._lock: Lock | None = None  # a writer's
 
     @classmethod
     def create(
@@ -102,8 +104,10 @@ class RunStore:
             if directory.exists() and not directory.is_dir():
                 raise RunDirectoryError(f"{directory} is a file; choose another path for the run.")
             directory.mkdir(parents=True, exist_ok=True)
+            lock = Lock(directory)
             _make_room(directory, overwrite)
             store = cls(directory, record)
+            store._lock = lock
             write_record(directory, record)  # first of all, so that a kill leaves a run or nothing
             for own in (store.measurements, store.checkpoints, store.figures):
                 own.mkdir(exist_ok=True)
@@ -139,6 +143,7 @@ class RunStore:
             RunDirectoryError: no run at ``path``, or its config differs from ``config``.
         """
         store = cls.open(path)
+        store._lock = Lock(store.path)
         store.check_resumable(config)
         store.set_status("running")
         for directory in (store.path, store.measurements, store.checkpoints, store.figures):
@@ -338,7 +343,8 @@ def _make_room(directory: Path, overwrite: bool) -> None:
     if not overwrite:
         raise RunDirectoryError(
             f"{directory} holds another run (of {record.get('created')}, "
-            f"{record.get('status')}); go on with it by --resume, delete it by --overwrite, "
+            f"{record.get('status')}); go on with it by --resume (resume=True), delete it by "
+            "--overwrite (overwrite=True), "
             "or choose another path."
         )
     remove_temporaries(directory)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.optim import Shampoo
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
@@ -21,6 +22,10 @@ from kronecker_probe.tracking.files import naming
 from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.tracker import Tracker
 from kronecker_probe.workloads import Workload
+
+
+# Data on which a workload is tried before its training begins.
+FEW = 4
 
 
 @final
@@ -111,6 +116,7 @@ class Training:
             lr=options.lr,
             precondition_frequency=options.precondition_frequency,
         )
+        self._check_data(device)
         self.tracker = Tracker(
             self.model,
             workload.loss_fn,
@@ -129,8 +135,37 @@ class Training:
         self.store = self.tracker.store
         self.device = device
         self.accuracy = math.nan
+        # With several there, somebody asked for all of them: those stay.
+        found = self._checkpoints()
+        self._prunable = set(found.values() if len(found) < 2 else ())
         if resume:
             self._restore()
+
+    def _check_data(self, device: torch.device) -> None:
+        """Try model, loss, layers and test set on a few data, before anything is written.
+
+        Raises:
+            KroneckerProbeError: What ``kp.capture`` says of them.
+        """
+        inputs, targets = _to(self.workload.probe(FEW, self.options.seed), device)
+        capture(
+            self.model,
+            self.workload.loss_fn,
+            (inputs, targets),
+            draws="empirical-fisher",
+            layers=self.options.layers,
+        )
+        if self.workload.test is None:
+            return
+        with isolated(self.model), torch.no_grad():
+            tested = self.workload.test[0][:FEW].to(device)
+            try:
+                self.model(tested)
+            except RuntimeError as error:
+                raise InvalidInputError(
+                    f"The model takes the training inputs {list(inputs.shape)} and not the test "
+                    f"inputs {list(tested.shape)}: {error}"
+                ) from error
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Tracker:
         """Train to the end.
@@ -190,9 +225,9 @@ class Training:
         save_checkpoint(path, state)
         yield
         if not self.keep_all:
-            for other in self._checkpoints().values():
-                if other != path:
-                    other.unlink(missing_ok=True)
+            for other in self._prunable - {path}:
+                other.unlink(missing_ok=True)
+        self._prunable = {path}
 
     def _checkpoints(self) -> dict[int, Path]:
         """The checkpoints by step, the last first."""

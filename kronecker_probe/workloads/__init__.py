@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,12 @@ def load_workload(name: str, seed: int = 0) -> Workload:
     factory = _imported(name) if ":" in name else WORKLOADS.get(name)
     if factory is None:
         raise unknown_name("workload (or give package.module:factory)", name, WORKLOADS)
+    try:
+        inspect.signature(factory).bind(seed)
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{name} cannot be called with the seed ({error}); define it as def factory(seed)."
+        ) from error
     torch.manual_seed(seed)
     workload = factory(seed)
     if not isinstance(workload, Workload):

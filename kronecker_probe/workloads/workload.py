@@ -46,9 +46,11 @@ class Workload:
         for name, pair in (("train", self.train), ("test", self.test)):
             if pair is None:
                 continue
-            if len(pair) != 2 or len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
+            tensors = len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            if not tensors or len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
                 raise InvalidInputError(
-                    f"Workload.{name} must be a pair (inputs, targets) of equal, nonzero length."
+                    f"Workload.{name} must be a pair (inputs, targets) of tensors of equal, "
+                    "nonzero length."
                 )
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             if value < 1:

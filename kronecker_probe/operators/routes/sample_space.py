@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
 
@@ -63,44 +64,49 @@ class SampleSpace(Route):
         return (on_left * self.weights[:, None]).T @ on_right
 
     @cached_property
-    def _grams(self) -> tuple[Tensor, Tensor]:
-        """W^{1/2} Kd W^{1/2} and W^{1/2} Ka W^{1/2}.
+    def _balanced(self) -> _Balanced:
+        """Coordinates in which no datum, large in d and small in a, drowns the others.
 
-        In coordinates y = W^{-1/2} u these are the metrics, and R(H) takes the dual of one side
-        to the other unchanged. Data of weight zero drop out, however large they are.
+        With u = s o y, v = t o z and s o t = w / q, R(H) / q takes the dual of one side to the
+        other unchanged; s and t are such that both metrics have diagonals of w |d|^2 |a|^2 / q.
         """
-        root = self.weights.sqrt()
-        both = torch.outer(root, root)
-        return both * self.outputs.squared_gram, both * self.inputs.squared_gram
+        outputs, inputs = self.outputs.squared_norms, self.inputs.squared_norms
+        share = self.weights * outputs * inputs
+        scale = float(share.max())
+        root = (share / scale).sqrt() if scale > 0 else share
+        s = torch.where(outputs > 0, root / outputs, 0.0)
+        t = torch.where(inputs > 0, root / inputs, 0.0)
+        kd = s[:, None] * self.outputs.squared_gram * s
+        ka = t[:, None] * self.inputs.squared_gram * t
+        return _Balanced(kd, ka, s, t, root, scale)
 
     def leading(self) -> LeadingProduct:
         return self._leading
 
     @cached_property
     def _leading(self) -> LeadingProduct:
-        kd, ka = self._grams
-        root = self.weights.sqrt()
+        b = self._balanced
         found = leading_triples(
             _unchanged,
             _unchanged,
-            kd @ (root * self.inputs.squared_norms),
-            left_space=Space(kd),
-            right_space=Space(ka),
+            b.kd @ b.root,
+            left_space=Space(b.kd),
+            right_space=Space(b.ka),
         )
         if found.leading_value == 0.0:
             return self.void()
         right = found.right[:, 0] * torch.sign(found.right.sum())
-        left = ka @ right.clamp_min(0)
+        left = b.ka @ right.clamp_min(0)
         for _ in range(POLISHING_ROUNDS):
-            right = kd @ left
-            right = right / (right @ (ka @ right)).sqrt()
-            left = ka @ right
+            right = b.kd @ left
+            right = right / (right @ (b.ka @ right)).sqrt()
+            left = b.ka @ right
         # all terms are nonnegative here, so sigma has no cancellation; the solve's own has some
-        sigma = (left @ (kd @ left)).sqrt()
+        sigma = (left @ (b.kd @ left)).sqrt()
         return LeadingProduct(
-            float(sigma),
-            SampleFactor(self.outputs, root * left / sigma),
-            SampleFactor(self.inputs, root * right),
+            float(sigma) * b.scale,
+            SampleFactor(self.outputs, b.s * left / sigma),
+            SampleFactor(self.inputs, b.t * right),
             found.rounds + POLISHING_ROUNDS,
             found.residual,
         )
@@ -108,24 +114,36 @@ class SampleSpace(Route):
     def spectrum(self, k: int | None) -> Tensor:
         if k is not None and 4 * k < self.samples.n_data:
             return self._leading_values(k)
-        kd, ka = self._grams
-        values: Tensor = torch.linalg.svdvals(_root(kd) @ _root(ka).T)
+        b = self._balanced
+        values: Tensor = torch.linalg.svdvals(_root(b.kd) @ _root(b.ka).T) * b.scale
         m, n = self.shape
         return values.cpu()[: min(m * m, n * n)][:k]
 
     def _leading_values(self, k: int) -> Tensor:
-        kd, ka = self._grams
-        count, device = self.samples.n_data, self.weights.device
+        b = self._balanced
 
         def draw(generator: torch.Generator) -> Tensor:
-            noise = torch.randn(count, dtype=torch.float64, generator=generator)
-            return kd @ noise.to(device)
+            noise = torch.randn(len(b.root), dtype=torch.float64, generator=generator)
+            return b.kd @ noise.to(b.kd.device)
 
         values = leading_values(
-            _unchanged, _unchanged, draw, k, left_space=Space(kd), right_space=Space(ka)
+            _unchanged, _unchanged, draw, k, left_space=Space(b.kd), right_space=Space(b.ka)
         )
+        values *= b.scale
         values[:1] = self._leading.singular_value
         return values
+
+
+@dataclass(frozen=True)
+class _Balanced:
+    """The metrics s Kd s and t Ka t, their scalings, the data's shares of Tr H, and q."""
+
+    kd: Tensor
+    ka: Tensor
+    s: Tensor
+    t: Tensor
+    root: Tensor
+    scale: float
 
 
 def _unchanged(dual: Tensor) -> Tensor:
