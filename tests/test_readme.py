@@ -31,9 +31,9 @@ def test_snippets_run() -> None:
     assert list(scores.pivot().index) == ["0.weight", "2.weight"]
     tracker = names["tracker"]
     assert isinstance(tracker, kp.Tracker)
-    assert sorted(set(tracker.table["step"])) == list(range(41))
+    assert sorted(set(tracker.table["step"])) == list(range(42))
     probed = tracker.table[tracker.table["metric"] == "cosine"]["step"]
-    assert sorted(set(probed)) == [0, 20, 40]
+    assert sorted(set(probed)) == [0, 20, 40, 41]
 
 
 def test_shell_commands_exist() -> None:

@@ -152,6 +152,14 @@ def test_the_last_checkpoint_or_all_of_them_are_kept(reference: RunStore, tmp_pa
     assert_same_run(every, reference)
 
 
+def test_checkpoints_that_were_to_be_kept_outlive_a_resume_that_forgets_to_say_so(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", stop_at(8, KeyboardInterrupt()), keep_checkpoints="all")
+    assert checkpoints(train(tmp_path / "run", resume=True)) == [0, 3, 6, STEPS]
+
+
 def test_files_of_the_user_beside_the_checkpoints_stay(tmp_path: Path) -> None:
     names = ["step-best.safetensors", "step-000003.mine.safetensors", "notes.txt"]
 
@@ -227,7 +235,9 @@ def test_interrupted_in_the_middle_of_a_step(
         run.run()
     monkeypatch.undo()
     assert RunStore.open(tmp_path / "run").status == "interrupted"
-    assert_same_run(train(tmp_path / "run", resume=True), reference)
+    store = train(tmp_path / "run", resume=True)
+    assert_same_run(store, reference)
+    assert checkpoints(store) == [STEPS]
 
 
 def test_a_finished_run_can_be_resumed_and_does_not_change(

@@ -135,9 +135,9 @@ class Training:
         self.store = self.tracker.store
         self.device = device
         self.accuracy = math.nan
-        # With several there, somebody asked for all of them: those stay.
+        # A run killed in a probe leaves two; with more, somebody asked for all: those stay.
         found = self._checkpoints()
-        self._prunable = set(found.values() if len(found) < 2 else ())
+        self._kept = set(found.values() if len(found) > 2 else ())
         if resume:
             self._restore()
 
@@ -225,9 +225,8 @@ class Training:
         save_checkpoint(path, state)
         yield
         if not self.keep_all:
-            for other in self._prunable - {path}:
+            for other in set(self._checkpoints().values()) - self._kept - {path}:
                 other.unlink(missing_ok=True)
-        self._prunable = {path}
 
     def _checkpoints(self) -> dict[int, Path]:
         """The checkpoints by step, the last first."""
