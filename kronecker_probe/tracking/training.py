@@ -23,7 +23,6 @@ from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.tracker import Tracker
 from kronecker_probe.workloads import Workload
 
-
 # Data on which a workload is tried before its training begins.
 FEW = 4
 
