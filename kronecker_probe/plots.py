@@ -14,7 +14,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 from numpy.typing import NDArray
 
 from kronecker_probe import conclusions
@@ -32,6 +38,8 @@ from kronecker_probe.tables import (
 )
 
 _TICKS = [1, 2, 5, 10]
+# last gap between probed steps over the first, above which a linear axis hides the early ones
+_UNEVEN = 10
 MAX_PANELS = 24  # unless parameters= asks for more
 _ROUNDING = 1e-9  # singular values below this share of the first are not resolved
 _LOG_LOSS = 30.0  # a loss that falls by more is drawn on a log scale
@@ -82,7 +90,7 @@ def plot_trajectory(
         ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
         ax.set_yscale("log" if view.log else "linear")
         ax.set_ylim(view.low, view.high)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
+        _set_step_axis(ax, lines.index.to_numpy())
         _draw_lines(ax, lines, metric)
         if len(names) <= _DIRECT_LABELS:
             label_ends(ax, lines)
@@ -93,6 +101,20 @@ def plot_trajectory(
         legend=len(names) > _DIRECT_LABELS,
     )
     return panels.axes
+
+
+def _set_step_axis(ax: Axes, steps: NDArray[np.int64]) -> None:
+    """A linear axis, or a logarithmic one with room for step 0 where early steps are denser."""
+    gaps = np.diff(steps)
+    if len(gaps) < 4 or gaps[-1] < _UNEVEN * gaps[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
+        return
+    first = float(steps[steps > 0][0])
+    ax.set_xscale("symlog", linthresh=first, linscale=0.4)
+    decades = 10.0 ** np.arange(np.ceil(np.log10(first)), np.floor(np.log10(steps[-1])) + 1)
+    ax.xaxis.set_major_locator(FixedLocator([0.0, *decades]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:

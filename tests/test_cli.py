@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -250,6 +252,35 @@ def test_a_bad_option_is_named_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(workload: kp.Workload, *arguments: object, **options: object) -> None:
+        given.update(workload=workload, arguments=arguments, options=options)
+        raise kp.errors.InvalidInputError("seen")
+
+    monkeypatch.setattr("kronecker_probe.tracking.training.Training", stop)
+    options = TrainingOptions(
+        steps=7, batch_size=9, lr=0.5, precondition_frequency=3, probes=4, probe_size=11,
+        spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu",
+    )  # fmt: skip
+    flags = ["--layers", "0.*", "--layers", "2.*", "--resume", "--keep-checkpoints", "all"]
+    for field in dataclasses.fields(options):
+        if field.name != "layers":
+            flags += [f"--{field.name.replace('_', '-')}", str(getattr(options, field.name))]
+    threads = torch.get_num_threads() + 1
+    out = tmp_path / "run"
+    result = invoke("track", "digits-mlp", "--out", out, "--threads", threads, *flags)
+    assert result.exit_code == USAGE
+    assert given["arguments"] == ("digits-mlp", out, options)
+    assert given["options"] == {"resume": True, "overwrite": False, "keep_checkpoints": "all"}
+    weight = load_workload("digits-mlp", 5).model[0].weight
+    assert torch.equal(given["workload"].model[0].weight, weight)
+    assert torch.get_num_threads() == threads
+    invoke("track", "digits-mlp", "--out", out, "--overwrite")
+    assert given["options"] == {"resume": False, "overwrite": True, "keep_checkpoints": "last"}
+
+
 def test_an_unknown_workload_suggests_the_nearest(tmp_path: Path) -> None:
     for command in ("track", "measure"):
         result = invoke(command, "digit-mlp", "--out", tmp_path / "run")
@@ -308,6 +339,7 @@ def test_a_diverged_run_ends_with_1_and_can_be_read(tmp_path: Path) -> None:
         (":", "has no function ''"),
         (":number", "has no function 'number'"),
         (":something_else", "returned a Linear; a factory takes the seed"),
+        (":takes_no_seed", "cannot be called with the seed"),
     ],
 )
 def test_a_factory_that_is_none_is_refused(module: str, suffix: str, message: str) -> None:
@@ -415,6 +447,26 @@ def test_measure_refuses_what_is_no_checkpoint_of_this_model(
         assert result.exit_code == USAGE, result.output
         assert message in told(result)
     assert not (tmp_path / "one").exists()
+
+
+def test_every_option_reaches_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*arguments: object, **options: object) -> None:
+        given.update(options)
+        raise kp.errors.InvalidInputError("seen")
+
+    monkeypatch.setattr("kronecker_probe.tracking.tracker.Tracker", stop)
+    flags = ("--probe-size", 11, "--draws", "fisher", "--layers", "0.*", "--seed", 5)
+    result = invoke("measure", "digits-mlp", "--out", tmp_path / "one", "--overwrite", *flags)
+    assert result.exit_code == USAGE
+    probe = load_workload("digits-mlp", 5).probe(11, 5)
+    assert all(map(torch.equal, given.pop("probe"), probe))
+    config = {"workload": "digits-mlp", "checkpoint": None, "probe_size": 11}
+    assert given == {"out": tmp_path / "one", "draws": "fisher", "layers": ["0.*"], "seed": 5,
+                     "config": config, "overwrite": True, "start": 0}  # fmt: skip
 
 
 def test_measure_overwrite_needs_a_directory() -> None:

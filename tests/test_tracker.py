@@ -491,6 +491,20 @@ def test_an_operator_that_does_not_fit_is_absent_with_the_reason(operator: Any, 
     assert all_say(rows, told)
 
 
+def test_an_operator_that_fails_does_not_end_the_training() -> None:
+    class Own(torch.optim.SGD):
+        def operator(self, parameter: Tensor) -> Any:
+            raise KeyError("no state yet")
+
+    model = network()
+    optimizer = Own(model.parameters(), lr=0.1)
+    tracker = kp.Tracker(model, LOSS, optimizer=optimizer, every=1)
+    run(model, optimizer, tracker, 2)
+    rows = tracker.table[tracker.table["approximation"] == "live"]
+    assert rows["value"].isna().all()
+    assert all_say(rows, "Own.operator failed: KeyError.*no state yet")
+
+
 def test_any_optimizer_with_an_operator_can_be_read() -> None:
     mine = kp.DiagonalOperator(torch.rand(6, 5))
 

@@ -346,6 +346,47 @@ def test_a_probe_that_fails_leaves_the_checkpoint_before_it(tmp_path: Path) -> N
     assert all(bool(t.isfinite().all()) for t in sound.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"loss_fn": nn.L1Loss()}, "loss"),
+        ({"model": nn.Sequential(nn.Conv1d(4, 3, 1))}, "4|measured"),
+        ({"test": (torch.randn(9, 5), torch.zeros(9, dtype=torch.long))}, r"test inputs \[4, 5\]"),
+        ({"train": (torch.randn(9, 4), torch.full((9,), 3))}, "target|class"),
+        ({"train": (torch.full((9, 4), math.nan), torch.zeros(9, dtype=torch.long))}, "NaN"),
+    ],
+    ids=["loss", "model", "test set", "targets", "inputs"],
+)
+def test_a_workload_that_cannot_be_measured_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    workload = dataclasses.replace(tiny.workload(), **change)
+    with pytest.raises((InvalidInputError, RuntimeError), match=told):
+        Training(workload, "tiny", tmp_path / "run", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_cannot_write_one_run(
+    spawn: Any, reference: RunStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(out, stop_at(5, KeyboardInterrupt()))
+    holder = spawn(tiny.hold, str(out))
+    try:
+        while not (out / "held").exists():
+            assert holder.is_alive()
+            time.sleep(0.01)
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunDirectoryError, match="Another process is writing to"):
+                make(out, **options)
+    finally:
+        holder.kill()  # a lock goes with its process, however it ends
+        holder.join(60)
+    (out / "held").unlink()
+    assert_same_run(train(out, resume=True), reference)
+
+
 def test_any_error_is_noted_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the user's own"):
         train(tmp_path / "run", stop_at(4, RuntimeError("the user's own")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,11 @@ def train_to_the_end(out: str) -> None:
     """Train with ``--resume``; killed from outside at any time, or not."""
     torch.set_num_threads(1)
     train(Path(out), resume=True)
+
+
+def hold(out: str) -> None:
+    """Open a run for writing and keep it until killed."""
+    run = make(Path(out), resume=True)
+    (Path(out) / "held").touch()
+    time.sleep(600)
+    run.run()
