@@ -349,7 +349,7 @@ def test_a_probe_that_fails_leaves_the_checkpoint_before_it(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"loss_fn": nn.L1Loss()}, "loss"),
+        ({"loss_fn": nn.MultiMarginLoss()}, "loss"),
         ({"model": nn.Sequential(nn.Conv1d(4, 3, 1))}, "4|measured"),
         ({"test": (torch.randn(9, 5), torch.zeros(9, dtype=torch.long))}, r"test inputs \[4, 5\]"),
         ({"train": (torch.randn(9, 4), torch.full((9,), 3))}, "target|class"),
@@ -361,7 +361,7 @@ def test_a_workload_that_cannot_be_measured_is_refused_before_anything_is_writte
     tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     workload = dataclasses.replace(tiny.workload(), **change)
-    with pytest.raises((InvalidInputError, RuntimeError), match=told):
+    with pytest.raises(InvalidInputError, match=told):
         Training(workload, "tiny", tmp_path / "run", OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
@@ -370,8 +370,6 @@ def test_two_processes_cannot_write_one_run(
     spawn: Any, reference: RunStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        train(out, stop_at(5, KeyboardInterrupt()))
     holder = spawn(tiny.hold, str(out))
     try:
         while not (out / "held").exists():

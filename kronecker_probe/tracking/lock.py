@@ -22,6 +22,10 @@ except ImportError:  # no POSIX locks on this system: one writer is then up to t
 _HELD = {errno.EACCES, errno.EAGAIN}
 
 
+# The system drops a process's lock when *any* descriptor of the file is closed: one is shared.
+_shared: dict[Path, tuple[int, int]] = {}  # lock file -> descriptor, users
+
+
 class Lock:
     """Held from construction until the object or the process goes away.
 
@@ -32,26 +36,38 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._descriptor: int | None = None
+        self._file: Path | None = None
         if fcntl is None:
             return
-        try:
-            self._descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
-            return  # no temporary directory: go on without
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _HELD:
-                return  # a file system without locks
-            raise RunDirectoryError(
-                f"Another process is writing to {directory}; wait for it, stop it, or choose "
-                "another path."
-            ) from error
+        file = _lock_file(directory)
+        descriptor, users = _shared.get(file, (-1, 0))
+        if users == 0:
+            try:
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+            except OSError:
+                return  # no temporary directory: go on without
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in _HELD:
+                    return  # a file system without locks
+                raise RunDirectoryError(
+                    f"Another process is writing to {directory}; wait for it, stop it, or choose "
+                    "another path."
+                ) from error
+        _shared[file] = descriptor, users + 1
+        self._file = file
 
     def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if self._file is None:
+            return
+        descriptor, users = _shared[self._file]
+        if users > 1:
+            _shared[self._file] = descriptor, users - 1
+        else:
+            del _shared[self._file]
+            os.close(descriptor)
 
 
 def _lock_file(directory: Path) -> Path:
