@@ -9,7 +9,6 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kronecker_probe.cli_options import (
+    DeviceOption,
+    DrawsOption,
+    Keep,
+    LayersOption,
+    Preset,
+    ProbeSizeOption,
+    SeedOption,
+    Spacing,
+    ThreadsOption,
+    WorkloadName,
+)
 from kronecker_probe.errors import (
     InvalidInputError,
     KroneckerProbeError,
@@ -39,71 +50,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed (what is on disk is intact), 2 bad usage, "
     "130 interrupted (resume with --resume).",
 )
-
-
-class Draws(StrEnum):
-    """Which gradients the second moment is made of."""
-
-    GGN = "ggn"
-    FISHER = "fisher"
-    EMPIRICAL = "empirical-fisher"
-
-
-class Spacing(StrEnum):
-    """How the probed steps are spread over the run."""
-
-    EARLY = "early"
-    EVEN = "even"
-
-
-class Keep(StrEnum):
-    """Which checkpoints stay."""
-
-    LAST = "last"
-    ALL = "all"
-
-
-class Preset(StrEnum):
-    """How long an analysis may take."""
-
-    QUICK = "quick"
-    DEFAULT = "default"
-
-
-WorkloadName = Annotated[
-    str,
-    typer.Argument(
-        metavar="WORKLOAD", help="Built-in name (see 'workloads') or package.module:factory."
-    ),
-]
-DrawsOption = Annotated[
-    Draws,
-    typer.Option(
-        help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
-        "model), empirical-fisher (true labels)."
-    ),
-]
-LayersOption = Annotated[
-    list[str], typer.Option("--layers", help="Glob of parameter names; may be repeated.")
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(
-        min=0, max=2**63 - 1, help="Seed of model, batches, probe set and sampled labels."
-    ),
-]
-ProbeSizeOption = Annotated[
-    int, typer.Option(min=1, help="Data in the fixed probe set (training data are used).")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="CPU threads of torch. Default: the workload's, else torch's own choice.",
-        show_default=False,
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 
 
 @contextmanager
@@ -157,8 +103,8 @@ def track(
         Spacing, typer.Option(help="Probed steps: more of them early in the run, or even.")
     ] = Spacing.EARLY,
     probe_size: ProbeSizeOption = 200,
-    draws: DrawsOption = Draws.GGN,
-    layers: LayersOption = ["*"],  # noqa: B006
+    draws: DrawsOption = None,
+    layers: LayersOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -191,8 +137,8 @@ def track(
                 probes=probes,
                 spacing=spacing.value,
                 probe_size=probe_size,
-                draws=draws.value,
-                layers=tuple(layers),
+                draws=draws.value if draws is not None else loaded.draws,
+                layers=tuple(layers) if layers is not None else loaded.layers,
                 seed=seed,
                 device=device,
             )
@@ -249,8 +195,8 @@ def measure(
         ),
     ] = None,
     probe_size: ProbeSizeOption = 200,
-    draws: DrawsOption = Draws.GGN,
-    layers: LayersOption = ["*"],  # noqa: B006
+    draws: DrawsOption = None,
+    layers: LayersOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -286,8 +232,8 @@ def measure(
                 loaded.loss_fn,
                 out=out,
                 probe=(inputs.to(target), targets.to(target)),
-                draws=draws.value,
-                layers=layers,
+                draws=draws.value if draws is not None else loaded.draws,
+                layers=layers if layers is not None else loaded.layers,
                 seed=seed,
                 config={
                     "workload": workload,

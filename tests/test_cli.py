@@ -130,8 +130,8 @@ OPTIONS = {
         "--probes": "robed steps",
         "--probe-size": "Data in the fixed probe set",
         "--spacing": "more of them early in the run",
-        "--draws": "exact Gauss-Newton",
-        "--layers": "Glob of parameter names; may be repeated",
+        "--draws": "true labels). Default: the workload's",
+        "--layers": "Glob of parameter names; may be repeated. Default: the workload's",
         "--seed": "batches, probe set and sampled labels",
         "--device": "cuda",
         "--threads": "CPU threads",
@@ -143,7 +143,7 @@ OPTIONS = {
         "--checkpoint": "Default: freshly initialized",
         "--out": "run directory",
         "--probe-size": "Data in the fixed probe set",
-        "--draws": "exact Gauss-Newton",
+        "--draws": "true labels). Default: the workload's",
         "--layers": "Glob",
         "--seed": "sampled labels",
         "--device": "cuda",
@@ -155,9 +155,9 @@ OPTIONS = {
     "analyze": {"--preset": "under a minute", "--out": "Folder"},
 }
 DEFAULTS = {
-    "track": {"probes": "21", "precondition-frequency": "10", "draws": "ggn", "device": "cpu",
+    "track": {"probes": "21", "precondition-frequency": "10", "device": "cpu",
               "spacing": "early", "keep-checkpoints": "last", "seed": "0"},
-    "measure": {"draws": "ggn", "seed": "0"},
+    "measure": {"seed": "0"},
     "analyze": {"preset": "default", "out": "figures"},
 }  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
     assert store.status == "done"
     assert store.steps() == [0, 4]
     config = {"workload": "digits-mlp", "steps": 4, "probes": 2, "probe_size": 16, "seed": 0,
-              "draws": "ggn", "layers": ["*"], "batch_size": 64}  # fmt: skip
+              "draws": "ggn", "layers": ["*.weight"], "batch_size": 64}  # fmt: skip
     assert config.items() <= store.config.items()
     assert {p.name for p in store.figures.iterdir()} == FIGURES
     assert store.report.is_file()
@@ -516,7 +516,7 @@ def test_report_of_a_run_without_measurements(tmp_path: Path) -> None:
 def test_workloads_lists_all_and_how_to_give_ones_own() -> None:
     result = invoke("workloads")
     assert result.exit_code == DONE
-    for name in ("digits-mlp", "digits-logistic"):
+    for name in ("digits-mlp", "digits-logistic", "digits-cnn", "pydoc-gpt"):
         workload = load_workload(name)
         row = next(line for line in result.output.splitlines() if name in line)
         assert workload.description in row

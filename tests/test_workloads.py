@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pydoc_data.topics import topics
 from typing import Any
 
 import hypothesis
@@ -18,12 +19,15 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.workloads import WORKLOADS, load_workload
 
-# name -> classes, train and test sizes, parameters
-EXPECTED: dict[str, tuple[int, int, int, int]] = {
-    "digits-mlp": (10, 1438, 359, 64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10),
-    "digits-logistic": (2, 286, 71, 64 * 2 + 2),
+# name -> classes, train and test sizes, shape of an input, parameters
+FLAT, IMAGE = (64,), (1, 8, 8)
+DIGITS: dict[str, tuple[int, int, int, tuple[int, ...], int]] = {
+    "digits-mlp": (10, 1438, 359, FLAT, 64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10),
+    "digits-logistic": (2, 286, 71, FLAT, 64 * 2 + 2),
+    "digits-cnn": (10, 1438, 359, IMAGE, 9 * 16 + 16 + 9 * 16 * 32 + 32 + 512 * 10 + 10),
 }
 built_in = pytest.mark.parametrize("name", WORKLOADS)
+of_digits = pytest.mark.parametrize("name", DIGITS)
 
 
 def numbered(count: int) -> kp.Workload:
@@ -40,16 +44,16 @@ def rows(inputs: Tensor) -> set[bytes]:
 
 
 def test_every_built_in_workload_is_checked_here() -> None:
-    assert set(WORKLOADS) == set(EXPECTED)
+    assert set(WORKLOADS) == {*DIGITS, "pydoc-gpt"}
 
 
-@built_in
+@of_digits
 def test_shapes_types_and_ranges(name: str) -> None:
-    classes, train, test, size = EXPECTED[name]
+    classes, train, test, shape, size = DIGITS[name]
     workload = load_workload(name)
     assert workload.test is not None
     for (inputs, targets), count in ((workload.train, train), (workload.test, test)):
-        assert inputs.shape == (count, 64)
+        assert inputs.shape == (count, *shape)
         assert inputs.dtype == torch.float32
         assert inputs.min() == 0.0
         assert inputs.max() == 1.0
@@ -63,7 +67,7 @@ def test_shapes_types_and_ranges(name: str) -> None:
     assert workload.description
 
 
-@built_in
+@of_digits
 def test_the_data_are_the_digits_of_scikit_learn(name: str) -> None:
     digits = load_digits()
     classes = np.array([3, 8]) if name == "digits-logistic" else np.arange(10)
@@ -82,7 +86,7 @@ def test_the_data_are_the_digits_of_scikit_learn(name: str) -> None:
     assert found == expected
 
 
-@built_in
+@of_digits
 def test_train_and_test_are_disjoint(name: str) -> None:
     workload = load_workload(name)
     assert workload.test is not None
@@ -102,6 +106,35 @@ def test_the_split_is_the_same_for_every_seed_and_the_model_is_not(name: str) ->
     weights = [next(w.model.parameters()) for w in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_pydoc_gpt_predicts_the_next_byte_of_pythons_help_texts() -> None:
+    workload = load_workload("pydoc-gpt")
+    assert workload.test is not None
+    text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    windows = []
+    for inputs, targets in (workload.train, workload.test):
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        windows += [bytes(row) for row in inputs.tolist()]
+    assert text.startswith(b"".join(windows))  # disjoint, in order, nothing left out but an end
+    assert len(text) - len(b"".join(windows)) <= 64
+    assert 0.08 < len(workload.test[0]) / len(windows) < 0.12
+
+
+def test_pydoc_gpt_sees_only_the_past() -> None:
+    workload = load_workload("pydoc-gpt")
+    tokens = workload.train[0][:3].clone()
+    before = workload.model(tokens)
+    assert before.shape == (3, 64, 256)
+    assert torch.allclose(
+        workload.loss_fn(before, workload.train[1][:3]),
+        -before.log_softmax(-1).gather(-1, workload.train[1][:3, :, None]).mean(),
+    )
+    tokens[:, 40] = (tokens[:, 40] + 1) % 256
+    after = workload.model(tokens)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.equal(before[:, 40:], after[:, 40:])
 
 
 def test_the_generators_state_does_not_matter() -> None:

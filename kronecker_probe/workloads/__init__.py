@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.workloads.digits import digits_logistic, digits_mlp
+from kronecker_probe.workloads.digits import digits_cnn, digits_logistic, digits_mlp
+from kronecker_probe.workloads.pydoc import pydoc_gpt
 from kronecker_probe.workloads.workload import Workload
 
 WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "digits-mlp": digits_mlp,
     "digits-logistic": digits_logistic,
+    "digits-cnn": digits_cnn,
+    "pydoc-gpt": pydoc_gpt,
 }
 
 

@@ -45,6 +45,32 @@ def digits_mlp(seed: int) -> Workload:
         lr=1e-3,
         description="64-128-64-10 MLP on 8x8 handwritten digits (1,797 images, 10 classes)",
         threads=1,
+        layers=("*.weight",),
+    )
+
+
+def digits_cnn(seed: int) -> Workload:
+    """Two convolutions and a linear layer on all ten digits, as 1 x 8 x 8 images."""
+    (train, train_labels), (test, test_labels) = _digits(tuple(range(10)))
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+    return Workload(
+        model,
+        nn.CrossEntropyLoss(),
+        (train.view(-1, 1, 8, 8), train_labels),
+        (test.view(-1, 1, 8, 8), test_labels),
+        steps=1000,
+        batch_size=64,
+        lr=1e-3,
+        description="CNN, 16 and 32 channels, on 8x8 handwritten digits (10 classes)",
+        threads=1,
+        layers=("*.weight",),
     )
 
 
@@ -61,4 +87,5 @@ def digits_logistic(seed: int) -> Workload:
         lr=1e-3,
         description="logistic regression on the digits 3 and 8, as 2-class cross-entropy",
         threads=1,
+        layers=("*.weight",),
     )

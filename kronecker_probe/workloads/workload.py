@@ -30,6 +30,9 @@ class Workload:
         description: One line for ``kronecker-probe workloads``.
         threads: CPU threads of torch that suit it; None leaves torch's own choice. Matrices of a
             few hundred rows gain nothing from more than one, and lose much on a busy machine.
+        draws: The gradients that suit it, as for ``kp.capture``; "fisher" where an exact
+            Gauss-Newton would take thousands of backward passes.
+        layers: Globs of the parameters to measure by default.
     """
 
     model: nn.Module
@@ -41,6 +44,8 @@ class Workload:
     lr: float = 1e-3
     description: str = ""
     threads: int | None = None
+    draws: str = "ggn"
+    layers: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
         for name, pair in (("train", self.train), ("test", self.test)):
