@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kronecker_probe.operators.second_moment import SecondMoment as SecondMoment
     from kronecker_probe.quality.compare import Scores as Scores
     from kronecker_probe.quality.compare import compare as compare
+    from kronecker_probe.quality.diagnose import diagnose as diagnose
+    from kronecker_probe.quality.findings import Diagnosis as Diagnosis
+    from kronecker_probe.quality.findings import Finding as Finding
     from kronecker_probe.quality.metrics import best_scale as best_scale
     from kronecker_probe.quality.metrics import best_scale_error as best_scale_error
     from kronecker_probe.quality.metrics import cosine_similarity as cosine_similarity
@@ -50,6 +53,9 @@ _PUBLIC = {
     "best_scale": "quality.metrics",
     "best_scale_error": "quality.metrics",
     "compare": "quality.compare",
+    "diagnose": "quality.diagnose",
+    "Diagnosis": "quality.findings",
+    "Finding": "quality.findings",
     "Scores": "quality.compare",
     "Tracker": "tracking.tracker",
     "RunStore": "tracking.store",
