@@ -22,13 +22,10 @@ The table (shampoo_square.csv) has one number a row, with the metrics
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
@@ -40,6 +37,7 @@ from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe.panels import GREY, Panels, Style, limits, style
+from kronecker_probe.scripts import Script
 from kronecker_probe.tables import label
 from kronecker_probe.workloads import load_workload
 
@@ -108,7 +106,7 @@ def run(name: str, seed: int, preset: Preset) -> Iterator[Row]:
         if step > 0:
             inputs, targets = workload.batch(step - 1, workload.batch_size, seed)
             optimizer.zero_grad()
-            loss_fn(model(inputs), targets).backward()
+            loss_fn(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         if step in probed:
             for size in sizes:
@@ -304,45 +302,14 @@ def _say_exact(row: Iterable[Axes], layers: pd.DataFrame) -> None:
             )
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """PNG and SVG, the same bytes for the same table."""
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    with mpl.rc_context({"svg.hashsalt": NAME}):
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="default",
-        help="quick: under a minute; default: what figures/ shows (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("figures"),
-        help="folder for the table and the figure (default: %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, help="seeds to run, from 0 (default: the preset's)")
-    chosen = parser.parse_args(arguments)
-    preset = PRESETS[chosen.preset]
-    if chosen.seeds is not None:
-        if chosen.seeds < 1:
-            parser.error(f"--seeds {chosen.seeds}: give at least 1")
-        preset = replace(preset, seeds=chosen.seeds)
-    try:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # before the work, not after it
-        parser.error(f"--out {chosen.out} is no folder that can be written: {error}")
-    stem = chosen.out / NAME
-    collect(preset).to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6f")
-    table = pd.read_csv(stem.with_suffix(".csv"))  # the figure shows the table that is kept
-    save(draw(table), stem)
-    print(headline(table), explanation(table), sep="\n")
-    print(*(stem.with_suffix(kind) for kind in (".csv", ".png", ".svg")), sep="\n")
-
+SCRIPT = Script(
+    NAME,
+    __doc__.splitlines()[0],
+    PRESETS,
+    collect,
+    draw,
+    lambda table: (headline(table), explanation(table)),
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kronecker_probe import plots
 from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.quality.diagnose import diagnose
 from kronecker_probe.tables import LABELS, METRICS, at_step, last_step, ordered, scores, shape
 from kronecker_probe.tracking.files import naming, write_atomically
 from kronecker_probe.tracking.store import RunStore
@@ -160,6 +161,7 @@ def _render(
     )
     record = store.record
     workload = store.config.get("workload")
+    found = diagnose(table)
     return environment.get_template("report.html.j2").render(
         name=str(workload) if workload is not None else store.path.resolve().name,
         record=record,
@@ -168,6 +170,8 @@ def _render(
         versions=record.get("versions", {}),
         damaged=damaged,
         headline=headline(table),
+        findings=found.summary(("warning", "notice", "good")),
+        abstained=found.summary(("abstained",)),
         conclusions=conclusions(table),
         targets=[_TARGETS.get(draws, draws) for draws in table["draws"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),

@@ -177,9 +177,23 @@ def test_of_real_scores() -> None:
     scores = kp.compare(kp.capture(model, torch.nn.CrossEntropyLoss(), batch, layers="*weight"))
     found = kp.diagnose(scores)
     assert {one.parameter for one in found} >= {"0.weight", "2.weight"}
-    assert found.summary(2).endswith("more findings.)")
+    sentences = found.summary()
+    assert len(sentences) == len({(one.level, one.subject) for one in found})
+    assert found.summary(()) == []
     assert list(found.table.columns) == ["level", "parameter", "subject", "message", "advice"]
     assert len(found.table) == len(found)
+
+
+def test_the_summary_says_alike_findings_once() -> None:
+    rows = [
+        cosine(name, value, parameter=layer)
+        for layer in ("fc1", "fc2", "fc3")
+        for name, value in (("shampoo-squared", 0.9), ("shampoo", 0.7))
+    ]
+    found = kp.diagnose(pd.DataFrame(rows)).summary(("notice",))
+    assert len(found) == 1
+    assert found[0].startswith("fc1: Shampoo's factors")
+    assert found[0].endswith("(and 2 more: fc2, fc3).")
 
 
 def test_refuses_what_is_no_table() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -62,11 +62,21 @@ class Diagnosis:
         rows = [[getattr(one, name) for name in columns] for one in self.findings]
         return pd.DataFrame(rows, columns=columns)
 
-    def summary(self, limit: int = 6) -> str:
-        """The first findings as one paragraph."""
-        shown = " ".join(_capital(str(one)) for one in self.findings[:limit])
-        rest = len(self.findings) - limit
-        return f"{shown} ({rest} more findings.)" if rest > 0 else shown
+    def summary(self, levels: Sequence[str] = LEVELS) -> list[str]:
+        """One sentence a subject: the first finding, and how many layers have the like.
+
+        Args:
+            levels: The levels to include.
+        """
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for one in self.findings:
+            if one.level in levels:
+                groups.setdefault((one.level, one.subject), []).append(one)
+        sentences = []
+        for first, *others in groups.values():
+            more = f" (and {len(others)} more: {_names(others)})" if others else ""
+            sentences.append(f"{str(first).removesuffix('.')}{more}.")
+        return sentences
 
     def __str__(self) -> str:
         return "\n".join(f"[{one.level}] {one}" for one in self.findings)
@@ -75,5 +85,6 @@ class Diagnosis:
         return self.table.to_html(index=False)
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:] if " " in text.split(":", maxsplit=1)[0] else text
+def _names(findings: Sequence[Finding], limit: int = 4) -> str:
+    names = [one.parameter or "the run" for one in findings]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
