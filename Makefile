@@ -25,7 +25,7 @@ figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
 	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png
 
-# curvlinops, for the optional cross-checks and the side-by-side benchmark
+# curvlinops and nngeometry, for the optional cross-checks and the side-by-side benchmark
 peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
 

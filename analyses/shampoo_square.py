@@ -112,7 +112,7 @@ def run(name: str, seed: int, preset: Preset) -> Iterator[Row]:
             for size in sizes:
                 data = workload.probe(size, seed)
                 shared = {"workload": name, "seed": seed, "n_data": len(data[1]), "step": step}
-                samples = kp.capture(model, loss_fn, data, draws="ggn")
+                samples = kp.capture(model, loss_fn, data, "ggn", workload.layers)
                 yield from (shared | row for row in measure(samples))
 
 

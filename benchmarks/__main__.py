@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 
-MODULES = ("kronecker_floor", "tracker_overhead", "shampoo_step", "planner_grid", "peers")
+MODULES = (
+    "kronecker_floor",
+    "tracker_overhead",
+    "shampoo_step",
+    "shared_layers",
+    "planner_grid",
+    "whole_transformer",
+    "capture_speed",
+    "peers",
+)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import kronecker_probe as kp
 from benchmarks.timing import Timing, environment, interleaved
-from kronecker_probe.approximations import APPROXIMATIONS
+from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
         "ours: K-FAC (factors only)": our_factors,
         "curvlinops KFAC (factors only)": their_kfac,
         "ours: K-FAC and its cosine": lambda: ours("kfac"),
-        "ours: all six approximations and their cosines": lambda: ours(*APPROXIMATIONS),
+        "ours: all six approximations and their cosines": lambda: ours(*DEFAULT_APPROXIMATIONS),
     }
     if not hasattr(peer, "KFOCLinearOperator"):
         print(f"  curvlinops {version} has no optimal-Kronecker operator to time")

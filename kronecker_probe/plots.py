@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kronecker_probe import conclusions
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.gap_figure import plot_gap as plot_gap  # noqa: PLC0414
 from kronecker_probe.panels import GREY, SHADE, Panels, in_view, label_ends, limits, say, style
 from kronecker_probe.tables import (
     METRICS,

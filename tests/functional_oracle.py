@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.nn.functional import one_hot
 
-from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.embedding import EmbeddingSamples
+from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples, MatrixSamples
 
 # float64 sums of a few hundred products each, in another order.
 RELATIVE = 1e-10
@@ -80,10 +82,21 @@ def gauss_newton(
     return result
 
 
-def second_moment(samples: FactoredSamples) -> Tensor:
-    """``sum_i w_i sum_c vec(G_ic) vec(G_ic)^T``, from the factors, by definition."""
-    d, a = samples.output_grads.double(), samples.inputs.double()
-    G = torch.einsum("ictm,itn->icmn", d, a).flatten(2)
+def matrices(samples: GradientSamples) -> Tensor:
+    """``G_ic``, [N, C, m, n], by definition, from whatever the samples hold."""
+    if isinstance(samples, FactoredSamples):
+        d, a = samples.output_grads.double(), samples.inputs.double()
+        return torch.einsum("ictm,itn->icmn", d, a)
+    if isinstance(samples, EmbeddingSamples):
+        hot = one_hot(samples.tokens, samples.vocabulary).double()
+        return torch.einsum("itv,ictd->icvd", hot, samples.output_grads.double())
+    assert isinstance(samples, MatrixSamples)
+    return samples.values.double()
+
+
+def second_moment(samples: GradientSamples) -> Tensor:
+    """``sum_i w_i sum_c vec(G_ic) vec(G_ic)^T``, by definition."""
+    G = matrices(samples).flatten(2)
     return torch.einsum("i,icp,icq->pq", samples.weights, G, G)
 
 

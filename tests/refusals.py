@@ -18,7 +18,7 @@ MODEL = SMALL_MODELS["2-D"].model()
 
 def refused(error: type[KroneckerProbeError], *words: str, **given: Any) -> str:
     """The message of the refusal; ``given`` replaces what a good call gets."""
-    call: dict[str, Any] = {"model": MODEL, "loss_fn": F.cross_entropy, "batch": (INPUTS, LABELS)}
+    call: dict[str, Any] = {"model": MODEL, "loss_fn": F.cross_entropy, "data": (INPUTS, LABELS)}
     with pytest.raises(error) as caught:
         kp.capture(**(call | given))
     assert type(caught.value) is error

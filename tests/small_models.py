@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from tests.small_modules import (
     ScaledConv2d,
     ScaledLinear,
     attention,
+    constant_target,
     conv,
     conv_changed_after_construction,
     conv_changed_kernel,
@@ -50,12 +52,13 @@ N = 4
 class SmallModel:
     """A model in float64 evaluation mode, and what a capture of it must say.
 
+    Every parameter that is neither in ``fallback`` nor in ``skipped`` must be measured by rules.
+
     Attributes:
         build: Makes the model.
         shape: Of one datum.
-        measured: Names of the parameters that must be measured.
-        skipped: Name to a pattern of the reason, for what else is worth a look; other parameters
-            (biases) are skipped too.
+        fallback: Glob to a pattern of the reason why per-sample gradients are needed.
+        skipped: Glob to a pattern of the reason why there is no measurement.
         class_dim: Of the outputs.
         vocabulary: The inputs are token indices below this, if positive.
         coupled: Outputs of a datum depend on the other data of the batch.
@@ -66,13 +69,39 @@ class SmallModel:
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    measured: tuple[str, ...]
+    fallback: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     class_dim: int = 1
     vocabulary: int = 0
     coupled: bool = False
     batchable: bool = True
     reference: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """All parameters, in the order of the model."""
+        return tuple(name for name, _ in self.model().named_parameters())
+
+    @functools.cached_property
+    def measured(self) -> tuple[str, ...]:
+        """What rules must measure."""
+        return tuple(n for n in self.names if not (self.why(n, self.fallback, self.skipped)))
+
+    @functools.cached_property
+    def samples(self) -> tuple[str, ...]:
+        """What must be measured in one way or the other."""
+        return tuple(name for name in self.names if not self.why(name, self.skipped))
+
+    @staticmethod
+    def why(name: str, *reasons: dict[str, str]) -> str:
+        """The pattern of the reason that is given for a parameter, or ""."""
+        found = [
+            pattern
+            for one in reasons
+            for glob, pattern in one.items()
+            if fnmatch.fnmatchcase(name, glob)
+        ]
+        return found[0] if found else ""
 
     def loss(self, kind: str, reduction: str = "mean") -> Callable[[Tensor, Tensor], Tensor]:
         """The loss as a user would write it."""
@@ -111,33 +140,33 @@ def _conv(name: str, build: Callable[[], nn.Module], **kwargs: object) -> SmallM
     shape = (2, 5, 6)
     return SmallModel(
         f"conv {name}", functools.partial(initialized, build, shape), shape,
-        **{"measured": ("0.weight", "3.weight"), **kwargs},
+        **kwargs,
     )  # fmt: skip
 
 
 _LINEAR = (
-    SmallModel("2-D", mlp, (3,), ("0.weight", "2.weight")),
-    SmallModel("3-D", mlp, (2, 3), ("0.weight", "2.weight"), class_dim=2),
-    SmallModel("4-D", mlp, (2, 2, 3), ("0.weight", "2.weight"), class_dim=3),
+    SmallModel("2-D", mlp, (3,)),
+    SmallModel("3-D", mlp, (2, 3), class_dim=2),
+    SmallModel("4-D", mlp, (2, 2, 3), class_dim=3),
     SmallModel(
         "classes second",
         lambda: nn.Sequential(mlp(), Lambda(lambda m, x: x.transpose(1, 2))),
-        (2, 3), ("0.0.weight", "0.2.weight"),
+        (2, 3),
     ),
     SmallModel(
         "pooled sequence",
         lambda: three(lambda m, x: m.c(torch.tanh(m.b(m.a(x))).mean(1))),
-        (3, 3), ("a.weight", "b.weight", "c.weight"),
+        (3, 3),
     ),
     SmallModel(
         "input by keyword",
         lambda: three(lambda m, x: m.c(input=torch.tanh(m.b(input=m.a(input=x))))),
-        (3,), ("a.weight", "b.weight", "c.weight"),
+        (3,),
     ),
     SmallModel(
         "layer norm",
         lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, CLASSES)),
-        (3,), ("0.weight", "3.weight"), {"1.weight": "no rule for LayerNorm"},
+        (3,),
     ),
     SmallModel(
         "embedding in front",
@@ -145,8 +174,7 @@ _LINEAR = (
             lambda m, x: m.c(torch.tanh(m.a(m.e(x)))),
             e=nn.Embedding(5, 3), a=nn.Linear(3, 4), c=nn.Linear(4, CLASSES),
         ),
-        (2,), ("a.weight", "c.weight"), {"e.weight": "no rule for Embedding"},
-        class_dim=2, vocabulary=5,
+        (2,), class_dim=2, vocabulary=5,
     ),
     SmallModel(
         "recurrent in front",
@@ -154,7 +182,7 @@ _LINEAR = (
             lambda m, x: m.c(m.rnn(m.a(x))[0][:, -1]),
             a=nn.Linear(3, 4), rnn=nn.GRU(4, 4, batch_first=True), c=nn.Linear(4, CLASSES),
         ),
-        (2, 3), ("a.weight", "c.weight"), {"rnn.weight_ih_l0": "no rule for GRU"}, batchable=False,
+        (2, 3), {"rnn.*": "operations that have no rule.*loop over data"}, batchable=False,
     ),
 )  # fmt: skip
 
@@ -162,59 +190,63 @@ _FLOW = (
     SmallModel(
         "in-place activation",
         lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
-        (3,), ("0.weight", "2.weight"),
+        (3,),
     ),
     SmallModel(
         "in-place activation, shared positions",
         lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
-        (2, 3), ("0.weight", "2.weight"), class_dim=2,
+        (2, 3), class_dim=2,
     ),
     SmallModel(
         "in-place residual",
-        lambda: three(in_place_residual), (3,), ("a.weight", "b.weight", "c.weight"),
+        lambda: three(in_place_residual), (3,),
     ),
     SmallModel(
         "called twice",
         lambda: three(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.b(m.a(x))))))),
-        (3,), ("a.weight", "b.weight", "c.weight"),
+        (3,),
     ),
     SmallModel(
         "called with and without positions",
         lambda: three(lambda m, x: m.c(torch.tanh(m.b(m.b(m.a(x)).tanh().mean(1))))),
-        (2, 3), ("a.weight", "b.weight", "c.weight"),
+        (2, 3),
     ),
     SmallModel(
         "one of two calls unused",
         lambda: three(lambda m, x: (m.b(m.a(x)), m.c(torch.tanh(m.b(m.a(x)))))[1]),
-        (3,), ("a.weight", "b.weight", "c.weight"),
+        (3,),
     ),
-    SmallModel("tied", tied_linears, (3,), ("a.weight", "b.weight", "c.weight")),
-    SmallModel("registered twice", registered_twice, (3,), ("a.weight", "b.weight", "c.weight")),
+    SmallModel("tied", tied_linears, (3,)),
+    SmallModel("registered twice", registered_twice, (3,)),
     SmallModel(
-        "checkpoint", lambda: Checkpointed(False), (3,), ("a.weight", "b.weight", "c.weight"),
+        "checkpoint", lambda: Checkpointed(False), (3,),
         reference=uncheckpointed,
     ),
     SmallModel(
-        "reentrant checkpoint", lambda: Checkpointed(True), (3,), ("c.weight",),
-        {"a.weight": "'a' passes through reentrant", "b.weight": "call of 'b' ran without gradi"},
+        "reentrant checkpoint", lambda: Checkpointed(True), (3,),
+        skipped={"a.*": "'a' passes through reentrant", "b.*": "call of 'b' ran without gradi"},
         reference=uncheckpointed,
     ),
     SmallModel(
-        "stop gradient", lambda: three(stop_gradient), (3,), ("a.weight", "c.weight"),
-        {"b.weight": "unused: no gradient of the outputs reaches"},
+        "stop gradient", lambda: three(stop_gradient), (3,),
+        skipped={"b.*": "unused: no gradient of the outputs reaches"},
     ),
     SmallModel(
-        "part under no_grad", lambda: three(without_tracking), (3,), ("b.weight", "c.weight"),
-        {"a.weight": "call of 'a' ran without gradient tracking"},
+        "part under no_grad", lambda: three(without_tracking), (3,),
+        skipped={"a.*": "call of 'a' ran without gradient tracking"},
+    ),
+    SmallModel(
+        "a call under no_grad beside one with gradients",
+        lambda: three(constant_target), (3,),
     ),
     SmallModel(
         "layer that is never called", lambda: three(lambda m, x: m.c(m.a(x))), (3,),
-        ("a.weight", "c.weight"), {"b.weight": "unused: its layer's forward did not run"},
+        skipped={"b.*": "unused: the forward pass does not read it"},
     ),
     SmallModel(
         "own forward called past the hooks",
         lambda: three(lambda m, x: m.c(torch.tanh(m.b.forward(m.a(x))))),
-        (3,), ("a.weight", "c.weight"), {"b.weight": "read outside of its layer"},
+        (3,),
     ),
 )  # fmt: skip
 
@@ -222,7 +254,7 @@ _OUTSIDE = (
     SmallModel(
         "functional use beside the call",
         lambda: three(lambda m, x: m.c(torch.tanh(m.b(m.a(x)) + F.linear(m.a(x), m.b.weight)))),
-        (3,), ("a.weight", "c.weight"), {"b.weight": r"read 2 times .*\(b\) account for 1"},
+        (3,),
     ),
     SmallModel(
         "functional use of a transpose",
@@ -230,62 +262,61 @@ _OUTSIDE = (
             lambda m, x: m.c(F.linear(torch.tanh(m.a(x)), m.a.weight.t())),
             a=nn.Linear(3, 4), c=nn.Linear(3, CLASSES),
         ),
-        (3,), ("c.weight",), {"a.weight": "also used outside"},
+        (3,), {"a.weight": r"read 2 times .*\(a\) account for 1: .* no rule"},
     ),
     SmallModel(
         "functional use and an unused call", lambda: three(unused_call_beside_functional_use),
-        (3,), ("a.weight", "c.weight"), {"b.weight": "account for 0.* outside"},
+        (3,), skipped={"b.bias": "unused: no gradient"},
     ),
     SmallModel(
-        "another weight by functional_call", lambda: three(other_weight), (3,), ("c.weight",),
-        {"a.weight": "'a' ran with another weight"},
+        "another weight by functional_call", lambda: three(other_weight), (3,),
+        {"a.weight": "operations that have no rule"},
+        {"b.*": "unused: the forward pass does not read it"},
     ),
     SmallModel(
-        "tied to an embedding", tied_to_embedding, (2,), ("a.weight",),
-        {"table.weight": "no rule for Embedding"}, class_dim=2, vocabulary=5,
+        "tied to an embedding", tied_to_embedding, (2,),
+        class_dim=2, vocabulary=5,
     ),
     SmallModel(
         "plain subclass",
         lambda: nn.Sequential(PlainSubclass(3, 4), nn.Tanh(), nn.Linear(4, CLASSES)),
-        (3,), ("0.weight", "2.weight"),
+        (3,),
     ),
     SmallModel(
         "subclass with a forward of its own",
         lambda: nn.Sequential(ScaledLinear(3, 4), nn.Tanh(), nn.Linear(4, CLASSES)),
-        (3,), ("2.weight",), {"0.weight": r"ScaledLinear overrides forward\(\) of Linear"},
+        (3,), {"0.weight": "operations that have no rule"},
     ),
     SmallModel(
-        "forward replaced on the instance", replaced_forward, (3,), ("2.weight",),
-        {"0.weight": r"overrides forward\(\)"},
+        "forward replaced on the instance", replaced_forward, (3,),
+        skipped={"0.bias": "unused: the forward pass does not read it"},
     ),
     SmallModel(
         "weight_norm",
         lambda: nn.Sequential(
             parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, CLASSES)
         ),
-        (3,), ("2.weight",), {"0.parametrizations.weight.original1": "no rule for Parametr"},
+        (3,), {"0.param*.original?": "operations that have no rule"},
     ),
     SmallModel(
         "spectral_norm",
         lambda: nn.Sequential(
             parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, CLASSES)
         ),
-        (3,), ("2.weight",), {"0.parametrizations.weight.original": "no rule for Parametr"},
+        (3,), {"0.param*.original": "operations that have no rule"},
     ),
     SmallModel(
-        "pruned", pruned, (3,), ("2.weight",), {"0.weight_orig": "a weight_orig of Linear"},
+        "pruned", pruned, (3,), {"0.weight_orig": "operations that have no rule"},
     ),
     SmallModel(
-        "attention", attention, (2, 3), ("a.weight", "c.weight"),
-        {"mha.in_proj_weight": "no rule for Multihead",
-         "mha.out_proj.weight": "read outside of its layer"}, class_dim=2,
+        "attention", attention, (2, 3), class_dim=2,
     ),
     SmallModel(
         "transformer layer",
         lambda: nn.Sequential(
             nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), nn.Linear(4, CLASSES)
         ),
-        (2, 4), ("0.linear1.weight", "0.linear2.weight", "1.weight"), class_dim=2,
+        (2, 4), class_dim=2,
     ),
 )  # fmt: skip
 
@@ -296,31 +327,29 @@ _MIXING = (
             nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(),
             nn.Linear(4, CLASSES),
         ),
-        (3,), ("3.weight",), {"0.weight": "mix in layer '0'"}, coupled=True,
+        (3,), skipped={"0.*": "mix in layer '0'", "1.*": "statistics of the batch"}, coupled=True,
     ),
     SmallModel(
-        "sequence first, as long as the batch", lambda: three(seq_first), (N, 3), ("c.weight",),
-        {"a.weight": "mix in layer 'a'", "b.weight": "mix in layer 'b'"}, class_dim=2,
+        "sequence first, as long as the batch", lambda: three(seq_first), (N, 3), class_dim=2,
     ),
     SmallModel(
-        "sequence first", lambda: three(seq_first), (N - 1, 3), ("c.weight",),
-        {"a.weight": r"its input is \[3, 4, 3\] for a batch of 4 data"}, class_dim=2,
+        "sequence first", lambda: three(seq_first), (N - 1, 3), class_dim=2,
     ),
     SmallModel(
-        "statistic of groups", lambda: three(group_statistic), (3,), ("b.weight", "c.weight"),
-        {"a.weight": "mix in layer 'a'"}, coupled=True,
+        "statistic of groups", lambda: three(group_statistic), (3,),
+        skipped={"a.*": "mix in layer 'a'"}, coupled=True,
     ),
     SmallModel(
-        "one-way coupling", lambda: three(one_way), (3,), ("b.weight", "c.weight"),
-        {"a.weight": "mix in layer 'a'"}, coupled=True,
+        "one-way coupling", lambda: three(one_way), (3,),
+        skipped={"a.*": "mix in layer 'a'"}, coupled=True,
     ),
     SmallModel(
         "table as long as the batch", lambda: three(position_table), (4, 3),
-        ("a.weight", "c.weight"), {"b.weight": "mix in layer 'b'"}, class_dim=2, coupled=True,
+        {"b.*": "mix in layer 'b'.*vmap"}, class_dim=2,
     ),
     SmallModel(
-        "part of the batch", lambda: three(routed), (3,), ("a.weight", "c.weight"),
-        {"b.weight": r"its input is \[2, 4\] for a batch of 4 data"}, coupled=True,
+        "part of the batch", lambda: three(routed), (3,),
+        skipped={"b.*": r"gives \[2, 4\] for a batch of 4 data"}, coupled=True,
     ),
 )  # fmt: skip
 
@@ -348,24 +377,22 @@ _CONV = (
         lambda: nn.Sequential(
             Lambda(lambda m, x: x.contiguous(memory_format=torch.channels_last)), conv(padding=1)
         ),
-        measured=("1.0.weight", "1.3.weight"), batchable=False,
+        batchable=False,
     ),
     _conv(
         "in-place activation, pixels",
         lambda: nn.Sequential(
             nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, CLASSES, (2, 1))
         ),
-        measured=("0.weight", "2.weight"),
     ),
     _conv(
         "groups",
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.LazyLinear(3)),
-        measured=("2.weight",), skipped={"0.weight": "groups=2 is not supported"},
     ),
     _conv(
         "scaled in _conv_forward",
         lambda: nn.Sequential(ScaledConv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)),
-        measured=("3.weight",), skipped={"0.weight": r"overrides _conv_forward\(\) of Conv2d"},
+        fallback={"0.weight": "operations that have no rule"},
     ),
     _conv(
         "batch norm",
@@ -373,7 +400,6 @@ _CONV = (
             nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(2),
             nn.Flatten(), nn.LazyLinear(CLASSES),
         ),
-        measured=("0.weight", "5.weight"), skipped={"1.weight": "no rule for BatchNorm2d"},
     ),
 )  # fmt: skip
 

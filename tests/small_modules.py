@@ -169,6 +169,13 @@ def without_tracking(m: nn.Module, x: Tensor) -> Tensor:
     return m.c(torch.tanh(m.b(h)))
 
 
+def constant_target(m: nn.Module, x: Tensor) -> Tensor:
+    """A network that looks at its own outputs as constants, as in self-distillation."""
+    with torch.no_grad():
+        own = torch.tanh(m.b(m.a(x)))
+    return m.c(torch.tanh(m.b(m.a(x))) * own)
+
+
 def attention() -> nn.Module:
     return Lambda(
         lambda m, x: m.c((lambda h: m.mha(h, h, h, need_weights=False)[0])(m.a(x))),

@@ -196,7 +196,7 @@ def test_the_files_are_written(
 ) -> None:
     monkeypatch.setitem(shampoo_square.PRESETS, "quick", replace(TINY, steps=3, probe_sizes=(32,)))
     out = tmp_path / "deep" / "figures"
-    shampoo_square.main(["--preset", "quick", "--out", str(out), "--seeds", "1"])
+    shampoo_square.SCRIPT.main(["--preset", "quick", "--out", str(out), "--seeds", "1"])
     assert {path.name for path in out.iterdir()} == {
         f"shampoo_square.{kind}" for kind in ("csv", "png", "svg")
     }
@@ -204,7 +204,7 @@ def test_the_files_are_written(
     assert set(kept["seed"]) == {0}
     assert shampoo_square.headline(kept) in capsys.readouterr().out
     svg = (out / "shampoo_square.svg").read_bytes()
-    shampoo_square.save(shampoo_square.draw(kept), out / "again")
+    shampoo_square.SCRIPT.save(shampoo_square.draw(kept), out / "again")
     assert (out / "again.svg").read_bytes() == svg
 
 
@@ -218,7 +218,7 @@ def test_bad_options_are_refused_before_the_work(
         (["--preset", "huge"], "--preset"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            shampoo_square.main(arguments)
+            shampoo_square.SCRIPT.main(arguments)
         assert exit_.value.code == 2
         assert told in capsys.readouterr().err
 

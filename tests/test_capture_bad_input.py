@@ -42,10 +42,10 @@ def test_inputs_that_are_not_finite(value: float) -> None:
     linear = nn.Linear(3, CLASSES).double()
     refused(
         NonFiniteError, "inputs of the batch hold 1 NaN or infinite", "remove",
-        model=linear, batch=(inputs, LABELS),
+        model=linear, data=(inputs, LABELS),
     )  # fmt: skip
     words = ("inputs of the batch",) if math.isnan(value) else ("input of layer '0'", "data")
-    refused(NonFiniteError, *words, batch=(inputs, LABELS))  # tanh hides an infinity
+    refused(NonFiniteError, *words, data=(inputs, LABELS))  # tanh hides an infinity
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -68,14 +68,14 @@ def test_targets_that_are_not_finite(value: float) -> None:
     targets[0, 0] = value
     refused(
         NonFiniteError, f"The loss is {value}", "targets",
-        loss_fn=F.mse_loss, batch=(INPUTS, targets),
+        loss_fn=F.mse_loss, data=(INPUTS, targets),
     )  # fmt: skip
 
 
 def test_a_loss_that_overflows() -> None:
     refused(
         NonFiniteError, "The loss is inf",
-        loss_fn=F.mse_loss, batch=(INPUTS, torch.full_like(VALUES, 1e200)),
+        loss_fn=F.mse_loss, data=(INPUTS, torch.full_like(VALUES, 1e200)),
     )  # fmt: skip
 
 
@@ -89,9 +89,9 @@ def test_a_model_that_is_one_layer_goes_by_its_class() -> None:
     inputs = INPUTS.clone()
     inputs[0] = math.inf
     model.weight.data[:, 1:] = 0  # 0 * inf
-    refused(NonFiniteError, "inputs of the batch", model=model, batch=(inputs, LABELS))
+    refused(NonFiniteError, "inputs of the batch", model=model, data=(inputs, LABELS))
     model.register_forward_hook(lambda m, x, y: torch.nan_to_num(y))
-    refused(NonFiniteError, "input of layer 'Wide'", model=model, batch=(inputs, LABELS))
+    refused(NonFiniteError, "input of layer 'Wide'", model=model, data=(inputs, LABELS))
 
 
 def test_outputs_that_are_not_finite_by_the_last_layer() -> None:
@@ -111,7 +111,7 @@ def test_masked_activations_that_are_not_finite() -> None:
 def test_gradients_that_are_not_finite() -> None:
     model = three(lambda m, x: m.c(m.b((0 * m.a(x)).abs().sqrt()))).double()
     refused(NonFiniteError, "layer 'a'", "zero", model=model)
-    refused(NonFiniteError, "layer 'a'", model=model, batch=(INPUTS[:1], LABELS[:1]))
+    refused(NonFiniteError, "layer 'a'", model=model, data=(INPUTS[:1], LABELS[:1]))
 
 
 def test_gradients_that_overflow_half_precision() -> None:
@@ -123,9 +123,18 @@ def test_gradients_that_overflow_half_precision() -> None:
         layer.bias.data.zero_()
     targets = torch.full((N, CLASSES), -100.0).half()
     refused(
-        NonFiniteError, "output gradients of layer 'a'", "half precision",
-        model=model, loss_fn=nn.MSELoss(reduction="sum"), batch=(INPUTS.half(), targets),
+        NonFiniteError, "output gradients of layer 'b'", "float16 ends at 6.55e+04",
+        model=model, loss_fn=nn.MSELoss(reduction="sum"), data=(INPUTS.half(), targets),
         draws="empirical-fisher",
+    )  # fmt: skip
+
+
+def test_activations_that_overflow_half_precision() -> None:
+    model = three(lambda m, x: m.c(m.b(m.a(x)))).half()
+    model.a.weight.data.fill_(6e4)
+    refused(
+        NonFiniteError, "input of layer 'b'", "float16 ends at 6.55e+04",
+        model=model, data=(INPUTS.half(), LABELS),
     )  # fmt: skip
 
 
@@ -136,7 +145,7 @@ Pair = namedtuple("Pair", ["inputs", "targets"])
 
 def test_a_named_tuple_or_a_list_is_a_batch() -> None:
     for batch in (Pair(INPUTS, LABELS), [INPUTS, LABELS]):
-        assert len(kp.capture(MODEL, F.cross_entropy, batch)) == 2
+        assert len(kp.capture(MODEL, F.cross_entropy, batch)) == 4
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_a_named_tuple_or_a_list_is_a_batch() -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_batches_that_are_none(batch: Any, words: list[str]) -> None:
-    refused(InvalidInputError, *words, batch=batch)
+    refused(InvalidInputError, *words, data=batch)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +184,7 @@ def test_batches_that_are_none(batch: Any, words: list[str]) -> None:
 def test_targets_of_a_wrong_dtype_shape_or_range(
     loss: Any, targets: Tensor, words: list[str]
 ) -> None:
-    refused(InvalidInputError, *words, loss_fn=loss, batch=(INPUTS, targets))
+    refused(InvalidInputError, *words, loss_fn=loss, data=(INPUTS, targets))
 
 
 # -- losses ------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from kronecker_probe.errors import (
     MemoryBudgetError,
 )
 from kronecker_probe.linalg import memory
+from tests import functional_oracle as oracle
+from tests.functional_oracle import assert_close
 from tests.refusals import INPUTS, LABELS, MODEL, VALUES, refused
 from tests.small_models import SMALL_MODELS
 from tests.small_modules import CLASSES, Lambda, conv, mlp, three
@@ -35,9 +37,11 @@ def test_a_model_without_parameters() -> None:
 
 
 def test_no_supported_layer_at_all() -> None:
-    model = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 3, 3), nn.Flatten()).double()
-    words = ("No parameter can be measured", "1.weight", "Conv1d", "Linear and Conv2d")
-    refused(InvalidInputError, *words, model=model)
+    layer = nn.ConvTranspose1d(1, 1, 1)
+    model = nn.Sequential(nn.Unflatten(1, (1, 3)), layer, nn.Flatten()).double()
+    words = ("No parameter can be measured", "1.weight: it is read by operations that have no rule")
+    refused(InvalidInputError, *words, model=model, fallback=False)
+    assert len(kp.capture(model, F.cross_entropy, (INPUTS, LABELS)).fallback) == 2
 
 
 def test_everything_frozen() -> None:
@@ -46,15 +50,17 @@ def test_everything_frozen() -> None:
 
 
 def test_nothing_measurable_is_left_by_the_glob() -> None:
-    words = ("No parameter can be measured", "0.bias: a bias of Linear", "not selected by")
-    refused(InvalidInputError, *words, layers="*.bias")
+    model = SMALL_MODELS["2-D"].model()
+    model[0].weight.requires_grad_(False)
+    words = ("No parameter can be measured", "0.weight: frozen", "not selected by")
+    refused(InvalidInputError, *words, model=model, layers="0.weight")
 
 
 def test_frozen_parameters_are_skipped_and_the_rest_measured() -> None:
     model = SMALL_MODELS["2-D"].model()
     model[0].weight.requires_grad_(False)
     samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["2.weight"]
+    assert list(samples) == ["0.bias", "2.weight", "2.bias"]
     assert samples.skipped["0.weight"] == "frozen (requires_grad=False)"
 
 
@@ -88,15 +94,23 @@ def test_a_batch_flattened_into_positions() -> None:
     model = nn.Sequential(small.model(), nn.Flatten(0, 1))
     words = ("[8, 3]", "4 data", "do not flatten")
     loss = lambda o, y: F.cross_entropy(o, y.flatten())  # noqa: E731
-    refused(InvalidInputError, *words, model=model, loss_fn=loss, batch=(inputs, targets))
+    refused(InvalidInputError, *words, model=model, loss_fn=loss, data=(inputs, targets))
 
 
-def test_a_layer_on_a_batch_flattened_into_positions_is_skipped() -> None:
-    model = three(lambda m, x: m.c(m.b(m.a(x).flatten(0, 1)).reshape(len(x), -1, 4))).double()
-    small = SMALL_MODELS["3-D"]
-    samples = kp.capture(model, F.mse_loss, small.batch("mse"))
-    assert list(samples) == ["a.weight", "c.weight"]
-    assert "[8, 4] for a batch of 4 data" in samples.skipped["b.weight"]
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_on_a_batch_flattened_into_positions_is_measured(transposed: bool) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x)
+        h = h.transpose(0, 1) if transposed else h
+        h = m.b(h.flatten(0, 1)).reshape(*h.shape[:2], 4)
+        return m.c(torch.tanh(h.transpose(0, 1) if transposed else h))
+
+    model, batch = three(forward).double(), SMALL_MODELS["3-D"].batch("mse")
+    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    expected = oracle.per_sample_gradients(model, F.mse_loss, *batch)
+    assert samples["b.weight"].n_positions == 2
+    for name in expected:
+        assert_close(oracle.matrices(samples[name])[:, 0].flatten(1), expected[name].flatten(1))
 
 
 def test_outputs_that_are_one_number() -> None:
@@ -111,14 +125,14 @@ def test_complex_weights_are_skipped() -> None:
         a=nn.Linear(3, 4).to(torch.complex128), c=nn.Linear(4, CLASSES).double(),
     )  # fmt: skip
     samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["c.weight"]
+    assert list(samples) == ["c.weight", "c.bias"]
     assert samples.skipped["a.weight"] == "torch.complex128 is not real"
 
 
-def test_sparse_inputs_of_a_layer_are_skipped() -> None:
+def test_sparse_inputs_of_a_layer_have_no_rule() -> None:
     model = three(lambda m, x: m.c(m.b(m.a(x.to_sparse())))).double()
-    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
-    assert list(samples) == ["b.weight", "c.weight"]
+    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS), fallback=False)
+    assert list(samples) == ["b.weight", "b.bias", "c.weight", "c.bias"]
     assert "sparse_coo" in samples.skipped["a.weight"]
 
 
@@ -135,16 +149,20 @@ def test_an_input_overwritten_after_the_layer_read_it() -> None:
 def test_a_scripted_model_has_no_layers_to_read() -> None:
     with pytest.warns(DeprecationWarning, match="jit"):
         model = torch.jit.script(mlp().double())
-    refused(InvalidInputError, "No parameter", "no rule for RecursiveScriptModule", model=model)
+    words = ("No parameter", "operations that have no rule")
+    refused(InvalidInputError, *words, model=model, fallback=False)
 
 
-def test_a_convolution_of_one_image_without_a_batch_is_skipped() -> None:
+def test_a_convolution_of_one_image_without_a_batch() -> None:
     model = conv()
     model(torch.zeros(1, 2, 5, 6))
     lonely = Lambda(lambda m, x: m.net[3](m.net[0](x[0]).reshape(1, -1)), net=model.double())
-    samples = kp.capture(lonely, F.mse_loss, (torch.randn(1, 2, 5, 6).double(), VALUES[:1]))
-    assert list(samples) == ["net.3.weight"]
-    assert "[2, 5, 6] for a batch of 1 data" in samples.skipped["net.0.weight"]
+    batch = torch.randn(1, 2, 5, 6).double(), VALUES[:1]
+    samples = kp.capture(lonely, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    expected = oracle.share_gradients(lonely, F.mse_loss, *batch, list(samples))
+    assert len(expected) == 4
+    for name in expected:
+        assert_close(oracle.matrices(samples[name])[:, 0].flatten(1), expected[name].flatten(1))
 
 
 def test_samples_that_would_not_fit_are_refused_with_the_figure(
@@ -159,7 +177,9 @@ def test_the_memory_of_unfolded_images_is_counted(monkeypatch: pytest.MonkeyPatc
     small = SMALL_MODELS["conv default"]
     batch = small.batch("mse")
     samples = kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
-    held = sum(one.nbytes for one in samples.values())
+    shared = samples["3.bias"].output_grads  # the block of its weight, held once
+    assert shared.data_ptr() == samples["3.weight"].output_grads.data_ptr()
+    held = sum(one.nbytes for one in samples.values()) - shared.nbytes
     monkeypatch.setattr(memory, "available_bytes", lambda device: held)
     kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
     monkeypatch.setattr(memory, "available_bytes", lambda device: held - 1)

@@ -84,52 +84,60 @@ def test_names_are_those_of_named_parameters_in_their_order() -> None:
     small = SMALL_MODELS["2-D"]
     model = Backwards().double()
     samples = kp.capture(model, F.cross_entropy, small.batch("cross-entropy"))
-    assert list(samples) == ["z.weight", "y.weight", "x.weight"]
-    assert list(samples.skipped) == ["z.bias", "y.bias", "x.bias"]
+    assert list(samples) == [f"{n}.{kind}" for n in "zyx" for kind in ("weight", "bias")]
+    some = kp.capture(model, F.cross_entropy, small.batch("cross-entropy"), layers="*.weight")
+    assert list(some) == ["z.weight", "y.weight", "x.weight"]
+    assert list(some.skipped) == ["z.bias", "y.bias", "x.bias"]
     assert samples["x.weight"].shape == tuple(model.x.weight.shape)
 
 
 def test_layers_selects_by_glob_and_keeps_the_order_of_the_model() -> None:
     model, batch = three(lambda m, x: m.c(m.b(m.a(x)))).double(), SMALL_MODELS["2-D"].batch("mse")
     some = kp.capture(model, F.mse_loss, batch, layers=["c.*", "a.weight"])
-    assert list(some) == ["a.weight", "c.weight"]
+    assert list(some) == ["a.weight", "c.weight", "c.bias"]
     assert "not selected by layers=['c.*', 'a.weight']" in some.skipped["b.weight"]
     whole = kp.capture(model, F.mse_loss, batch)
-    assert list(whole) == ["a.weight", "b.weight", "c.weight"]
+    assert len(whole) == 6
     assert torch.equal(some["a.weight"].output_grads, whole["a.weight"].output_grads)
 
 
+# measured, by the fallback, and skipped
+THREEFOLD = SMALL_MODELS["another weight by functional_call"]
+
+
 def test_coverage_has_a_row_for_every_parameter() -> None:
-    small = SMALL_MODELS["layer norm"]
-    model = small.model()
-    coverage = kp.capture(model, F.cross_entropy, small.batch("cross-entropy")).coverage
+    model = THREEFOLD.model()
+    coverage = kp.capture(model, F.cross_entropy, THREEFOLD.batch("cross-entropy")).coverage
     assert sorted(coverage["parameter"]) == sorted(name for name, _ in model.named_parameters())
     rows = coverage.set_index("parameter")
-    assert rows.loc["0.weight", "status"] == "measured"
-    assert rows.loc["0.weight", "shape"] == "4 x 3"
-    assert tuple(rows.loc["3.weight", ["n_data", "n_columns", "n_positions"]]) == (N, CLASSES, 1)
-    assert rows.loc["1.weight", "status"] == "skipped"
-    assert "LayerNorm" in rows.loc["1.weight", "reason"]
-    assert pd.isna(rows.loc["1.weight", "n_data"])
+    assert rows["status"].to_dict() == {
+        "a.weight": "fallback", "a.bias": "measured", "c.weight": "measured",
+        "c.bias": "measured", "b.weight": "skipped", "b.bias": "skipped",
+    }  # fmt: skip
+    assert rows.loc["a.weight", "shape"] == "4 x 3"
+    assert rows.loc["a.bias", "shape"] == "4 x 1"
+    assert tuple(rows.loc["c.weight", ["n_data", "n_columns", "n_positions"]]) == (N, CLASSES, 1)
+    assert "no rule" in rows.loc["a.weight", "reason"]
+    assert pd.isna(rows.loc["a.weight", "n_positions"])
+    assert pd.isna(rows.loc["b.weight", "n_data"])
 
 
 def test_the_notebook_view_is_the_coverage_table() -> None:
-    small = SMALL_MODELS["layer norm"]
-    html = kp.capture(small.model(), F.cross_entropy, small.batch("cross-entropy"))._repr_html_()
-    assert "no rule for LayerNorm" in html
+    samples = kp.capture(THREEFOLD.model(), F.cross_entropy, THREEFOLD.batch("cross-entropy"))
+    html = samples._repr_html_()
+    assert "the forward pass does not read it" in html
     assert html.count("<tr") == 1 + 6
 
 
 def test_a_skipped_name_says_why_and_an_unknown_one_what_is_near() -> None:
-    small = SMALL_MODELS["layer norm"]
-    samples = kp.capture(small.model(), F.cross_entropy, small.batch("cross-entropy"))
-    with pytest.raises(KeyError, match=r"'1\.weight' was skipped: no rule for LayerNorm"):
-        samples["1.weight"]
-    with pytest.raises(KeyError, match=r"'0\.wieght'.*Did you mean '0\.weight'"):
-        samples["0.wieght"]
-    assert "1.weight" not in samples
-    assert samples.get("1.weight") is None
-    assert len(samples) == len(list(samples)) == 2
+    samples = kp.capture(THREEFOLD.model(), F.cross_entropy, THREEFOLD.batch("cross-entropy"))
+    with pytest.raises(KeyError, match=r"'b\.weight' was skipped: unused"):
+        samples["b.weight"]
+    with pytest.raises(KeyError, match=r"'c\.wieght'.*Did you mean 'c\.weight'"):
+        samples["c.wieght"]
+    assert "b.weight" not in samples
+    assert samples.get("b.weight") is None
+    assert len(samples) == len(list(samples)) == 4
 
 
 @pytest.mark.parametrize("class_dim", [1, 2])

@@ -130,7 +130,12 @@ OPTIONS = {
         "--probes": "robed steps",
         "--probe-size": "Data in the fixed probe set",
         "--spacing": "more of them early in the run",
-        "--draws": "true labels). Default: the workload's",
+        "--draws": "track only). Default: the workload's",
+        "--label-draws": "for --draws fisher",
+        "--target-batch-size": "Default: the training's batch size",
+        "--window": "Gradients to keep",
+        "--decay": "the optimizer's beta2",
+        "--window-memory": "says what they drop",
         "--layers": "Glob of parameter names; may be repeated. Default: the workload's",
         "--seed": "batches, probe set and sampled labels",
         "--device": "cuda",
@@ -143,7 +148,9 @@ OPTIONS = {
         "--checkpoint": "Default: freshly initialized",
         "--out": "run directory",
         "--probe-size": "Data in the fixed probe set",
-        "--draws": "true labels). Default: the workload's",
+        "--draws": "track only). Default: the workload's",
+        "--label-draws": "for --draws fisher",
+        "--target-batch-size": "Default: the training's batch size",
         "--layers": "Glob",
         "--seed": "sampled labels",
         "--device": "cuda",
@@ -238,6 +245,11 @@ def test_track_with_the_users_own_workload(module: str, tmp_path: Path) -> None:
         (["--keep-checkpoints", "some"], "'last', 'all'"),
         (["--device", "tpu9"], "device='tpu9' cannot be used"),
         (["--layers", "0.wieght"], "Did you mean '0.weight'"),
+        (["--label-draws", "2"], "labels are sampled only by 'fisher'"),
+        (["--target-batch-size", "2"], "target_batch_size=2 with draws='ggn'"),
+        (["--window", "9"], "window=9 with draws='ggn'"),
+        (["--draws", "trajectory", "--decay", "1"], "decay=1"),
+        (["--draws", "trajectory", "--window-memory", "1kB"], "even at rank 1"),
         (["--resume", "--overwrite"], "choose one"),
         (["--stepz", "3"], "--stepz"),
     ],
@@ -262,7 +274,8 @@ def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("kronecker_probe.tracking.training.Training", stop)
     options = TrainingOptions(
         steps=7, batch_size=9, lr=0.5, precondition_frequency=3, probes=4, probe_size=11,
-        spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu",
+        spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu", label_draws=2,
+        target_batch_size=6, window=8, decay=0.75, window_memory="2MB",
     )  # fmt: skip
     flags = ["--layers", "0.*", "--layers", "2.*", "--resume", "--keep-checkpoints", "all"]
     for field in dataclasses.fields(options):
@@ -459,13 +472,15 @@ def test_every_option_reaches_the_measurement(
         raise kp.errors.InvalidInputError("seen")
 
     monkeypatch.setattr("kronecker_probe.tracking.tracker.Tracker", stop)
-    flags = ("--probe-size", 11, "--draws", "fisher", "--layers", "0.*", "--seed", 5)
+    flags = ("--probe-size", 11, "--draws", "fisher", "--layers", "0.*", "--seed", 5,
+             "--label-draws", 2, "--target-batch-size", 6)  # fmt: skip
     result = invoke("measure", "digits-mlp", "--out", tmp_path / "one", "--overwrite", *flags)
     assert result.exit_code == USAGE
     probe = load_workload("digits-mlp", 5).probe(11, 5)
     assert all(map(torch.equal, given.pop("probe"), probe))
     config = {"workload": "digits-mlp", "checkpoint": None, "probe_size": 11}
     assert given == {"out": tmp_path / "one", "draws": "fisher", "layers": ["0.*"], "seed": 5,
+                     "label_draws": 2, "target_batch_size": 6,
                      "config": config, "overwrite": True, "start": 0}  # fmt: skip
 
 

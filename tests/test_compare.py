@@ -53,7 +53,9 @@ class Net(nn.Module):
 def samples() -> kp.Capture:
     torch.manual_seed(0)
     batch = torch.randn(12, 1, 3, 3), torch.randint(3, (12,))
-    return kp.capture(Net().double(), nn.CrossEntropyLoss(), (batch[0].double(), batch[1]))
+    data = batch[0].double(), batch[1]
+    layers = ("conv.weight", "head.weight", "spare")
+    return kp.capture(Net().double(), nn.CrossEntropyLoss(), data, layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -333,8 +335,7 @@ def test_parameters_that_were_not_measured_are_listed_with_the_reason(scores: Sc
     measured = {"conv.weight", "head.weight"}
     assert set(skipped.index) == {name for name, _ in Net().named_parameters()} - measured
     assert "frozen" in skipped.loc["spare", "note"]
-    assert "LayerNorm" in skipped.loc["norm.weight", "note"]
-    assert "bias" in skipped.loc["head.bias", "note"]
+    assert "not selected" in skipped.loc["head.bias", "note"]
     assert skipped["value"].isna().all()
     assert skipped["approximation"].isna().all()
     assert set(scores.pivot().index) == measured

@@ -503,7 +503,8 @@ def test_no_checkpoint_at_all_starts_from_step_0(reference: RunStore, tmp_path: 
 
 def test_a_checkpoint_of_another_model_is_refused(reference: RunStore, tmp_path: Path) -> None:
     store = copied(reference, tmp_path)
-    other = dataclasses.replace(tiny.workload(), model=nn.Linear(4, 3))
+    wider = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.ReLU(), nn.Linear(7, 3))
+    other = dataclasses.replace(tiny.workload(), model=wider)
     with pytest.raises(InvalidInputError, match="of another model"):
         Training(other, "tiny", store.path, OPTIONS, resume=True)
 

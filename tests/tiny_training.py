@@ -26,7 +26,13 @@ from kronecker_probe.workloads import Workload
 STEPS = 12
 PROBED = [0, 3, 6, 9, 12]
 OPTIONS = TrainingOptions(
-    steps=STEPS, batch_size=12, lr=0.05, precondition_frequency=2, probes=5, probe_size=20
+    steps=STEPS,
+    batch_size=12,
+    lr=0.05,
+    precondition_frequency=2,
+    probes=5,
+    probe_size=20,
+    layers=("0.weight", "4.weight"),
 )
 MEASURED = ("0.weight", "4.weight")
 
@@ -49,9 +55,12 @@ def make(out: Path, options: TrainingOptions = OPTIONS, **more: Any) -> Training
 
 
 def train(
-    out: Path, report: Callable[[Progress], None] = lambda progress: None, **more: Any
+    out: Path,
+    report: Callable[[Progress], None] = lambda progress: None,
+    options: TrainingOptions = OPTIONS,
+    **more: Any,
 ) -> RunStore:
-    make(out, **more).run(report)
+    make(out, options, **more).run(report)
     return RunStore.open(out)
 
 

@@ -1,8 +1,9 @@
-"""The exact diagonal in the eigenbasis of Shampoo's factors."""
+"""The exact diagonal of H in a Kronecker-factored eigenbasis."""
 
 from __future__ import annotations
 
 from kronecker_probe.operators.eigen import EigenOperator
+from kronecker_probe.operators.factors import Factor
 from kronecker_probe.operators.second_moment import SecondMoment
 
 
@@ -13,5 +14,20 @@ def eigen_corrected(target: SecondMoment) -> EigenOperator:
     it: the Frobenius-best diagonal in that basis. Where L or R has repeated eigenvalues the
     basis, and with it this operator, is not unique.
     """
-    left, right = target.left_factor.eigen().basis, target.right_factor.eigen().basis
-    return EigenOperator(left, right, target.eigen_diagonal(left, right))
+    return _corrected(target, target.left_factor, target.right_factor)
+
+
+def ekfac(target: SecondMoment) -> EigenOperator:
+    """The same in the eigenbases of K-FAC's factors: EK-FAC (George et al., 2018).
+
+    K-FAC is diagonal in that basis too, so its error is never below this one's.
+
+    Raises:
+        UnsupportedError: The samples have no factors.
+    """
+    return _corrected(target, *target.kfac_factors())
+
+
+def _corrected(target: SecondMoment, left: Factor, right: Factor) -> EigenOperator:
+    left_basis, right_basis = left.eigen().basis, right.eigen().basis
+    return EigenOperator(left_basis, right_basis, target.eigen_diagonal(left_basis, right_basis))

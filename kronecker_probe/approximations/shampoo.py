@@ -24,3 +24,16 @@ def shampoo_squared(target: SecondMoment) -> KroneckerOperator:
     trace = target.trace()
     scale = 1.0 / trace if trace > 0 else 0.0
     return KroneckerOperator(target.left_factor, target.right_factor, scale)
+
+
+def shampoo_squared_sequential(target: SecondMoment) -> KroneckerOperator:
+    """L kron E[G^T L G] / |L|^2: the second side sees the first one updated.
+
+    One sweep of alternating least squares from the identity, where :func:`shampoo_squared` takes
+    both half steps at once. The scale is the least-squares one of its last half step, so that
+    |H - P| is the smallest for this L.
+    """
+    left = target.left_factor
+    norm = left.norm()
+    scale = 1.0 / norm**2 if norm > 0 else 0.0
+    return KroneckerOperator(left, target.right_step(left), scale)

@@ -1,111 +1,93 @@
-"""From a model and a batch to the gradient samples of each parameter, by module hooks."""
+"""From a model and a batch to the gradient samples of each parameter."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, unknown_name
+from kronecker_probe.gradients.batch_checks import (
+    Pair,
+    check_batch,
+    check_outputs,
+    not_finite,
+    origin_of_nan,
+    several_pairs,
+)
+from kronecker_probe.gradients.blocks import (
+    Block,
+    Extent,
+    FactorBlock,
+    block_for,
+    joined,
+    matrix_shape,
+    share_outputs,
+)
+from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.draws import check_draws, n_columns, output_gradients
-from kronecker_probe.gradients.graph import Calls, exact_calls, pull_back
+from kronecker_probe.gradients.graph import account, pull_back
 from kronecker_probe.gradients.isolation import isolated
-from kronecker_probe.gradients.layers import describe, is_batch_dependent, is_stochastic
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
-from kronecker_probe.gradients.recording import recording
-from kronecker_probe.gradients.samples import FactoredSamples
-from kronecker_probe.gradients.selection import select
+from kronecker_probe.gradients.modes import mode_note
+from kronecker_probe.gradients.per_sample import per_sample_gradients
+from kronecker_probe.gradients.recording import Recording, recording
+from kronecker_probe.gradients.rules.base import Call, all_finite, half_range
+from kronecker_probe.gradients.samples import GradientSamples, MatrixSamples
+from kronecker_probe.gradients.selection import pairs, select
+from kronecker_probe.gradients.separation import separate
 from kronecker_probe.linalg.memory import require_memory
+
+__all__ = ["Capture", "capture"]
 
 # Backward passes above which an exact Gauss-Newton deserves a word of warning.
 MANY_COLUMNS = 512
 
-
-@final
-@dataclass(frozen=True)
-class Capture(Mapping[str, FactoredSamples]):
-    """Gradient samples by parameter name, and what was not measured.
-
-    Attributes:
-        samples: Parameter name to its samples.
-        skipped: Parameter name to the reason why it is not measured.
-        draws: "ggn", "fisher" or "empirical-fisher".
-        loss: The loss of the batch.
-        accuracy: Share of correct labels; None for regression.
-        note: How the batch was measured where that differs from training, or "".
-    """
-
-    samples: Mapping[str, FactoredSamples]
-    skipped: Mapping[str, str]
-    draws: str
-    loss: float
-    accuracy: float | None
-    note: str
-
-    def __getitem__(self, name: str) -> FactoredSamples:
-        if name in self.samples:
-            return self.samples[name]
-        if name in self.skipped:
-            raise KeyError(f"{name!r} was skipped: {self.skipped[name]}")
-        raise KeyError(str(unknown_name("parameter", name, self.samples)))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def coverage(self) -> pd.DataFrame:
-        """One row a parameter: measured or skipped, and why."""
-        rows = [
-            {"parameter": name, "status": "measured", "shape": f"{s.shape[0]} x {s.shape[1]}",
-             "n_data": s.n_data, "n_columns": s.n_columns, "n_positions": s.n_positions,
-             "reason": self.note}
-            for name, s in self.samples.items()
-        ]  # fmt: skip
-        rows += [
-            {"parameter": name, "status": "skipped", "reason": reason}
-            for name, reason in self.skipped.items()
-        ]
-        counts = ("n_data", "n_columns", "n_positions")
-        return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
-
-    def _repr_html_(self) -> str:
-        return self.coverage.to_html(index=False)
+BIAS = ("separate", "joint")
 
 
 def capture(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: tuple[Tensor, Tensor],
+    data: Pair | Iterable[Pair],
     draws: str = "ggn",
     layers: str | Sequence[str] = "*",
     seed: int = 0,
     label_draws: int = 1,
+    bias: str = "separate",
+    fallback: bool = True,
 ) -> Capture:
     """Draw the gradients whose second moment is each layer's curvature matrix.
 
     Model, random generators, ``.grad``, training mode, buffers and hooks are left as they were.
-    Hooks of the model's own run with it.
+    Hooks of the model's own run with it, also in a second, small forward pass that checks on
+    batches of more than 16 data that these do not mix (``gradients.separation`` says how).
     Dropout and batch normalization are measured in evaluation mode.
 
+    Linear maps, convolutions, embeddings, attention's projections, normalizations over one
+    dimension and biases are measured from their inputs and output gradients, wherever the model
+    calls the function that they end in (F.linear and so on), however often, and with whatever
+    weights it shares. A matrix takes its parameter's layout, shape[0] x the rest: out x (in k k)
+    for a convolution, V x D for an embedding, m x 1 for a bias or a normalization.
+
     Args:
-        model: Any module; its Linear and Conv2d weights (groups = 1) are measured, every other
-            parameter is listed in ``skipped``.
-        loss_fn: ``loss_fn(outputs, targets)``: cross-entropy on class indices or MSE, a mean or
-            a sum over data. It is recognized by its values and gradient, so a lambda will do.
-        batch: (inputs, targets), data in the first dimension of both.
+        model: Any module.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean or a sum over data. It is recognized by its
+            values and gradient, so a lambda will do.
+        data: (inputs, targets), data in the first dimension of both; or an iterable of such
+            pairs (a DataLoader), see ``gradients.streaming.capture_loader``.
         draws: "ggn" (exact Gauss-Newton: columns of the loss-Hessian root pulled back),
             "fisher" (labels sampled from the model) or "empirical-fisher" (the given labels).
         layers: Glob, or several, of parameter names.
         seed: Of the sampled labels.
         label_draws: K sampled labels a datum, for "fisher".
+        bias: "separate", or "joint" for one m x (n + 1) matrix [W b] where a module has a weight
+            and a bias and both are selected, named "<module>.weight+bias".
+        fallback: Whether parameters that are used in any other way are measured by per-sample
+            gradients, at a matrix a datum and column; else they are skipped.
 
     Returns:
         Parameter name to samples. Output gradients are those of l_i, datum i's share of the
@@ -115,166 +97,232 @@ def capture(
         InvalidInputError: The batch is empty or malformed, or no parameter can be measured.
         NonFiniteError: NaN or infinity in parameters, loss, outputs, activations or gradients;
             the layer is named.
-        UnsupportedError: The loss is not one of the above.
-        UnknownNameError: Unknown ``draws``, or a glob that matches nothing.
+        UnsupportedError: The loss is none of the supported ones.
+        UnknownNameError: Unknown ``draws`` or ``bias``, or a glob that matches nothing.
         MemoryBudgetError: The samples would not fit; the message says the GB.
     """
     check_draws(draws, label_draws)
+    if bias not in BIAS:
+        raise unknown_name("bias", bias, BIAS)
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
-    inputs, targets = _check_batch(batch)
-    n_data = targets.shape[0]
-    owners, skipped = select(model, layers)
+    if several_pairs(data):
+        from kronecker_probe.gradients.streaming import capture_loader
+
+        return capture_loader(
+            model, loss_fn, data, draws=draws, layers=layers, seed=seed,
+            label_draws=label_draws, bias=bias, fallback=fallback,
+        )  # fmt: skip
+    inputs, targets = check_batch(data)
+    chosen, skipped = select(model, layers)
     parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    if broken := _not_finite(trained):
+    if broken := not_finite({name: p for name, p in parameters.items() if p.requires_grad}):
         raise NonFiniteError(broken)
-    note = _mode_note(model)
+    request = _Request(draws, label_draws, seed, bias == "joint", fallback)
+    note = mode_note(model)
     with isolated(model):
         # Copies, because a model may write into its inputs, and inference tensors have no graph.
         targets = targets.detach().clone()
-        with recording(owners, n_data) as record:
-            outputs = _check_outputs(model(inputs.detach().clone()), n_data)
-        skipped.update(record.problems)
-        calls = {name: made for name, made in record.calls.items() if name not in skipped}
+        with recording(model, chosen) as record:
+            outputs = check_outputs(model(inputs.detach().clone()), len(targets))
         if not bool(torch.isfinite(outputs).all()):
-            raise NonFiniteError(_origin_of_nan(inputs, parameters, calls))
+            raise NonFiniteError(origin_of_nan(inputs, parameters, record))
         loss = resolve_loss(loss_fn, outputs, targets)
-        calls, inexact = exact_calls(outputs, calls, {name: parameters[name] for name in calls})
-        skipped.update(inexact)
-        if not calls:
-            raise InvalidInputError(f"No parameter can be measured. {_reasons(skipped)}")
-        samples = _pull_back(calls, loss, outputs, targets, draws, label_draws, seed)
-    accuracy = loss.accuracy(outputs.detach(), targets)
+        batch = _Batch(model, inputs.detach(), targets, outputs, loss)
+        found = _measure(batch, record, chosen, request)
+    skipped |= found.skipped
     ordered = {name: reason for name in parameters if (reason := skipped.get(name))}
-    return Capture(samples, ordered, draws, loss.value, accuracy, note)
+    if not found.samples:
+        raise InvalidInputError(f"No parameter can be measured. {_reasons(ordered)}")
+    return Capture(
+        found.samples, ordered, draws, loss.value, loss.accuracy(outputs.detach(), targets), note,
+        loss.reduction, found.fallback,
+    )  # fmt: skip
 
 
-def _check_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise InvalidInputError(
-            f"batch is a {type(batch).__name__}; give a pair (inputs, targets) of tensors."
+@dataclass(frozen=True)
+class _Request:
+    """The options of a capture."""
+
+    draws: str
+    label_draws: int
+    seed: int
+    joint: bool
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A model's forward pass on a batch."""
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    outputs: Tensor
+    loss: ResolvedLoss
+
+    def columns(self, request: _Request) -> int:
+        return n_columns(request.draws, self.loss, self.outputs, request.label_draws)
+
+    def cotangents(self, request: _Request) -> Iterable[Tensor]:
+        return output_gradients(
+            request.draws, self.loss, self.outputs.detach(), self.targets, request.label_draws,
+            request.seed,
+        )  # fmt: skip
+
+    def weights(self, request: _Request) -> Tensor:
+        n_data = self.outputs.shape[0]
+        weight = 1.0 / (n_data * (request.label_draws if request.draws == "fisher" else 1))
+        return torch.full((n_data,), weight, dtype=torch.float64, device=self.outputs.device)
+
+
+@dataclass
+class _Found:
+    """Samples, and reasons."""
+
+    samples: dict[str, GradientSamples]
+    fallback: dict[str, str]
+    skipped: dict[str, str]
+
+
+def _measure(
+    batch: _Batch, record: Recording, chosen: Mapping[str, nn.Parameter], request: _Request
+) -> _Found:
+    """From layer inputs and output gradients what is exact, the rest by per-sample gradients."""
+    accounting = account(batch.outputs, record, chosen)
+    exact, inexact, skipped = accounting.exact, accounting.unaccounted, accounting.absent
+    n_data = batch.outputs.shape[0]
+    separation = separate(batch.model, batch.inputs, batch.outputs, exact, chosen)
+    for call, layout in separation.layouts.items():
+        call.layout = layout
+    inexact |= {
+        name: problem
+        for name, uses in exact.items()
+        if (problem := separation.problem(uses, n_data))
+    }
+    extent = Extent(n_data, batch.columns(request))
+    blocks = {
+        name: block_for(uses, matrix_shape(chosen[name]), extent)
+        for name, uses in exact.items()
+        if name not in inexact
+    }
+    joint = pairs(chosen) if request.joint else {}
+    whole = _join_calls(blocks, joint)
+    share_outputs(blocks)
+    rest = {name: chosen[name] for name in chosen if name in inexact}
+    if not request.fallback:
+        skipped, rest = skipped | inexact, {}
+    _require(blocks, rest, extent, batch.outputs.device)
+    _pull_back(batch, blocks, record, request)
+    weights = batch.weights(request)
+    samples = {name: block.samples(weights) for name, block in blocks.items()}
+    del blocks
+    fallback: dict[str, str] = {}
+    if rest:
+        result = per_sample_gradients(
+            batch.model, batch.inputs, batch.cotangents(request), rest, extent.columns
         )
-    inputs, targets = batch
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
-        raise InvalidInputError(
-            f"batch holds {type(inputs).__name__} and {type(targets).__name__}; "
-            "inputs and targets must be tensors (wrap a model with other arguments)."
+        samples |= {name: MatrixSamples(G, weights) for name, G in result.gradients.items()}
+        fallback = {name: f"{inexact[name]} ({result.way})" for name in result.gradients}
+        skipped |= {name: f"{inexact[name]}; {why}" for name, why in result.reasons.items()}
+    return _joined(_Found(samples, fallback, skipped), chosen, joint, whole)
+
+
+def _join_calls(blocks: dict[str, Block], joint: Mapping[str, str]) -> set[str]:
+    """Let weights whose every call adds their bias carry it along; returns those weights."""
+    whole = set()
+    for weight, bias in joint.items():
+        one, other = blocks.get(weight), blocks.get(bias)
+        if not isinstance(one, FactorBlock) or other is None:
+            continue
+        alike = [
+            {(call, call.reads[role].rows) for call, role in block.uses} for block in (one, other)
+        ]
+        if alike[0] == alike[1]:
+            one.bias = True
+            del blocks[bias]
+            whole.add(weight)
+    return whole
+
+
+def _joined(
+    found: _Found,
+    chosen: Mapping[str, nn.Parameter],
+    joint: Mapping[str, str],
+    whole: set[str],
+) -> _Found:
+    """The samples in the order of the model, weight and bias as one where that is asked for."""
+    samples: dict[str, GradientSamples] = {}
+    fallback: dict[str, str] = {}
+    taken = set()
+    for name in chosen:
+        other = joint.get(name, "")
+        title = f"{name}+bias"
+        if name in whole:
+            samples[title] = found.samples[name]
+        elif name in found.samples and other in found.samples:
+            samples[title] = joined(found.samples[name], found.samples[other])
+            reasons = [found.fallback[one] for one in (name, other) if one in found.fallback]
+            if reasons:
+                fallback[title] = reasons[0]
+            taken.add(other)
+        elif name in found.samples and name not in taken:
+            samples[name] = found.samples[name]
+            if name in found.fallback:
+                fallback[name] = found.fallback[name]
+    return _Found(samples, fallback, found.skipped)
+
+
+def _require(
+    blocks: Mapping[str, Block],
+    rest: Mapping[str, nn.Parameter],
+    extent: Extent,
+    device: torch.device,
+) -> None:
+    sizes = {name: float(block.nbytes + block.workspace) for name, block in blocks.items()}
+    sizes |= {name: float(extent.n_data * extent.columns * p.nbytes) for name, p in rest.items()}
+    if sizes:
+        largest = max(sizes, key=lambda name: sizes[name])
+        what = (
+            f"The samples ({extent.columns} gradient columns a datum; {largest!r} alone takes "
+            f"{sizes[largest] / 1e9:.2f} GB, and layers= can leave it out)"
         )
-    if targets.ndim == 0 or inputs.ndim == 0 or len(inputs) != len(targets):
-        raise InvalidInputError(
-            f"inputs {list(inputs.shape)} and targets {list(targets.shape)} must have the same "
-            "number of data in their first dimension."
-        )
-    if len(targets) == 0:
-        raise InvalidInputError("The batch is empty; give at least one datum.")
-    return inputs, targets
-
-
-def _mode_note(model: nn.Module) -> str:
-    active = [
-        f"{describe(module)} at {name or 'the root'}"
-        for name, module in model.named_modules()
-        if module.training and (is_stochastic(module) or is_batch_dependent(module))
-    ]
-    return f"measured in eval mode: {', '.join(active)}" if active else ""
-
-
-def _check_outputs(outputs: object, n_data: int) -> Tensor:
-    if not isinstance(outputs, Tensor):
-        raise InvalidInputError(
-            f"The model returned a {type(outputs).__name__}; wrap it so that it returns the "
-            "tensor of outputs (logits) alone."
-        )
-    if outputs.ndim == 0 or outputs.shape[0] != n_data:
-        raise InvalidInputError(
-            f"The model returned {list(outputs.shape)} for {n_data} data; the first dimension "
-            "must be the batch (do not flatten positions into it)."
-        )
-    if not outputs.requires_grad:
-        raise InvalidInputError(
-            "The outputs depend on no parameter that requires a gradient: everything is frozen, "
-            "or the forward pass runs under torch.no_grad()."
-        )
-    return outputs
-
-
-def _origin_of_nan(inputs: Tensor, parameters: Mapping[str, Tensor], calls: Calls) -> str:
-    """Where NaN or infinity in the outputs come from, as far back as can be told."""
-    if not bool(torch.isfinite(inputs).all()):
-        bad = int((~torch.isfinite(inputs)).sum())
-        return f"The inputs of the batch hold {bad} NaN or infinite values; remove those data."
-    if broken := _not_finite(parameters):
-        return broken
-    for made in calls.values():
-        for call in made:
-            call.check()
-    return (
-        "The model's outputs hold NaN or infinite values, from finite inputs and parameters; "
-        "check the last layers, and the range of half precision."
-    )
-
-
-def _not_finite(parameters: Mapping[str, Tensor]) -> str:
-    for name, parameter in parameters.items():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"Parameter {name!r} holds NaN or infinite values; go back to a checkpoint."
-    return ""
+        require_memory(sum(sizes.values()), what, device)
 
 
 def _pull_back(
-    calls: Calls,
-    loss: ResolvedLoss,
-    outputs: Tensor,
-    targets: Tensor,
-    draws: str,
-    label_draws: int,
-    seed: int,
-) -> dict[str, FactoredSamples]:
-    columns = n_columns(draws, loss, outputs, label_draws)
-    flat = [(name, call) for name, made in calls.items() for call in made]
-    size = sum(call.nbytes(columns) for _, call in flat)
-    require_memory(size, f"The samples ({columns} gradient columns a datum)", outputs.device)
-    if draws == "ggn" and columns > MANY_COLUMNS:
+    batch: _Batch, blocks: Mapping[str, Block], record: Recording, request: _Request
+) -> None:
+    """One backward pass a column, into the blocks."""
+    used = {call for block in blocks.values() for call, _ in block.uses}
+    calls = [call for call in record.calls if call in used]
+    for call in calls:
+        call.check()
+    if not calls:
+        return
+    columns = batch.columns(request)
+    if request.draws == "ggn" and columns > MANY_COLUMNS:
         warnings.warn(
             f"draws='ggn' takes {columns} backward passes here, one for each output of a datum; "
             "draws='fisher' takes one a label draw.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    collected: list[Tensor] = []
-    cotangents = output_gradients(draws, loss, outputs, targets, label_draws, seed)
-    for index, cotangent in enumerate(cotangents):
-        last = index == columns - 1
-        gradients = pull_back(outputs, cotangent, [call for _, call in flat], last=last)
-        for place, ((_, call), gradient) in enumerate(zip(flat, gradients, strict=True)):
-            d = call.owner.rule.output_grads(gradient)
-            if index == 0:  # one block for all columns, so that none exists twice
-                collected.append(d.new_empty(d.shape[0], columns, *d.shape[1:]))
-            collected[place][:, index] = d
-    n_data = outputs.shape[0]
-    weight = 1.0 / (n_data * (label_draws if draws == "fisher" else 1))
-    weights = torch.full((n_data,), weight, dtype=torch.float64, device=outputs.device)
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for d, (name, call) in zip(collected, flat, strict=True):
-        call.check()
-        a = call.owner.rule.inputs(call.owner.module, call.x)
-        if not bool(torch.isfinite(d).all()):
+    for index, cotangent in enumerate(batch.cotangents(request)):
+        pulled = pull_back(batch.outputs, cotangent, calls, last=index == columns - 1)
+        gradients = dict(zip(calls, pulled, strict=True))
+        _check_gradients(gradients)
+        for block in blocks.values():
+            block.add(index, gradients)
+
+
+def _check_gradients(gradients: Mapping[Call, Tensor]) -> None:
+    for call, gradient in reversed(list(gradients.items())):  # the last layer is where it came from
+        if not all_finite(gradient):
             raise NonFiniteError(
-                f"The output gradients of layer {call.owner.name!r} hold NaN or infinite values; "
-                "check the weights, and the range of half precision."
+                f"The output gradients of layer {call.name!r} hold NaN or infinite values; "
+                f"check the weights behind it{half_range(gradient.dtype)}."
             )
-        parts.setdefault(name, []).append((d, a))
-    return {name: _join(found, weights) for name, found in parts.items()}
-
-
-def _join(parts: list[tuple[Tensor, Tensor]], weights: Tensor) -> FactoredSamples:
-    """The calls of one parameter, as shared positions of one layer: G_i is their sum."""
-    if len(parts) == 1:
-        return FactoredSamples(*parts[0], weights)
-    d = torch.cat([d for d, _ in parts], dim=2)
-    a = torch.cat([a for _, a in parts], dim=1)
-    return FactoredSamples(d, a, weights)
 
 
 def _reasons(skipped: Mapping[str, str]) -> str:

@@ -1,7 +1,8 @@
-"""Which recorded calls stand for the whole gradient of a weight, read off the autograd graph."""
+"""Which recorded calls stand for the whole gradient of a parameter, read off the autograd graph."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,42 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronecker_probe.errors import NonFiniteError
-from kronecker_probe.gradients.recording import Call
+from kronecker_probe.gradients.recording import Recording
+from kronecker_probe.gradients.rules.base import Call
 
 # The node of a reentrant activation checkpoint, which torch.autograd.grad cannot pass.
 _REENTRANT = "CheckpointFunctionBackward"
 
-Calls = dict[str, list[Call]]
+Uses = list[tuple[Call, str]]  # a call, and the parameter's role in it
 
 
-def exact_calls(
-    outputs: Tensor, recorded: Calls, weights: Mapping[str, nn.Parameter]
-) -> tuple[Calls, dict[str, str]]:
-    """Keep the parameters whose gradient is exactly sum over calls of d^T a, datum by datum.
+@dataclass
+class Accounting:
+    """What the graph says about each parameter.
+
+    Attributes:
+        exact: Parameter name to the calls whose gradients add up to its own.
+        unaccounted: To why the recorded calls are not its whole gradient.
+        absent: To why it has no gradient that could be measured at all.
+    """
+
+    exact: dict[str, Uses]
+    unaccounted: dict[str, str]
+    absent: dict[str, str]
+
+
+def account(
+    outputs: Tensor, record: Recording, parameters: Mapping[str, nn.Parameter]
+) -> Accounting:
+    """Sort the parameters by whether their recorded calls are all that the outputs depend on.
 
     Args:
         outputs: What the model returned, [N, ...].
-        recorded: Parameter name to all calls of its modules.
-        weights: Parameter name to the parameter.
-
-    Returns:
-        The calls that reach the outputs, of the parameters to keep; and the reasons for the rest.
-
-    Raises:
-        NonFiniteError: A gradient is NaN; the layer is named.
+        record: The calls of that forward pass.
+        parameters: Parameter name to the parameter.
     """
-    graph = _walk(outputs, weights)
-    kept: Calls = {}
-    skipped: dict[str, str] = {}
-    for name, made in recorded.items():
-        reached = [call for call in made if call.edge and call.edge.node in graph.nodes]
-        if reason := _reason(made, reached, graph, graph.uses[name]):
-            skipped[name] = reason
+    recorded = record.by_parameter()
+    graph = _walk(outputs, parameters, recorded)
+    result = Accounting({}, {}, {})
+    for name in parameters:
+        made = recorded.get(name, [])
+        reached = [use for use in made if use[0].edge and use[0].edge.node in graph.nodes]
+        if reason := _absence(made, reached, graph, graph.reads[name]):
+            result.absent[name] = reason
+        elif name in record.problems:
+            result.unaccounted[name] = record.problems[name]
+        elif reason := _unaccounted(name, reached, graph):
+            result.unaccounted[name] = reason
         else:
-            kept[name] = reached
-    mixed = _mixed(outputs, kept)
-    return {name: made for name, made in kept.items() if name not in mixed}, skipped | mixed
+            result.exact[name] = reached
+    return result
 
 
 def pull_back(
@@ -69,25 +83,46 @@ def pull_back(
 
 @dataclass
 class _Graph:
-    """Nodes below the outputs, those below a reentrant checkpoint, and reads of each weight."""
+    """Nodes below the outputs, those below a reentrant checkpoint, and who reads what.
+
+    Attributes:
+        nodes: All nodes below the outputs.
+        reentrant: Whether there are reentrant checkpoints among them.
+        behind_reentrant: Those below a reentrant checkpoint.
+        reads: Edges into each parameter.
+        sliced: Edges into each output of the recorded slices' nodes.
+    """
 
     nodes: set[Any]
+    reentrant: bool
     behind_reentrant: set[Any]
-    uses: dict[str, int]
+    reads: Counter[str]
+    sliced: Counter[tuple[Any, int]]
 
 
-def _walk(outputs: Tensor, weights: Mapping[str, nn.Parameter]) -> _Graph:
-    names = {id(weight): name for name, weight in weights.items()}
-    uses = dict.fromkeys(weights, 0)
+def _walk(
+    outputs: Tensor, parameters: Mapping[str, nn.Parameter], recorded: Mapping[str, Uses]
+) -> _Graph:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    slices = {
+        view[0]
+        for made in recorded.values()
+        for call, role in made
+        if (view := call.reads[role].view) is not None
+    }
     nodes = _below([outputs.grad_fn])
+    reads: Counter[str] = Counter()
+    sliced: Counter[tuple[Any, int]] = Counter()
     for node in nodes:
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if id(variable) in names:
-                uses[names[id(variable)]] += 1
+        for following, output in node.next_functions:
+            name = names.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                reads[name] += 1
+            elif following in slices:
+                sliced[following, output] += 1
     checkpoints = [node for node in nodes if node.name() == _REENTRANT]
     behind = _below([child for node in checkpoints for child, _ in node.next_functions])
-    return _Graph(nodes, behind, uses)
+    return _Graph(nodes, bool(checkpoints), behind, reads, sliced)
 
 
 def _below(roots: Sequence[Any]) -> set[Any]:
@@ -101,62 +136,43 @@ def _below(roots: Sequence[Any]) -> set[Any]:
     return seen
 
 
-def _reason(made: Sequence[Call], reached: Sequence[Call], graph: _Graph, uses: int) -> str:
-    """Why the calls ``made`` are not the whole gradient of their weight; empty if they are."""
-    if not made:
-        if uses:
-            return "its weight is read outside of its layer, whose forward did not run"
-        return "unused: its layer's forward did not run"
-    name = made[0].owner.name
-    if any(call.edge is None for call in made):
+def _absence(made: Uses, reached: Uses, graph: _Graph, reads: int) -> str:
+    """Why the outputs have no gradient in a parameter that could be measured; empty if they do."""
+    layers = ", ".join(sorted({call.name for call, _ in made}))
+    untracked = any(call.edge is None for call, _ in made)
+    # beside calls that are tracked, one under no_grad is a constant; a checkpoint's is not
+    if untracked and (graph.reentrant or not reads):
         return (
-            f"a call of {name!r} ran without gradient tracking (torch.no_grad() or reentrant "
+            f"a call of {layers!r} ran without gradient tracking (torch.no_grad() or reentrant "
             "activation checkpointing; use_reentrant=False is measured)"
         )
-    if any(call.edge and call.edge.node in graph.behind_reentrant for call in reached):
+    if any(call.edge and call.edge.node in graph.behind_reentrant for call, _ in reached):
         return (
-            f"the gradient of {name!r} passes through reentrant activation checkpointing "
+            f"the gradient of {layers!r} passes through reentrant activation checkpointing "
             "(use_reentrant=False is measured)"
         )
-    if uses != len(reached):
-        layers = ", ".join(sorted({call.owner.name for call in made}))
-        return (
-            f"its weight is read {uses} times and its layers ({layers}) account for "
-            f"{len(reached)}: it is also used outside of them"
-        )
-    return "" if reached else "unused: no gradient of the outputs reaches its layer"
+    if reads:
+        return ""
+    if made:
+        return "unused: no gradient of the outputs reaches its layer"
+    return "unused: the forward pass does not read it, or without gradient tracking"
 
 
-def _mixed(outputs: Tensor, calls: Calls) -> dict[str, str]:
-    """Pull back gradients that are zero on half of the data: they must stay zero there.
-
-    It fails where a layer mixes the data of a batch, and where the first dimension of a layer's
-    input is not the batch although it has its length. The halves are random, because couplings
-    have periods (groups of data, windows); both are tried, because they have directions.
-    """
-    flat = [(name, call) for name, made in calls.items() for call in made]
-    n_data = outputs.shape[0]
-    if not flat or n_data == 1:
-        return {}
-    generator = torch.Generator("cpu").manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs.device)
-    half = torch.rand(n_data, generator=generator, device="cpu") < 0.5
-    half[0], half[1] = True, False
-    mixed = {}
-    for zeroed in (half.to(outputs.device), ~half.to(outputs.device)):
-        masked = cotangent.clone()
-        masked[zeroed] = 0
-        gradients = pull_back(outputs, masked, [call for _, call in flat], last=False)
-        for (name, call), gradient in zip(flat, gradients, strict=True):
-            foreign = gradient[zeroed]
-            if bool(foreign.isnan().any()):
-                raise NonFiniteError(
-                    f"The gradient in the output of layer {call.owner.name!r} is NaN; check the "
-                    "layers behind it for a root or a division at zero."
-                )
-            if bool((foreign != 0).any()):
-                mixed[name] = (
-                    f"gradients of different data mix in layer {call.owner.name!r}: its first "
-                    "dimension is not the batch, or a later layer couples the data"
-                )
-    return mixed
+def _unaccounted(name: str, reached: Uses, graph: _Graph) -> str:
+    """Why the calls are not the whole gradient of a parameter; empty if they are."""
+    views = [view for call, role in reached if (view := call.reads[role].view) is not None]
+    counted = Counter(views)
+    whole = len(reached) - len(views) + len({node for node, _ in views})
+    nodes = {node for node, _ in views}
+    # each slice must come straight from the parameter, and have no other reader
+    direct = all(len(node.next_functions) == 1 for node in nodes)
+    alone = all(counted[key] == n for key, n in graph.sliced.items() if key[0] in nodes)
+    if graph.reads[name] == whole and direct and alone:
+        return ""
+    if not reached:
+        return "it is read by operations that have no rule"
+    layers = ", ".join(sorted({call.name for call, _ in reached}))
+    return (
+        f"it is read {graph.reads[name]} times and its layers ({layers}) account for {whole}: it "
+        "is also used in operations that have no rule"
+    )

@@ -22,7 +22,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     attributes of modules, requires_grad, and the generators of Python, NumPy, the CPU and every
     device that holds a parameter. Compiled models run eagerly, because hooks do not fire in
     compiled code. Autocast stays as the caller has it, but without its cache of cast weights,
-    which would hide how often a weight is used.
+    which would hide how often a weight is used. Recurrent layers run without cuDNN, which
+    differentiates them in training mode only.
     """
     with ExitStack() as stack:
         stack.enter_context(_generators_restored(model))
@@ -30,6 +31,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_autocast_uncached())
+        stack.enter_context(_recurrent_backward(model))
         stack.enter_context(_modules_restored(model))
         for module in model.modules():
             module.training = False
@@ -89,6 +91,18 @@ def _autocast_uncached() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
+def _recurrent_backward(model: nn.Module) -> Iterator[None]:
+    """Without cuDNN where layers recur: its kernels have no backward pass in evaluation mode."""
+    enabled = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def _eager() -> AbstractContextManager[object]:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import final
+from typing import TYPE_CHECKING, Self, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kronecker_probe.errors import InvalidInputError, NonFiniteError
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.gradients.checks import (
+    check_range,
+    check_tensors,
+    check_values,
+    check_weights,
+    dims,
+)
+from kronecker_probe.linalg.memory import require_memory
+
+if TYPE_CHECKING:
+    from kronecker_probe.gradients.embedding import EmbeddingSamples
 
 
 class GradientSamples(abc.ABC):
@@ -23,9 +35,13 @@ class GradientSamples(abc.ABC):
 
     Attributes:
         weights: float64 [N], used as given, never renormalized.
+        independent: Whether the data are independent draws of one distribution, which error bars
+            need. False for the closed form of ``kp.batch_gradients`` and for gradients along a
+            run: there the weighted sum is the target itself, without sampling error.
     """
 
     weights: Tensor
+    independent: bool
 
     @staticmethod
     def from_factors(
@@ -46,11 +62,11 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shapes do not fit, or a dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
-        _check_tensors(output_grads=output_grads, inputs=inputs)
+        check_tensors(output_grads=output_grads, inputs=inputs)
         forms = {(2, 2), (3, 3), (4, 3)}
         if (output_grads.ndim, inputs.ndim) not in forms:
             raise InvalidInputError(
-                f"from_factors got output_grads {_dims(output_grads)} and inputs {_dims(inputs)}; "
+                f"from_factors got output_grads {dims(output_grads)} and inputs {dims(inputs)}; "
                 "give [N, m] with [N, n], [N, T, m] with [N, T, n], or [N, C, T, m] with [N, T, n]."
             )
         d = output_grads
@@ -60,16 +76,16 @@ class GradientSamples(abc.ABC):
             d = d[:, None]
         if d.shape[0] != inputs.shape[0] or d.shape[2] != inputs.shape[1]:
             raise InvalidInputError(
-                f"from_factors got output_grads {_dims(output_grads)} and inputs {_dims(inputs)}: "
+                f"from_factors got output_grads {dims(output_grads)} and inputs {dims(inputs)}: "
                 "they must agree in N (data) and T (shared positions)."
             )
-        _check_values("output_grads", d)
-        _check_values("inputs", inputs)
+        check_values("output_grads", d)
+        check_values("inputs", inputs)
         if d.device != inputs.device:
             raise InvalidInputError(
                 f"output_grads are on {d.device} and inputs on {inputs.device}; move one."
             )
-        checked = _check_weights(weights, d.shape[0], d.device)
+        checked = check_weights(weights, d.shape[0], d.device)
         return FactoredSamples(d.detach(), inputs.detach(), checked)
 
     @staticmethod
@@ -89,15 +105,38 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shape does not fit, or the dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
-        _check_tensors(matrices=matrices)
+        check_tensors(matrices=matrices)
         if matrices.ndim not in (3, 4):
             raise InvalidInputError(
-                f"from_matrices got a tensor {_dims(matrices)}; give [N, m, n] or [N, C, m, n]."
+                f"from_matrices got a tensor {dims(matrices)}; give [N, m, n] or [N, C, m, n]."
             )
         values = matrices if matrices.ndim == 4 else matrices[:, None]
-        _check_values("matrices", values)
-        checked = _check_weights(weights, values.shape[0], values.device)
+        check_values("matrices", values)
+        checked = check_weights(weights, values.shape[0], values.device)
         return MatrixSamples(values.detach(), checked)
+
+    @staticmethod
+    def from_embedding(
+        tokens: Tensor,
+        output_grads: Tensor,
+        vocabulary: int,
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> EmbeddingSamples:
+        """Draws G_i = sum_t e_k(i,t) d_it^T of a table look-up, V x D; e is never formed.
+
+        Args:
+            tokens: k, [N, T], indices below ``vocabulary``.
+            output_grads: d, [N, T, D], or [N, C, T, D] with C columns a datum.
+            vocabulary: V, the rows of the table.
+            weights: [N], nonnegative, used as given; None means 1/N each.
+
+        Raises:
+            InvalidInputError: Shapes that do not fit, a wrong dtype, or a token out of range.
+            NonFiniteError: A NaN or an infinity in a tensor or weight.
+        """
+        from kronecker_probe.gradients.embedding import embedding_samples
+
+        return embedding_samples(tokens, output_grads, vocabulary, weights)
 
     @property
     @abc.abstractmethod
@@ -115,21 +154,93 @@ class GradientSamples(abc.ABC):
         """T, the shared positions; None for draws without factors."""
 
     @property
-    @abc.abstractmethod
-    def nbytes(self) -> int:
-        """Bytes that the draws hold."""
+    def n_slots(self) -> int | None:
+        """T of the tensors, whatever a position holds; None for draws kept as matrices."""
+        return self.n_positions
 
     @abc.abstractmethod
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         """G of data ``start`` to ``stop`` as float64 [k, C, m, n]."""
 
     @abc.abstractmethod
-    def subset(self, index: slice | Tensor | Sequence[int]) -> GradientSamples:
-        """The data at ``index``, with their weights as they are."""
+    def block(self, rows: slice, columns: slice) -> GradientSamples:
+        """The draws of a sub-matrix, G[rows, columns], with the same weights; views where possible.
+
+        Args:
+            rows: Of the m outputs, in steps of 1.
+            columns: Of the n inputs, in steps of 1.
+
+        Raises:
+            InvalidInputError: An empty range, or another step.
+        """
+
+    @property
+    @abc.abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the draws are held in, each with N in front; without the weights."""
 
     @abc.abstractmethod
-    def to(self, device: torch.device | str) -> GradientSamples:
+    def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> Self:
+        """The same kind of samples, held in other :attr:`tensors`."""
+
+    @abc.abstractmethod
+    def padded(self, columns: int, positions: int | None) -> Self:
+        """The same draws with zeros up to C = ``columns`` and T = ``positions``, an exact change.
+
+        Only the scale of K-FAC's E[a a^T], a mean over positions, sees the added ones.
+        """
+
+    @staticmethod
+    def stack(
+        parts: Sequence[GradientSamples], scales: Sequence[float] | None = None
+    ) -> GradientSamples:
+        """All draws of several samples of one m x n matrix, one after the other.
+
+        Parts of different C or T are padded with zeros; parts of different kinds become matrices.
+
+        Args:
+            parts: At least one.
+            scales: Part k's weights are multiplied by scales[k], so that H = sum_k scales[k] H_k:
+                n_k / N for data loaded in batches, say. None keeps the weights.
+
+        Raises:
+            InvalidInputError: No parts, other shapes or devices, or not one scale >= 0 a part.
+            MemoryBudgetError: The result would not fit.
+        """
+        _check_parts(parts)
+        factors = [1.0] * len(parts) if scales is None else [float(scale) for scale in scales]
+        if len(factors) != len(parts) or not all(0 <= factor < float("inf") for factor in factors):
+            raise InvalidInputError(
+                f"stack got {len(parts)} parts and scales={scales!r}; give one finite scale >= 0 "
+                "for each part."
+            )
+        if len({type(part) for part in parts}) > 1:
+            parts = [_as_matrices(part) for part in parts]
+        columns = max(part.n_columns for part in parts)
+        positions = max((part.n_slots or 0) for part in parts)
+        alike = [part.padded(columns, positions or None) for part in parts]
+        size = sum(part.nbytes for part in alike)
+        require_memory(size, f"A stack of {len(parts)} sets of samples", parts[0].device)
+        tensors = [
+            torch.cat(found) for found in zip(*(part.tensors for part in alike), strict=True)
+        ]
+        weights = [part.weights * factor for part, factor in zip(alike, factors, strict=True)]
+        stacked = alike[0].with_tensors(tensors, torch.cat(weights))
+        stacked.independent = all(part.independent for part in parts)
+        return stacked
+
+    def subset(self, index: slice | Tensor | Sequence[int]) -> Self:
+        """The data at ``index``, with their weights as they are."""
+        return self.with_tensors([tensor[index] for tensor in self.tensors], self.weights[index])
+
+    def to(self, device: torch.device | str) -> Self:
         """The same samples on another device."""
+        return self.with_tensors([t.to(device) for t in self.tensors], self.weights.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the draws hold."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def n_data(self) -> int:
@@ -163,10 +274,13 @@ class FactoredSamples(GradientSamples):
         weights: float64 [N].
     """
 
-    def __init__(self, output_grads: Tensor, inputs: Tensor, weights: Tensor) -> None:
+    def __init__(
+        self, output_grads: Tensor, inputs: Tensor, weights: Tensor, independent: bool = True
+    ) -> None:
         self.output_grads = output_grads
         self.inputs = inputs
         self.weights = weights
+        self.independent = independent
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -181,21 +295,30 @@ class FactoredSamples(GradientSamples):
         return self.output_grads.shape[2]
 
     @property
-    def nbytes(self) -> int:
-        return self.output_grads.nbytes + self.inputs.nbytes
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.output_grads, self.inputs
+
+    def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> FactoredSamples:
+        output_grads, inputs = tensors
+        return FactoredSamples(output_grads, inputs, weights, self.independent)
+
+    def padded(self, columns: int, positions: int | None) -> FactoredSamples:
+        more = (positions or self.n_positions) - self.n_positions
+        if more == 0 and columns == self.n_columns:
+            return self
+        d = F.pad(self.output_grads, (0, 0, 0, more, 0, columns - self.n_columns))
+        return self.with_tensors((d, F.pad(self.inputs, (0, 0, 0, more))), self.weights)
 
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         d = self.output_grads[start:stop].double()
         a = self.inputs[start:stop].double()
         return d.mT @ a[:, None]
 
-    def subset(self, index: slice | Tensor | Sequence[int]) -> FactoredSamples:
-        return FactoredSamples(self.output_grads[index], self.inputs[index], self.weights[index])
-
-    def to(self, device: torch.device | str) -> FactoredSamples:
-        return FactoredSamples(
-            self.output_grads.to(device), self.inputs.to(device), self.weights.to(device)
-        )
+    def block(self, rows: slice, columns: slice) -> FactoredSamples:
+        m, n = self.shape
+        rows, columns = check_range("rows", rows, m), check_range("columns", columns, n)
+        parts = self.output_grads[..., rows], self.inputs[..., columns]
+        return self.with_tensors(parts, self.weights)
 
 
 @final
@@ -207,9 +330,10 @@ class MatrixSamples(GradientSamples):
         weights: float64 [N].
     """
 
-    def __init__(self, values: Tensor, weights: Tensor) -> None:
+    def __init__(self, values: Tensor, weights: Tensor, independent: bool = True) -> None:
         self.values = values
         self.weights = weights
+        self.independent = independent
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -224,62 +348,50 @@ class MatrixSamples(GradientSamples):
         return None
 
     @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
+    def tensors(self) -> tuple[Tensor]:
+        return (self.values,)
+
+    def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> MatrixSamples:
+        (values,) = tensors
+        return MatrixSamples(values, weights, self.independent)
+
+    def padded(self, columns: int, positions: int | None) -> MatrixSamples:
+        if columns == self.n_columns:
+            return self
+        more = columns - self.n_columns
+        return self.with_tensors((F.pad(self.values, (0, 0, 0, 0, 0, more)),), self.weights)
 
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.values[start:stop].double()
 
-    def subset(self, index: slice | Tensor | Sequence[int]) -> MatrixSamples:
-        return MatrixSamples(self.values[index], self.weights[index])
-
-    def to(self, device: torch.device | str) -> MatrixSamples:
-        return MatrixSamples(self.values.to(device), self.weights.to(device))
-
-
-def _dims(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+    def block(self, rows: slice, columns: slice) -> MatrixSamples:
+        m, n = self.shape
+        rows, columns = check_range("rows", rows, m), check_range("columns", columns, n)
+        return self.with_tensors((self.values[..., rows, columns],), self.weights)
 
 
-def _check_tensors(**given: object) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise InvalidInputError(
-                f"{name} is a {type(value).__name__}; give a torch tensor (torch.as_tensor)."
-            )
-
-
-def _check_values(name: str, tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point:
+def _check_parts(parts: Sequence[GradientSamples]) -> None:
+    for part in parts:
+        if not isinstance(part, GradientSamples):
+            raise InvalidInputError(f"stack got a {type(part).__name__}; give GradientSamples.")
+    if not parts:
+        raise InvalidInputError("stack got no samples; give at least one set.")
+    shapes = sorted({f"{m} x {n}" for m, n in (part.shape for part in parts)})
+    if len(shapes) > 1:
         raise InvalidInputError(
-            f"{name} have dtype {tensor.dtype}; gradients must be real floating point."
+            f"stack got samples of {' and '.join(shapes)} matrices; all must have one shape."
         )
-    if tensor.numel() == 0:
+    devices = sorted({str(part.device) for part in parts})
+    if len(devices) > 1:
         raise InvalidInputError(
-            f"{name} are empty, {_dims(tensor)}; at least one datum, row and column is needed."
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(
-            f"{name} {_dims(tensor)} hold {bad} NaN or infinite values; remove those data or find "
-            "the step that produced them."
+            f"stack got samples on {' and '.join(devices)}; move them to one with .to(device)."
         )
 
 
-def _check_weights(
-    weights: Tensor | Sequence[float] | None, count: int, device: torch.device
-) -> Tensor:
-    if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=torch.float64, device=device)
-    if isinstance(weights, Tensor) and weights.is_complex():
-        raise InvalidInputError(f"weights have dtype {weights.dtype}; give real ones.")
-    given = torch.as_tensor(weights, dtype=torch.float64, device=device).detach()
-    if given.shape != (count,):
-        raise InvalidInputError(f"weights are {_dims(given)}; {count} data need shape [{count}].")
-    if not bool(torch.isfinite(given).all()):
-        raise NonFiniteError("weights hold NaN or infinite values; give finite, nonnegative ones.")
-    if bool((given < 0).any()):
-        raise InvalidInputError(
-            f"weights go down to {float(given.min()):g}; a second moment needs weights >= 0."
-        )
-    return given
+def _as_matrices(samples: GradientSamples) -> MatrixSamples:
+    if isinstance(samples, MatrixSamples):
+        return samples
+    m, n = samples.shape
+    size = 8 * samples.n_data * samples.n_columns * m * n
+    require_memory(size, f"The matrices of {samples!r}", samples.device)
+    return MatrixSamples(samples.matrices(), samples.weights, samples.independent)

@@ -1,24 +1,23 @@
-"""Which parameters of a model are asked for and have a rule, and why the others are left out."""
+"""Which parameters of a model are asked for, and why the others are left out."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.gradients.layers import rule_for
-from kronecker_probe.gradients.recording import Owner
 
-Holders = list[tuple[str, str, nn.Module]]  # module name, local parameter name, module
+# Weight and bias of one matrix product, by their local names.
+_PAIRS = (("weight", "bias"), ("in_proj_weight", "in_proj_bias"))
 
 
 def select(
     model: nn.Module, layers: str | Sequence[str]
-) -> tuple[dict[str, list[Owner]], dict[str, str]]:
-    """Owners of the parameters to measure, and the reasons for all others.
+) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The parameters to measure, and the reasons for all others.
 
     Args:
         model: The model.
@@ -37,12 +36,7 @@ def select(
     for pattern in patterns:
         if not fnmatch.filter(parameters, pattern):
             raise unknown_name("layers pattern (no parameter matches)", pattern, parameters)
-    holders: dict[int, Holders] = {}
-    for module_name, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module_name, local, module))
-    owners: dict[str, list[Owner]] = {}
+    chosen: dict[str, nn.Parameter] = {}
     skipped: dict[str, str] = {}
     for name, parameter in parameters.items():
         if is_lazy(parameter):
@@ -51,36 +45,30 @@ def select(
             )
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             skipped[name] = f"not selected by layers={layers!r}"
-        elif reason := _unmeasured(parameter) or _refusal(holders.get(id(parameter), [])):
+        elif reason := _unmeasured(parameter):
             skipped[name] = reason
         else:
-            owners[name] = _owners(parameter, holders.get(id(parameter), []))
-    return owners, skipped
+            chosen[name] = parameter
+    return chosen, skipped
 
 
 def _unmeasured(parameter: nn.Parameter) -> str:
     if not parameter.requires_grad:
         return "frozen (requires_grad=False)"
-    return f"{parameter.dtype} is not real" if parameter.is_complex() else ""
+    if parameter.is_complex():
+        return f"{parameter.dtype} is not real"
+    return "" if parameter.numel() else "it has no entries"
 
 
-def _refusal(holders: Holders) -> str:
-    """Why one of the modules that hold a parameter has no exact treatment; empty if all have."""
-    for module_name, local, module in holders:
-        rule = rule_for(module)
-        if rule is None:
-            where = module_name or "the model itself"
-            return f"no rule for {type(module).__name__} ({where}); Linear and Conv2d have one"
-        if local != "weight":
-            return f"a {local} of {type(module).__name__}: only weights are measured"
-        if refusal := rule.refusal(module):
-            return refusal
-    return ""
-
-
-def _owners(parameter: nn.Parameter, holders: Holders) -> list[Owner]:
-    return [
-        Owner(name or type(module).__name__, module, parameter, rule)
-        for name, _, module in holders
-        if (rule := rule_for(module)) is not None
-    ]
+def pairs(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Weight to bias, for every module that has both among ``parameters``."""
+    found = {}
+    for name, weight in parameters.items():
+        module, _, local = name.rpartition(".")
+        for weight_name, bias_name in _PAIRS:
+            other = f"{module}.{bias_name}" if module else bias_name
+            bias = parameters.get(other)
+            matrix = local == weight_name and weight.ndim > 1
+            if matrix and bias is not None and bias.shape == weight.shape[:1]:
+                found[name] = other
+    return found

@@ -15,10 +15,14 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 # A squared norm below this many roundings of its own terms is cancellation, not a direction.
 CANCELLATION = 1e3
-# A new direction below this share of the largest singular value is rounding.
-BREAKDOWN = 64 * EPS
+# A new direction below this many roundings of the largest singular value is rounding itself.
+BREAKDOWN = 64
 # A singular value of a locked complement below this share of the largest is what locking left.
 LOCKING = 1e-11
+# Relative residual at which a triple counts as converged.
+CONVERGED = 1e-11
+# Relative residual at which a search for what a solve may have missed is given up.
+PROBED = 1e-6
 # Relative residual above which listed singular values carry a warning.
 UNCONVERGED = 1e-6
 # Vectors for which a basis makes room at first.
@@ -84,7 +88,11 @@ class _Basis:
         self.space = space
         self.locked = self.count = len(locked)
         self._vectors = torch.stack([*locked]) if locked else torch.empty(0, 0)
-        self._duals = torch.stack([space.dual(x) for x in locked]) if locked else self._vectors
+        # in Euclidean space a vector is its own dual, and is kept once
+        self._separate = space.gram is not None
+        self._duals = self._vectors
+        if locked and self._separate:
+            self._duals = torch.stack([space.dual(x) for x in locked])
 
     @property
     def last_dual(self) -> Tensor:
@@ -104,17 +112,23 @@ class _Basis:
         norm = math.sqrt(squared)
         self._make_room(x)
         torch.div(x, norm, out=self._vectors[self.count])
-        torch.div(dual, norm, out=self._duals[self.count])
+        if self._separate:
+            torch.div(dual, norm, out=self._duals[self.count])
         self.count += 1
         return norm
 
     def _make_room(self, like: Tensor) -> None:
         if self.count < len(self._vectors):
             return
-        room = max(ROOM, self.count)
-        empty = like.new_empty(room, len(like))
-        kept = [self._vectors, self._duals] if self.count else [like.new_empty(0, len(like))] * 2
-        self._vectors, self._duals = (torch.cat([held, empty]) for held in kept)
+        room = max(ROOM, self.count)  # untouched memory costs nothing yet
+        self._vectors = self._grown(self._vectors, like, room)
+        self._duals = self._grown(self._duals, like, room) if self._separate else self._vectors
+
+    def _grown(self, held: Tensor, like: Tensor, room: int) -> Tensor:
+        out = like.new_empty(self.count + room, len(like))
+        if self.count:
+            out[: self.count] = held[: self.count]
+        return out
 
     def pop(self) -> None:
         """Drop the last vector."""
@@ -136,8 +150,9 @@ def leading_triples(
     right_space: Space | None = None,
     locked: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     negligible: float = 0.0,
-    tolerance: float = 1e-11,
+    tolerance: float = CONVERGED,
     max_rounds: int = 300,
+    image: Tensor | None = None,
 ) -> SingularTriples:
     """The k leading singular triples of a linear map, with full reorthogonalization.
 
@@ -147,8 +162,8 @@ def leading_triples(
     Args:
         forward: Takes the *dual* of a right vector, returns the image in left coordinates.
         adjoint: Takes the *dual* of a left vector, returns the image in right coordinates.
-        start: Right coordinates to start from, float64 [d']; what is orthogonal to it, and of
-            repeated singular values all but one copy, is not found.
+        start: Right coordinates to start from, float64 or float32 [d']; what is orthogonal to
+            it, and of repeated singular values all but one copy, is not found.
         k: Number of singular values.
         left_space: Inner product of the left coordinates; Euclidean by default.
         right_space: Inner product of the right coordinates; Euclidean by default.
@@ -156,6 +171,7 @@ def leading_triples(
         negligible: Size at which an image counts as zero.
         tolerance: Relative residual at which a triple counts as converged.
         max_rounds: Rounds after which the best triples so far are returned.
+        image: The image of ``start`` where it is known, in left coordinates.
 
     Returns:
         The triples found: fewer than k when the space that ``start`` generates is smaller.
@@ -166,10 +182,13 @@ def leading_triples(
     betas: list[float] = []
     sigma, p, qt, residual = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)), 0.0
     largest = float(start.abs().max()) if len(start) else 0.0
-    alive = largest > 0 and right.append(start / largest) > 0
+    scale = right.append(start / largest) * largest if largest > 0 else 0.0
+    alive = scale > 0
+    breakdown = BREAKDOWN * torch.finfo(start.dtype).eps
     while alive and len(alphas) < max_rounds:
-        alpha = left.append(forward(right.last_dual))
-        if alpha <= max([negligible, *(BREAKDOWN * known for known in alphas)]):
+        known = not alphas and image is not None and not locked[1]
+        alpha = left.append(image / scale if known else forward(right.last_dual))
+        if alpha <= max([negligible, *(breakdown * other for other in alphas)]):
             # the last right vector maps into the span that is there: B gains a column only
             if alpha > 0:
                 left.pop()
@@ -178,7 +197,7 @@ def leading_triples(
             break
         alphas.append(alpha)
         beta = right.append(adjoint(left.last_dual))
-        alive = beta > BREAKDOWN * max(alphas)
+        alive = beta > breakdown * max(alphas)
         if not alive or len(alphas) <= 12 or len(alphas) % 4 == 0 or len(alphas) == max_rounds:
             p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas)))
             wanted = min(k, len(sigma))
@@ -208,8 +227,25 @@ def leading_values(
     *,
     left_space: Space | None = None,
     right_space: Space | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
-    """The k largest singular values, repeated ones as often as they occur.
+    """The values of :func:`repeated_triples`, float64 CPU [j], descending."""
+    return repeated_triples(
+        forward, adjoint, draw, k, left_space=left_space, right_space=right_space, floor=floor
+    ).values
+
+
+def repeated_triples(
+    forward: Map,
+    adjoint: Map,
+    draw: Callable[[torch.Generator], Tensor],
+    k: int,
+    *,
+    left_space: Space | None = None,
+    right_space: Space | None = None,
+    floor: float = 0.0,
+) -> SingularTriples:
+    """The triples of the k largest singular values, repeated ones as often as they occur.
 
     A Lanczos solve sees one copy of a repeated value. So what was found is locked and the solve
     repeated in its complement, until the complement holds nothing larger than the k-th.
@@ -221,28 +257,38 @@ def leading_values(
         k: How many.
         left_space: As for :func:`leading_triples`.
         right_space: Likewise.
+        floor: Values up to this one are of no interest.
 
     Returns:
-        float64 CPU [j], descending; j < k only where the map has a smaller rank.
+        j triples, descending; j < k only where the map has a smaller rank, or where the rest is
+        below ``floor``.
     """
     generator = torch.Generator().manual_seed(0)
     values: list[float] = []
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    while True:
+    locked: tuple[list[Tensor], list[Tensor]] = ([], [])
+    rounds, residual = 0, 0.0
+
+    def solve(wanted: int, tolerance: float) -> SingularTriples:
         start = draw(generator)
-        start = start / torch.linalg.vector_norm(start)
-        negligible = LOCKING * max([0.0, *values])
-        found = leading_triples(
+        return leading_triples(
             forward,
             adjoint,
-            start,
-            k=max(1, k - len(values)),
+            start / torch.linalg.vector_norm(start),
+            k=wanted,
             left_space=left_space,
             right_space=right_space,
-            locked=(lefts, rights),
-            negligible=negligible,
+            locked=locked,
+            negligible=LOCKING * max([floor, *values]),
+            tolerance=tolerance,
         )
+
+    while True:
+        kth = sorted(values, reverse=True)[k - 1] if len(values) >= k else 0.0
+        enough = max(floor, kth)
+        negligible = LOCKING * max([floor, *values])
+        if enough > 0 and solve(1, PROBED).leading_value <= enough + negligible:
+            break
+        found = solve(max(1, k - len(values)), CONVERGED)
         if found.residual > UNCONVERGED:
             warnings.warn(
                 f"Singular values of R(H) are accurate to {found.residual:.1e} only: "
@@ -250,12 +296,27 @@ def leading_values(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        enough = values[k - 1] if len(values) >= k else 0.0
         if found.leading_value <= enough + negligible:
-            return torch.tensor(values[:k], dtype=torch.float64)
-        lefts += list(found.left.T)
-        rights += list(found.right.T)
-        values = sorted([*values, *found.values.tolist()], reverse=True)
+            break
+        locked[0].extend(found.left.T)
+        locked[1].extend(found.right.T)
+        values.extend(found.values.tolist())
+        rounds += found.rounds
+        residual = max(residual, found.residual)
+    order = [i for i in np.argsort(values)[::-1][:k].tolist() if values[i] > floor]
+    return SingularTriples(
+        values=torch.tensor([values[i] for i in order], dtype=torch.float64),
+        left=_stacked(locked[0], order),
+        right=_stacked(locked[1], order),
+        rounds=rounds,
+        residual=residual,
+    )
+
+
+def _stacked(vectors: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    if not order:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    return torch.stack([vectors[i] for i in order], dim=1)
 
 
 def _bidiagonal(alphas: list[float], betas: list[float], columns: int) -> np.ndarray:

@@ -51,7 +51,16 @@ class Operator(abc.ABC):
 
     @abc.abstractmethod
     def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
-        """<P, A kron C> of symmetric ``left`` A [m, m] and ``right`` C [n, n]."""
+        """<P, A kron C> of ``left`` A [m, m] and ``right`` C [n, n], both symmetric or skew."""
+
+    @abc.abstractmethod
+    def block(self, rows: slice, columns: slice) -> Operator:
+        """The operator on the sub-matrix G[rows, columns], zero elsewhere: a principal block.
+
+        Args:
+            rows: A range of the m outputs, with its start and stop.
+            columns: A range of the n inputs likewise.
+        """
 
     @abc.abstractmethod
     def _apply(self, x: Tensor) -> Tensor:

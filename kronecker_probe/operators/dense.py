@@ -74,6 +74,12 @@ class DenseOperator(Operator):
         rearranged = rearrange(self.matrix, self._shape)
         return float(left.reshape(-1) @ (rearranged @ right.reshape(-1)))
 
+    def block(self, rows: slice, columns: slice) -> DenseOperator:
+        part = self.matrix.view(2 * self._shape)[rows, columns, rows, columns]
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        size = shape[0] * shape[1]
+        return DenseOperator(part.reshape(size, size), shape)
+
     def _apply(self, x: Tensor) -> Tensor:
         return (x.flatten(1) @ self.matrix).view(x.shape)
 

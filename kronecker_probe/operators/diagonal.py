@@ -56,6 +56,9 @@ class DiagonalOperator(Operator):
     def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
         return float(left.diagonal() @ self.values @ right.diagonal())
 
+    def block(self, rows: slice, columns: slice) -> DiagonalOperator:
+        return DiagonalOperator(self.values[rows, columns])
+
     def _apply(self, x: Tensor) -> Tensor:
         return self.values * x
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.operators.base import Operator, check_nonnegative
 from kronecker_probe.operators.factors import Eigenbasis, spectrum_power
+from kronecker_probe.operators.kronecker import KroneckerOperator
+from kronecker_probe.operators.kronecker_sum import KroneckerSum
 
 
 @final
@@ -73,6 +75,21 @@ class EigenOperator(Operator):
         on_left = ((left @ self.left_basis) * self.left_basis).sum(dim=0)
         on_right = ((right @ self.right_basis) * self.right_basis).sum(dim=0)
         return float(on_left @ self.eigenvalues @ on_right)
+
+    def block(self, rows: slice, columns: slice) -> KroneckerSum:
+        # rows of an orthonormal basis are not orthonormal: sum over the vectors of one side
+        left, right, values = self.left_basis[rows], self.right_basis[columns], self.eigenvalues
+        if len(values) < len(values.T):
+            sides = [
+                (torch.outer(q, q), (right * value) @ right.T)
+                for q, value in zip(left.T, values, strict=True)
+            ]
+        else:
+            sides = [
+                ((left * value) @ left.T, torch.outer(q, q))
+                for q, value in zip(right.T, values.T, strict=True)
+            ]
+        return KroneckerSum([KroneckerOperator(*side) for side in sides])
 
     def _apply(self, x: Tensor) -> Tensor:
         rotated = self.left_basis.T @ x @ self.right_basis

@@ -217,7 +217,11 @@ class MatrixFactor(Factor):
 
 @final
 class SampleFactor(Factor):
-    """F = sum_i u_i sum_c x_ic x_ic^T with u >= 0, in the sample space of its rows."""
+    """F = sum_i u_i sum_c x_ic x_ic^T, in the sample space of its rows.
+
+    A factor has u >= 0. Later singular vectors of R(H) have u of any sign: all but their
+    eigenvalues and powers is defined.
+    """
 
     def __init__(self, rows: Rows, weights: Tensor) -> None:
         self.rows = rows

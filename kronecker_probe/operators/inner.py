@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.block import BlockOperator
 from kronecker_probe.operators.dense import DenseOperator
 from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.operators.eigen import EigenOperator
 from kronecker_probe.operators.kronecker import KroneckerOperator
+from kronecker_probe.operators.kronecker_sum import KroneckerSum
 from kronecker_probe.operators.second_moment import SecondMoment
 
 
@@ -28,20 +34,13 @@ def inner(p: Operator, q: Operator) -> float:
             f"Inner product of operators on {p.shape[0]} x {p.shape[1]} and {q.shape[0]} x "
             f"{q.shape[1]} matrices; both must have one shape."
         )
-    for one, other in ((p, q), (q, p)):
-        if isinstance(one, DiagonalOperator):
-            return float((one.values * other.diagonal()).sum())
-    for one, other in ((p, q), (q, p)):
-        if isinstance(one, EigenOperator):
-            return _with_eigen(one, other)
-    for one, other in ((p, q), (q, p)):
-        if isinstance(one, KroneckerOperator):
-            return _with_kronecker(one, other)
-    if isinstance(p, DenseOperator) or isinstance(q, DenseOperator):
-        return float((p.to_dense() * q.to_dense()).sum())
-    assert isinstance(p, SecondMoment)
-    assert isinstance(q, SecondMoment)
-    return p.cross_inner(q)
+    rank = {kind: number for number, kind in enumerate(_RULES)}
+    first, second = sorted((p, q), key=lambda one: rank[type(one)])
+    return _RULES[type(first)](first, second)
+
+
+def _with_diagonal(p: DiagonalOperator, q: Operator) -> float:
+    return float((p.values * q.diagonal()).sum())
 
 
 def _with_eigen(p: EigenOperator, q: Operator) -> float:
@@ -52,6 +51,16 @@ def _with_eigen(p: EigenOperator, q: Operator) -> float:
     return float((p.eigenvalues * projected).sum())
 
 
+def _with_block(p: BlockOperator, q: Operator) -> float:
+    return math.fsum(inner(one, q.block(rows, columns)) for rows, columns, one in p.blocks)
+
+
+def _with_sum(p: KroneckerSum, q: Operator) -> float:
+    found = [inner(term, q) for term in p.terms]
+    found += [skew.scale * q.kronecker_inner(skew.left, skew.right) for skew in p.skew]
+    return math.fsum(found)
+
+
 def _with_kronecker(p: KroneckerOperator, q: Operator) -> float:
     if isinstance(q, KroneckerOperator):
         left, right = p.left_factor.inner(q.left_factor), p.right_factor.inner(q.right_factor)
@@ -59,3 +68,23 @@ def _with_kronecker(p: KroneckerOperator, q: Operator) -> float:
     if isinstance(q, SecondMoment):
         return p.scale * q.factor_inner(p.left_factor, p.right_factor)
     return p.scale * q.kronecker_inner(p.left, p.right)
+
+
+def _with_dense(p: DenseOperator, q: Operator) -> float:
+    return float((p.to_dense() * q.to_dense()).sum())
+
+
+def _of_targets(p: SecondMoment, q: SecondMoment) -> float:
+    return p.cross_inner(q)
+
+
+# One rule a structure; of a pair, the structure that comes first here decides.
+_RULES: dict[type[Operator], Callable[[Any, Any], float]] = {
+    DiagonalOperator: _with_diagonal,
+    EigenOperator: _with_eigen,
+    BlockOperator: _with_block,
+    KroneckerSum: _with_sum,
+    KroneckerOperator: _with_kronecker,
+    DenseOperator: _with_dense,
+    SecondMoment: _of_targets,
+}

@@ -75,6 +75,9 @@ class KroneckerOperator(Operator):
         sides = float((self.left * left).sum()) * float((self.right * right).sum())
         return self.scale * sides
 
+    def block(self, rows: slice, columns: slice) -> KroneckerOperator:
+        return KroneckerOperator(self.left[rows, rows], self.right[columns, columns], self.scale)
+
     def _apply(self, x: Tensor) -> Tensor:
         return self.scale * (self.left @ x @ self.right)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import final
 
 import torch
 
 from kronecker_probe.errors import MemoryBudgetError, UnsupportedError, unknown_name
 from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.linalg.memory import available_bytes
+from kronecker_probe.operators.routes.registry import kernels_for, ways_of
+from kronecker_probe.operators.routes.work import OPERATIONS, Machine, machine_of
 
 # Pairs of half steps that the optimal product takes, a typical number.
 TYPICAL_ROUNDS = 12
@@ -17,29 +20,21 @@ TYPICAL_ROUNDS = 12
 CACHED_SIZE, CACHED = 1024, 4
 
 
+@final
 @dataclass(frozen=True)
-class Machine:
-    """Rates that turn counts into seconds; rough, for choosing a route and refusing early.
+class Step:
+    """One sum over the samples, and the way it is computed.
 
     Attributes:
-        flops: Float64 matrix products, floating-point operations a second.
-        eigh: The same for a symmetric eigendecomposition counted as 9 n^3 operations.
-        stream: Bytes a second of element-wise passes and matrix-vector products.
-        call: Seconds that one tensor operation costs at least.
+        operation: "left", "right" (half steps), "forms" (inner products with Kronecker
+            products), "diagonal", "pairs" (the norm) or "apply".
+        way: "factors", or "matrices" formed in chunks.
+        seconds: Predicted time.
     """
 
-    flops: float
-    eigh: float
-    stream: float
-    call: float
-
-
-def machine_of(device: torch.device) -> Machine:
-    """Rates of the device; a CPU's scale with torch.get_num_threads()."""
-    if device.type == "cuda":
-        return Machine(flops=1e13, eigh=2e11, stream=1e12, call=1e-5)
-    threads = torch.get_num_threads()
-    return Machine(flops=2e10 * threads, eigh=8e9 * threads**0.5, stream=1e10, call=5e-6)
+    operation: str
+    way: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -51,12 +46,14 @@ class RouteCost:
         seconds: Predicted time; infinite where the route cannot hold the samples.
         peak_bytes: Predicted memory above the samples.
         reason: Why the route is impossible, empty where it is not.
+        steps: What each sum over the samples takes, and in which way; parameter space only.
     """
 
     route: str
     seconds: float
     peak_bytes: float
     reason: str = ""
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,7 @@ class Plan:
                 else f"  {cost.reason}"
             )
             lines.append(f"{mark} {cost.route:9s}{numbers}")
+            lines += [f"     {s.operation:9s}{s.seconds:8.2g}  {s.way}" for s in cost.steps]
         return "\n".join(lines)
 
 
@@ -160,54 +158,37 @@ def _sample(s: GradientSamples) -> RouteCost:
     return RouteCost("sample", seconds + 40 * TYPICAL_ROUNDS * machine.call, peak + 8 * m * n)
 
 
-def _half_steps(s: GradientSamples) -> float:
-    """Operations of a pair of half steps."""
-    (m, n), count, columns = s.shape, s.n_data, s.n_columns
-    t = s.n_positions
-    formed = 4.0 * columns * m * n * (m + n)
-    if t is None:
-        return count * formed
-    shared = t * t * (n + columns * m) if t > 1 else 0
-    factored = 4.0 * (t * n * n + columns * t * m * m + shared)
-    return count * min(factored, formed + 2 * columns * t * m * n)
-
-
-def _norm_flops(s: GradientSamples) -> float:
-    """Operations of sum_ij <G_i, G_j>^2; only one triangle is computed."""
-    (m, n), count, columns = s.shape, s.n_data, s.n_columns
-    t = s.n_positions
-    formed = float((count * columns) ** 2 * m * n)
-    if t is None:
-        return formed
-    factored = float((count * t) ** 2 * (columns**2 * m + n))
-    return factored if t == 1 or t * t * (m + n) <= m * n else formed
-
-
 def _parameter(s: GradientSamples) -> RouteCost:
     machine = machine_of(s.device)
-    (m, n), count, columns = s.shape, s.n_data, s.n_columns
-    pair = _half_steps(s)
-    bases = 2.0 * count * (columns * m * m + n * n + columns * m * n) * (s.n_positions or 1)
-    # L and R, optimum, five inner products, the projected diagonal
-    flops = _norm_flops(s) + pair * (1 + TYPICAL_ROUNDS + 5) + bases
-    t = s.n_positions or 1
-    pairs = (count * columns * t) ** 2 * (2 if t > 1 else 1)
-    vectors = TYPICAL_ROUNDS * (m * m + n * n)
-    stream = 8 * (4.0 * pairs + 4 * TYPICAL_ROUNDS * vectors)
-    seconds = flops / machine.flops + stream / machine.stream
+    m, n = s.shape
+    kernels = kernels_for(s)
+    costs = kernels.costs()
+    # L, R, the optimum, two inner products, a projected diagonal and the diagonal of H
+    job = costs.pairs + (costs.left + costs.right) * (1 + TYPICAL_ROUNDS) + costs.left * 2
+    job = job + costs.diagonal * 2
+    vectors = TYPICAL_ROUNDS * (m * m + n * n) / 2  # packed
+    seconds = job.seconds(machine) + 8 * 4 * TYPICAL_ROUNDS * vectors / machine.stream
     seconds += _eigen_seconds(machine, m) + _eigen_seconds(machine, n)
-    peak = 8.0 * (2 * vectors + 6 * (m * m + n * n) + m * n) + 2e8
-    return RouteCost("parameter", seconds + 60 * TYPICAL_ROUNDS * machine.call, peak)
+    peak = 8.0 * (vectors + 6 * (m * m + n * n) + m * n + s.n_data**2) + costs.nbytes
+    ways = ways_of(kernels)
+    steps = tuple(
+        Step(name, ways[name], getattr(costs, name).seconds(machine)) for name in OPERATIONS
+    )
+    overhead = 60 * TYPICAL_ROUNDS * machine.call
+    return RouteCost("parameter", seconds + overhead, peak, steps=steps)
 
 
 def _dense(s: GradientSamples) -> RouteCost:
     machine = machine_of(s.device)
     (m, n), count, columns = s.shape, s.n_data, s.n_columns
     entries = float(m * n) ** 2
-    forming = 2 * entries * count * (1 if s.n_positions == 1 else columns)
+    unshared = s.n_positions == 1
+    forming = 2 * entries * count * (1 if unshared else columns)
+    if s.n_positions is not None and not unshared:
+        forming += 2.0 * count * columns * s.n_positions * m * n
     projecting = 2 * entries * n + 2 * m**3 * n
     stream = 8 * entries * (2 * TYPICAL_ROUNDS + 8)
     seconds = (forming + projecting) / machine.flops + stream / machine.stream
     seconds += _eigen_seconds(machine, m) + _eigen_seconds(machine, n)
-    peak = 8 * entries * (1 if s.n_positions == 1 else 2) + 8 * n**3
+    peak = 8 * entries * (1 if unshared else 2) + 8 * n**3
     return RouteCost("dense", seconds + 40 * TYPICAL_ROUNDS * machine.call, peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import final
 
@@ -22,6 +23,13 @@ class Rows:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self._whole: tuple[Rows, slice | Tensor | Sequence[int]] | None = None
+
+    def subset(self, index: slice | Tensor | Sequence[int]) -> Rows:
+        """The vectors of some of the data; their Grams are cut out of these."""
+        part = Rows(self.values[index])
+        part._whole = self, index
+        return part
 
     @property
     def size(self) -> int:
@@ -36,11 +44,17 @@ class Rows:
     @cached_property
     def gram(self) -> Tensor:
         """X X^T, float64 [N C, N C]."""
+        if self._whole is not None and self.values.shape[1] == 1:
+            rows, index = self._whole
+            return rows.gram[index][:, index]
         return gram.gram(self.values.flatten(0, 1))
 
     @cached_property
     def squared_gram(self) -> Tensor:
         """sum_cd <x_ic, x_jd>^2, float64 [N, N]: inner products of sum_c x_ic x_ic^T."""
+        if self._whole is not None:
+            rows, index = self._whole
+            return rows.squared_gram[index][:, index]
         if self.values.shape[1] == 1:  # roots will need the Gram itself
             return self.gram.square()
         return gram.squared_gram(self.values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import final
 
@@ -16,10 +16,11 @@ from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.planner import Plan, make_plan
-from kronecker_probe.operators.routes.base import LeadingProduct, Route
+from kronecker_probe.operators.routes.base import Group, LeadingProduct, Route
 from kronecker_probe.operators.routes.dense_space import DenseSpace
-from kronecker_probe.operators.routes.kernels import squared_product_sum
+from kronecker_probe.operators.routes.leading_terms import LeadingTerms, leading_terms
 from kronecker_probe.operators.routes.parameter_space import ParameterSpace
+from kronecker_probe.operators.routes.registry import cross_products
 from kronecker_probe.operators.routes.sample_space import SampleSpace
 
 _ROUTES: dict[str, Callable[..., Route]] = {
@@ -53,6 +54,7 @@ class SecondMoment(Operator):
             )
         self.samples = samples
         self._plan = make_plan(samples, route)
+        self._known_pairs: Tensor | None = None
 
     @cached_property
     def _route(self) -> Route:
@@ -72,6 +74,9 @@ class SecondMoment(Operator):
 
     @cached_property
     def _norm(self) -> float:
+        if self._known_pairs is not None:
+            weights = self.samples.weights
+            return math.sqrt(float(weights @ (self._known_pairs @ weights)))
         return math.sqrt(max(0.0, self._route.norm_squared()))
 
     def norm(self) -> float:
@@ -91,6 +96,72 @@ class SecondMoment(Operator):
         """R = E[G^T G], the right partial trace."""
         return self._route.right
 
+    def left_step(self, right: Factor | Tensor | None) -> Factor:
+        """E[G V G^T], a half step of the iteration for Kronecker products.
+
+        Args:
+            right: V, a symmetric factor or matrix [n, n]; None is the identity, which gives L.
+        """
+        return self.left_factor if right is None else self._route.left_step(_factor(right))
+
+    def right_step(self, left: Factor | Tensor | None) -> Factor:
+        """E[G^T U G] of symmetric U [m, m]; None is the identity, which gives R."""
+        return self.right_factor if left is None else self._route.right_step(_factor(left))
+
+    def grouped_left_step(
+        self, right: Factor | Tensor | None, groups: Sequence[Group]
+    ) -> list[Factor]:
+        """:meth:`left_step` of each group of data by itself; they add up to the whole.
+
+        Args:
+            right: V, as for :meth:`left_step`.
+            groups: Data of each group, as slices or indices; weights stay as they are.
+        """
+        return self._route.grouped_left_step(None if right is None else _factor(right), groups)
+
+    def grouped_right_step(
+        self, left: Factor | Tensor | None, groups: Sequence[Group]
+    ) -> list[Factor]:
+        """:meth:`right_step` of each group of data by itself."""
+        return self._route.grouped_right_step(None if left is None else _factor(left), groups)
+
+    def quadratic_forms(
+        self, left: Factor | Tensor | None, right: Factor | Tensor | None
+    ) -> Tensor:
+        """sum_c <G_ic, A G_ic C> of each datum, without its weight, float64 [N].
+
+        Args:
+            left: A, symmetric [m, m]; None is the identity.
+            right: C, symmetric [n, n]; None is the identity.
+        """
+        return self._route.quadratic_forms(
+            None if left is None else _factor(left), None if right is None else _factor(right)
+        )
+
+    def pair_products(self) -> Tensor:
+        """K_ij = sum_cd <G_ic, G_jd>^2 of all pairs of data, float64 [N, N]; |H|^2 = w^T K w."""
+        known = self._known_pairs
+        return self._route.pair_products() if known is None else known
+
+    def subset(self, index: Group) -> SecondMoment:
+        """The second moment of some of the data, with their weights as they are.
+
+        It shares this one's pair products, and its Grams in sample space, so that neither is
+        computed again.
+        """
+        samples = self.samples.subset(index)
+        if isinstance(self._route, SampleSpace):
+            assert isinstance(samples, FactoredSamples)
+            part = SecondMoment(samples, route="sample")
+            part.__dict__["_route"] = self._route.subset(samples, index)
+        else:
+            part = SecondMoment(samples)
+        part._known_pairs = self.pair_products()[index][:, index]
+        return part
+
+    def block(self, rows: slice, columns: slice) -> SecondMoment:
+        return SecondMoment(self.samples.block(rows, columns))
+
     def kfac_factors(self) -> tuple[Factor, Factor]:
         """E[d d^T] and E[a a^T] of factored samples (expand form for T > 1).
 
@@ -103,6 +174,10 @@ class SecondMoment(Operator):
     def leading_product(self) -> LeadingProduct:
         """The leading Kronecker product of R(H): sigma_1, U_1, V_1."""
         return self._route.leading()
+
+    def leading_terms(self, k: int) -> LeadingTerms:
+        """The k leading Kronecker terms of R(H), fewer where its rank is smaller."""
+        return leading_terms(self._route, k)
 
     def kronecker_spectrum(self, k: int | None = None) -> Tensor:
         """Singular values of R(H), whose best rank-r approximations are sums of r products.
@@ -136,13 +211,18 @@ class SecondMoment(Operator):
         return self._route.factor_inner(left, right)
 
     def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
+        if torch.equal(right, -right.T):
+            if self.samples.n_positions == 1:  # d^T A d = 0
+                return 0.0
+            return float((self._route.kernels.left_step(right, -1) * left).sum())
         return self.factor_inner(MatrixFactor(left), MatrixFactor(right))
 
     def cross_inner(self, other: SecondMoment) -> float:
         """<H, H'> of two sets of samples."""
         if other.samples is self.samples:
             return self.norm() ** 2
-        return squared_product_sum(self.samples, other.samples)
+        pairs = cross_products(self.samples, other.samples)
+        return float(self.samples.weights @ (pairs @ other.samples.weights))
 
     @cached_property
     def _diagonals(self) -> list[tuple[Eigenbasis, Eigenbasis, Tensor]]:
@@ -175,3 +255,7 @@ class SecondMoment(Operator):
     def __repr__(self) -> str:
         m, n = self.shape
         return f"SecondMoment({m} x {n}, {self.samples!r}, route={self._plan.route!r})"
+
+
+def _factor(given: Factor | Tensor) -> Factor:
+    return given if isinstance(given, Factor) else MatrixFactor(given)

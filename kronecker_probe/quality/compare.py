@@ -9,7 +9,7 @@ from typing import Any, final
 
 import pandas as pd
 
-from kronecker_probe.approximations import APPROXIMATIONS, approximate
+from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS, approximate, resolve
 from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
 from kronecker_probe.gradients.capture import Capture
 from kronecker_probe.gradients.samples import GradientSamples
@@ -87,8 +87,9 @@ def compare(
 
     Args:
         samples: What ``kp.capture`` returned, any mapping of names to samples, or one set.
-        approximations: A name, or several; None for all. What the samples cannot carry ("kfac"
-            without factors) is a row without a value, whose note says why.
+        approximations: A name or spec ("divergence:q=0", "optimal:rank=2"), or several; None for
+            the six of DEFAULT_APPROXIMATIONS. What the samples cannot carry ("kfac" without
+            factors) is a row without a value, whose note says why.
         singular_values: How many leading singular values of R(H) to list; 0 for none.
         extra: Operators of your own: parameter name -> name -> operator. Only their shape counts,
             not their scale, so they get "cosine" and "best_scale_error".
@@ -141,18 +142,16 @@ def compare(
 
 
 def approximation_names(approximations: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names asked for, each once; all of them for None.
+    """The labels of the specs asked for, each once; the default six for None.
 
     Raises:
-        UnknownNameError: No such approximation.
+        UnknownNameError: No such approximation or option.
+        InvalidInputError: A malformed spec, or a bad value of an option.
     """
     if approximations is None:
-        return tuple(APPROXIMATIONS)
-    names = [approximations] if isinstance(approximations, str) else approximations
-    for name in names:
-        if name not in APPROXIMATIONS:
-            raise unknown_name("approximation", name, APPROXIMATIONS)
-    return tuple(dict.fromkeys(names))
+        return DEFAULT_APPROXIMATIONS
+    specs = [approximations] if isinstance(approximations, str) else approximations
+    return tuple(dict.fromkeys(resolve(spec).label for spec in specs))
 
 
 def to_table(rows: Sequence[Row], leading: Sequence[str] = ()) -> pd.DataFrame:

@@ -67,7 +67,10 @@ def _training(table: pd.DataFrame) -> list[Finding]:
 
 
 def _skipped(table: pd.DataFrame) -> list[Finding]:
-    skipped = table[table["metric"] == "skipped"]["parameter"].dropna().unique()
+    rows = table[table["metric"] == "skipped"]
+    if "note" in rows:  # what nobody asked for is no news
+        rows = rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
+    skipped = rows["parameter"].dropna().unique()
     if not len(skipped):
         return []
     shown = ", ".join(str(name) for name in skipped[:5]) + (", ..." if len(skipped) > 5 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -12,8 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
-from kronecker_probe.gradients.capture import Capture, capture
-from kronecker_probe.gradients.draws import check_draws
+from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.selection import select
 from kronecker_probe.operators.base import Operator
@@ -30,6 +30,7 @@ from kronecker_probe.tracking.record import FILE
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
 from kronecker_probe.tracking.schema import conform, empty_table
 from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.target import TargetOptions, make_target
 
 
 @final
@@ -37,8 +38,9 @@ class Tracker:
     """Measures approximation quality at scheduled steps of a training loop.
 
     Call :meth:`step` once an iteration, after ``backward()`` and before ``optimizer.step()``.
-    Off schedule it does nothing; on schedule it measures the model as it is. Model, gradients,
-    random generators and the training trajectory stay bitwise the same.
+    Off schedule it does nothing, but for "trajectory", which copies the gradients of every step;
+    on schedule it measures the model as it is. Model, gradients, random generators and the
+    training trajectory stay bitwise the same.
 
     Args:
         model: The model being trained.
@@ -48,10 +50,18 @@ class Tracker:
         every: Interval in steps, a collection of steps, or a predicate on the step.
         probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
             noise; None measures the batch given to :meth:`step` or :meth:`finish`.
-        draws: "ggn", "fisher" or "empirical-fisher".
-        layers: Glob, or several, of parameter names.
+        draws: The target: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
+            moment of mean gradients of batches at the true labels, ``kp.batch_gradients``); or
+            "trajectory" (the run's own gradients, ``kp.GradientWindow``, which are what the
+            optimizer's factors stand for; data then only give the probe's loss).
+        layers: Glob, or several, of parameter names; by default all weights, no biases.
         approximations: A name, or several; None for all.
         seed: Of the sampled labels.
+        label_draws: Sampled labels a datum, for "fisher".
+        target_batch_size: Data of a batch, for "batch-gradient".
+        window: Gradients to keep, for "trajectory"; None for 200.
+        decay: Of the gradients' average, for "trajectory": the optimizer's beta2; None for a sum.
+        window_memory: What the window may take, for "trajectory"; None for "1GB".
         singular_values: Leading singular values of R(H) to store at each probe.
         config: Options of the run for run.json; they must be the same on resuming.
         resume: Go on with the run in ``out``: steps that it holds are not measured again. A run
@@ -62,7 +72,8 @@ class Tracker:
     Raises:
         RunDirectoryError: ``out`` holds another run, cannot be written, or was made with other
             options.
-        InvalidInputError: An option is out of range; the message names it.
+        InvalidInputError: An option is out of range or without effect; the message names it.
+        MemoryBudgetError: The window would not fit; the message proposes a size.
         UnknownNameError: Unknown draws or approximation, or a glob that matches no parameter.
     """
 
@@ -76,16 +87,22 @@ class Tracker:
         every: int | Collection[int] | Schedule = 20,
         probe: tuple[Tensor, Tensor] | None = None,
         draws: str = "ggn",
-        layers: str | Sequence[str] = "*",
+        layers: str | Sequence[str] = "*weight",
         approximations: str | Sequence[str] | None = None,
         seed: int = 0,
+        label_draws: int = 1,
+        target_batch_size: int | None = None,
+        window: int | None = None,
+        decay: float | None = None,
+        window_memory: str | int | None = None,
         singular_values: int = 8,
         config: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         start: int = 0,
     ) -> None:
-        check_draws(draws, 1)
+        target = TargetOptions(draws, label_draws, target_batch_size, window, decay, window_memory)
+        target.check()
         names = approximation_names(approximations)
         if not any(map(is_lazy, model.parameters())):
             select(model, layers)  # before the run directory is touched
@@ -100,7 +117,7 @@ class Tracker:
         self.loss_fn = loss_fn
         self.optimizer = optimizer
         self.probe = probe
-        self.draws = draws
+        self.target = make_target(model, loss_fn, layers, target, seed)
         self.layers = layers
         self.approximations = names
         self.seed = seed
@@ -110,18 +127,21 @@ class Tracker:
         self._pending: list[Row] = []
         self._parts: list[pd.DataFrame] = []
         self._measured: set[int] = set()
-        self.store = None if out is None else self._open(Path(out), config, resume, overwrite)
+        self.store = None
+        if out is not None:
+            self.store = self._open(
+                Path(out), {**target.record(), **(config or {})}, resume, overwrite
+            )
 
     def _open(
-        self, out: Path, config: Mapping[str, Any] | None, resume: bool, overwrite: bool
+        self, out: Path, config: Mapping[str, Any], resume: bool, overwrite: bool
     ) -> RunStore:
         options: dict[str, Any] = {
-            "draws": self.draws,
             "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
             "approximations": list(self.approximations),
             "seed": self.seed,
             "singular_values": self.singular_values,
-            **(config or {}),
+            **config,
         }
         if resume and (out / FILE).exists():
             store = RunStore.resume(out, options)
@@ -133,6 +153,8 @@ class Tracker:
     def step(self, batch: tuple[Tensor, Tensor] | None = None) -> Scores | None:
         """Measure if this step is on schedule, then count it.
 
+        For "trajectory" the gradients of every step are recorded first.
+
         Args:
             batch: The (inputs, targets) of this iteration; measured where no ``probe`` was given.
 
@@ -143,6 +165,7 @@ class Tracker:
             NonFiniteError: NaN or infinity on the way; what was measured before is stored.
             InvalidInputError: Neither a ``probe`` nor a ``batch``, or a malformed one.
         """
+        self.target.update()
         scores = self.measure(batch) if self._schedule(self.steps_taken) else None
         self.steps_taken += 1
         return scores
@@ -153,14 +176,12 @@ class Tracker:
             self._pending.clear()  # the stored part holds these rows
             return None
         data = self.probe if self.probe is not None else batch
-        if data is None:
+        if data is None and self.target.needs_data:
             raise InvalidInputError(
                 "Nothing to measure: give the Tracker a probe=(inputs, targets), or a batch to "
                 f"this call (step {self.steps_taken})."
             )
-        samples = capture(
-            self.model, self.loss_fn, data, draws=self.draws, layers=self.layers, seed=self.seed
-        )
+        samples = self.target.samples(data)
         live, absent = self._live(samples)
         scores = compare(
             samples, self.approximations, singular_values=self.singular_values, extra=live
@@ -194,12 +215,19 @@ class Tracker:
         """Where the tracker stands, for a checkpoint taken before this step's :meth:`log`.
 
         Returns:
-            JSON values: ``steps_taken``, and ``logged``, the numbers that no part holds yet.
+            ``steps_taken``, and ``logged``, the numbers that no part holds yet; for "trajectory"
+            also the tensors of the window.
         """
-        return {"steps_taken": self.steps_taken, "logged": [dict(row) for row in self._pending]}
+        logged = [dict(row) for row in self._pending]
+        return {"steps_taken": self.steps_taken, "logged": logged, **self.target.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, so that the resumed run logs every step once."""
+        """Go on from a :meth:`state_dict`, so that the resumed run logs every step once.
+
+        Raises:
+            InvalidInputError: It is of a tracker with another window.
+        """
+        self.target.load_state_dict(state)
         self.steps_taken = int(state["steps_taken"])
         self._pending = [dict(row) for row in state["logged"]]
 
@@ -240,7 +268,9 @@ class Tracker:
 
     def _store(self, scores: Scores, samples: Capture, absent: list[Row]) -> None:
         step = self.steps_taken
-        run: list[Row] = [{"step": step, "metric": "probe_loss", "value": samples.loss}]
+        run: list[Row] = [{"step": step} | row for row in self.target.rows()]
+        if not math.isnan(samples.loss):
+            run.append({"step": step, "metric": "probe_loss", "value": samples.loss})
         if samples.accuracy is not None:
             run.append({"step": step, "metric": "probe_accuracy", "value": samples.accuracy})
         rows = [*self._pending, *run, *({"step": step} | row for row in absent)]

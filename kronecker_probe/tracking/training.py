@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.gradients.batches import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.optim import Shampoo
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
 from kronecker_probe.tracking.files import naming
 from kronecker_probe.tracking.schedule import spread
+from kronecker_probe.tracking.target import TargetOptions
 from kronecker_probe.tracking.tracker import Tracker
 from kronecker_probe.workloads import Workload
 
@@ -40,10 +42,15 @@ class TrainingOptions:
         probes: Number of probed steps, both ends included.
         spacing: "even", or "early" for more of them at the start.
         probe_size: Data of the fixed probe set.
-        draws: "ggn", "fisher" or "empirical-fisher".
+        draws: The target, as for :class:`Tracker`, which says more on the next options too.
         layers: Globs of parameter names.
         seed: Of the model, the batches, the probe set and the sampled labels.
         device: Torch device.
+        label_draws: Sampled labels a datum, for "fisher".
+        target_batch_size: Data of a batch, for "batch-gradient"; None for ``batch_size``.
+        window: Gradients to keep, for "trajectory"; None for 200.
+        decay: Of the gradients' average, for "trajectory"; None for a sum.
+        window_memory: What the window may take, for "trajectory"; None for "1GB".
     """
 
     steps: int
@@ -57,6 +64,11 @@ class TrainingOptions:
     layers: tuple[str, ...] = ("*",)
     seed: int = 0
     device: str = "cpu"
+    label_draws: int = 1
+    target_batch_size: int | None = None
+    window: int | None = None
+    decay: float | None = None
+    window_memory: str | None = None
 
 
 @final
@@ -126,6 +138,11 @@ class Training:
             draws=options.draws,
             layers=options.layers,
             seed=options.seed,
+            label_draws=options.label_draws,
+            target_batch_size=_target_batch_size(options),
+            window=options.window,
+            decay=options.decay,
+            window_memory=options.window_memory,
             config={"workload": name, **_json(options)},
             resume=resume,
             overwrite=overwrite,
@@ -336,9 +353,16 @@ def _to(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tens
 
 
 def _json(options: TrainingOptions) -> dict[str, Any]:
+    """The options for run.json; those of the target are the tracker's to record."""
     values = asdict(options)
     values["layers"] = list(options.layers)
-    return values
+    return {key: value for key, value in values.items() if key not in vars(TargetOptions())}
+
+
+def _target_batch_size(options: TrainingOptions) -> int | None:
+    if options.draws == BATCH_GRADIENT and options.target_batch_size is None:
+        return options.batch_size
+    return options.target_batch_size
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

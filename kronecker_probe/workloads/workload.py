@@ -45,7 +45,7 @@ class Workload:
     description: str = ""
     threads: int | None = None
     draws: str = "ggn"
-    layers: tuple[str, ...] = ("*",)
+    layers: tuple[str, ...] = ("*weight",)
 
     def __post_init__(self) -> None:
         for name, pair in (("train", self.train), ("test", self.test)):

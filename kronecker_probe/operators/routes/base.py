@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
-from kronecker_probe.operators.routes.kernels import Kernels, kernels_for
+from kronecker_probe.operators.routes.kernels import Kernels
+from kronecker_probe.operators.routes.registry import kernels_for
 from kronecker_probe.operators.rows import Rows
 
 # Singular values that a route gives where the whole spectrum is out of reach.
 DEFAULT_LEADING = 16
+
+# Some of the data.
+Group: TypeAlias = slice | Tensor | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,45 @@ class Route(abc.ABC):
     def norm_squared(self) -> float:
         """|H|^2."""
 
+    @abc.abstractmethod
+    def pair_products(self) -> Tensor:
+        """K_ij = sum_cd <G_ic, G_jd>^2, float64 [N, N]."""
+
     @cached_property
     def left(self) -> Factor:
         """L = E[G G^T], [m, m]."""
-        return self._left_factor()
+        return self.left_step(None)
 
     @cached_property
     def right(self) -> Factor:
         """R = E[G^T G], [n, n]."""
-        return self._right_factor()
+        return self.right_step(None)
 
     @abc.abstractmethod
-    def _left_factor(self) -> Factor: ...
+    def left_step(self, right: Factor | None) -> Factor:
+        """E[G V G^T], [m, m], of a symmetric ``right`` V [n, n]; None is the identity."""
 
     @abc.abstractmethod
-    def _right_factor(self) -> Factor: ...
+    def right_step(self, left: Factor | None) -> Factor:
+        """E[G^T U G], [n, n], of a symmetric ``left`` U [m, m]; None is the identity."""
+
+    def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
+        """The half step of each group of data by itself, with the weights as they are."""
+        matrix = None if right is None else right.matrix
+        parts = (kernels_for(self.samples.subset(group)) for group in groups)
+        return [MatrixFactor(part.left_step(matrix)) for part in parts]
+
+    def grouped_right_step(self, left: Factor | None, groups: Sequence[Group]) -> list[Factor]:
+        """Likewise."""
+        matrix = None if left is None else left.matrix
+        parts = (kernels_for(self.samples.subset(group)) for group in groups)
+        return [MatrixFactor(part.right_step(matrix)) for part in parts]
+
+    def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
+        """sum_c <G_ic, A G_ic C> of each datum, without its weight, float64 [N]."""
+        return self.kernels.quadratic_forms(
+            None if left is None else left.matrix, None if right is None else right.matrix
+        )
 
     @abc.abstractmethod
     def factor_inner(self, left: Factor, right: Factor) -> float:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.gradients.samples import FactoredSamples
-from kronecker_probe.linalg.golub_kahan import leading_triples
+from kronecker_probe.linalg.golub_kahan import SingularTriples, leading_triples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.dense import project_rearranged, rearrange, restore
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes.base import LeadingProduct, Route
-from kronecker_probe.operators.routes.parameter_space import matrix_product
 
 
 @final
@@ -59,15 +58,23 @@ class DenseSpace(Route):
     def norm_squared(self) -> float:
         return float(torch.linalg.vector_norm(self.rearranged).square())
 
-    def _left_factor(self) -> MatrixFactor:
-        m, n = self.shape
-        eye = torch.eye(n, dtype=torch.float64, device=self.weights.device)
-        return MatrixFactor((self.rearranged @ eye.reshape(-1)).view(m, m))
+    def pair_products(self) -> Tensor:
+        return self._pairs
 
-    def _right_factor(self) -> MatrixFactor:
-        m, n = self.shape
-        eye = torch.eye(m, dtype=torch.float64, device=self.weights.device)
-        return MatrixFactor((self.rearranged.T @ eye.reshape(-1)).view(n, n))
+    @cached_property
+    def _pairs(self) -> Tensor:
+        return self.kernels.pair_products()
+
+    def left_step(self, right: Factor | None) -> MatrixFactor:
+        matrix = self._identity(self.shape[1]) if right is None else right.matrix
+        return MatrixFactor((self.rearranged @ matrix.reshape(-1)).view(2 * self.shape[:1]))
+
+    def right_step(self, left: Factor | None) -> MatrixFactor:
+        matrix = self._identity(self.shape[0]) if left is None else left.matrix
+        return MatrixFactor((self.rearranged.T @ matrix.reshape(-1)).view(2 * self.shape[1:]))
+
+    def _identity(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64, device=self.weights.device)
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))
@@ -82,10 +89,25 @@ class DenseSpace(Route):
             adjoint=lambda u: self.rearranged.T @ u,
             start=self.rearranged.T @ self.left.matrix.reshape(-1),
         )
-        return matrix_product(found) or self.void()
+        return _matrix_product(found) or self.void()
 
     def spectrum(self, k: int | None) -> Tensor:
         values: Tensor = torch.linalg.svdvals(self.rearranged)
         if self.samples.n_positions == 1:  # the rank of R(H) is at most N
             values = values[: self.samples.n_data]
         return values.cpu()[:k]
+
+
+def _matrix_product(found: SingularTriples) -> LeadingProduct | None:
+    """The leading product from vec(U_1) and vec(V_1), both PSD by sign; None for H = 0."""
+    if found.leading_value == 0.0:
+        return None
+    left, right = _psd_factor(found.left[:, 0]), _psd_factor(found.right[:, 0])
+    return LeadingProduct(found.leading_value, left, right, found.rounds, found.residual)
+
+
+def _psd_factor(vector: Tensor) -> MatrixFactor:
+    size = round(len(vector) ** 0.5)
+    matrix = vector.reshape(size, size)
+    matrix = 0.5 * (matrix + matrix.T)
+    return MatrixFactor(matrix * torch.sign(matrix.diagonal().sum()))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.golub_kahan import (
-    SingularTriples,
-    leading_triples,
-    leading_values,
-)
+from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
-from kronecker_probe.operators.routes.base import DEFAULT_LEADING, LeadingProduct, Route
-from kronecker_probe.operators.routes.kernels import squared_product_sum
+from kronecker_probe.operators.routes import alternation
+from kronecker_probe.operators.routes.base import (
+    DEFAULT_LEADING,
+    LeadingProduct,
+    Route,
+)
+
+# Images of half steps that are kept: inner products of other products with the same factor, and
+# the next iteration, ask for them again.
+KEPT_IMAGES = 4
 
 
 @final
@@ -23,54 +27,71 @@ class ParameterSpace(Route):
 
     name: ClassVar[str] = "parameter"
 
+    def __init__(self, samples: GradientSamples) -> None:
+        super().__init__(samples)
+        self._left_images: list[tuple[Factor, MatrixFactor]] = []
+        self._right_images: list[tuple[Factor, MatrixFactor]] = []
+
     def norm_squared(self) -> float:
-        return squared_product_sum(self.samples, self.samples)
+        return float(self.weights @ (self._pairs @ self.weights))
 
-    def _left_factor(self) -> MatrixFactor:
-        return MatrixFactor(self.kernels.left_step(None))
+    @cached_property
+    def _pairs(self) -> Tensor:
+        return self.kernels.pair_products()
 
-    def _right_factor(self) -> MatrixFactor:
-        return MatrixFactor(self.kernels.right_step(None))
+    def pair_products(self) -> Tensor:
+        return self._pairs
+
+    def left_step(self, right: Factor | None) -> MatrixFactor:
+        if right is None:
+            return MatrixFactor(self.kernels.left_step(None))
+        image = _known(right, self._left_images)
+        if image is None and (scale := _identity_scale(right.matrix)) is not None:
+            image = MatrixFactor(scale * self.left.matrix)
+        if image is None:
+            image = MatrixFactor(self.kernels.left_step(right.matrix))
+            _keep(right, image, self._left_images)
+        return image
+
+    def right_step(self, left: Factor | None) -> MatrixFactor:
+        if left is None:
+            return MatrixFactor(self.kernels.right_step(None))
+        image = _known(left, self._right_images)
+        if image is None and (scale := _identity_scale(left.matrix)) is not None:
+            image = MatrixFactor(scale * self.right.matrix)
+        if image is None:
+            image = MatrixFactor(self.kernels.right_step(left.matrix))
+            _keep(left, image, self._right_images)
+        return image
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
-        return self.kernels.kronecker_inner(left.matrix, right.matrix)
+        # a half step takes no more than the inner product, and serves others
+        if (image := _known(left, self._right_images)) is not None:
+            return image.inner(right)
+        return self.left_step(right).inner(left)
 
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
         return self.kernels.projected_diagonal(left.vectors, right.vectors)
 
-    def _forward(self, v: Tensor) -> Tensor:
-        n = self.shape[1]
-        return self.kernels.left_step(v.view(n, n)).reshape(-1)
-
-    def _adjoint(self, u: Tensor) -> Tensor:
-        m = self.shape[0]
-        return self.kernels.right_step(u.view(m, m)).reshape(-1)
-
     def leading(self) -> LeadingProduct:
-        eye = torch.eye(self.shape[1], dtype=torch.float64, device=self.weights.device)
-        found = leading_triples(self._forward, self._adjoint, eye.reshape(-1))
-        return matrix_product(found) or self.void()
+        return alternation.leading(self) or self.void()
 
     def spectrum(self, k: int | None) -> Tensor:
-        size, device = self.shape[1] ** 2, self.weights.device
-
-        def draw(generator: torch.Generator) -> Tensor:
-            return torch.randn(size, dtype=torch.float64, generator=generator).to(device)
-
-        wanted = DEFAULT_LEADING if k is None else k
-        return leading_values(self._forward, self._adjoint, draw, wanted)
+        return alternation.spectrum(self, DEFAULT_LEADING if k is None else k)
 
 
-def matrix_product(found: SingularTriples) -> LeadingProduct | None:
-    """The leading product from vec(U_1) and vec(V_1), both PSD by sign; None for H = 0."""
-    if found.leading_value == 0.0:
-        return None
-    left, right = _psd_factor(found.left[:, 0]), _psd_factor(found.right[:, 0])
-    return LeadingProduct(found.leading_value, left, right, found.rounds, found.residual)
+def _known(factor: Factor, images: list[tuple[Factor, MatrixFactor]]) -> MatrixFactor | None:
+    return next((image for one, image in images if one is factor), None)
 
 
-def _psd_factor(vector: Tensor) -> MatrixFactor:
-    size = round(len(vector) ** 0.5)
-    matrix = vector.reshape(size, size)
-    matrix = 0.5 * (matrix + matrix.T)
-    return MatrixFactor(matrix * torch.sign(matrix.diagonal().sum()))
+def _keep(factor: Factor, image: MatrixFactor, images: list[tuple[Factor, MatrixFactor]]) -> None:
+    images.append((factor, image))
+    del images[:-KEPT_IMAGES]
+
+
+def _identity_scale(matrix: Tensor) -> float | None:
+    """c of c times the identity; None for any other matrix."""
+    scale = float(matrix[0, 0])
+    diagonal = matrix.diagonal()
+    multiple = bool((diagonal == scale).all()) and int(matrix.count_nonzero()) == len(diagonal)
+    return scale if multiple else None

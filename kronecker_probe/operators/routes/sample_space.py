@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
@@ -12,13 +13,15 @@ from torch import Tensor
 from kronecker_probe.gradients.samples import FactoredSamples
 from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.linalg.golub_kahan import Space, leading_triples, leading_values
-from kronecker_probe.operators.factors import Eigenbasis, Factor, SampleFactor
-from kronecker_probe.operators.routes.base import LeadingProduct, Route
+from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.routes.base import Group, LeadingProduct, Route
 from kronecker_probe.operators.rows import Rows
 
 # Half steps of plain power iteration after the Lanczos solve: they certify the fixed point and
 # keep the coordinates nonnegative, hence the factors PSD.
 POLISHING_ROUNDS = 2
+# Negative coordinates below this share of the largest are rounding of a PSD factor.
+ROUNDING = 1e-12
 
 
 @final
@@ -38,15 +41,51 @@ class SampleSpace(Route):
         self.outputs = Rows(samples.output_grads[:, :, 0])
         self.inputs = Rows(samples.inputs)
 
+    def subset(self, samples: FactoredSamples, index: Group) -> SampleSpace:
+        """The same for some of the data; their Grams are cut out of these."""
+        part = SampleSpace(samples)
+        part.outputs, part.inputs = self.outputs.subset(index), self.inputs.subset(index)
+        return part
+
     def norm_squared(self) -> float:
-        w = self.weights
-        return float(w @ (self.outputs.squared_gram * self.inputs.squared_gram) @ w)
+        return float(self.weights @ (self.pair_products() @ self.weights))
 
-    def _left_factor(self) -> SampleFactor:
-        return SampleFactor(self.outputs, self.weights * self.inputs.squared_norms)
+    def pair_products(self) -> Tensor:
+        return self._pairs
 
-    def _right_factor(self) -> SampleFactor:
-        return SampleFactor(self.inputs, self.weights * self.outputs.squared_norms)
+    @cached_property
+    def _pairs(self) -> Tensor:
+        return self.outputs.squared_gram * self.inputs.squared_gram
+
+    def left_step(self, right: Factor | None) -> Factor:
+        forms = self.inputs.squared_norms if right is None else right.quadratic_forms(self.inputs)
+        return _weighted(self.outputs, self.weights * forms)
+
+    def right_step(self, left: Factor | None) -> Factor:
+        forms = self.outputs.squared_norms if left is None else left.quadratic_forms(self.outputs)
+        return _weighted(self.inputs, self.weights * forms)
+
+    def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
+        forms = self.inputs.squared_norms if right is None else right.quadratic_forms(self.inputs)
+        return [_weighted(self.outputs, part) for part in self._parts(forms, groups)]
+
+    def grouped_right_step(self, left: Factor | None, groups: Sequence[Group]) -> list[Factor]:
+        forms = self.outputs.squared_norms if left is None else left.quadratic_forms(self.outputs)
+        return [_weighted(self.inputs, part) for part in self._parts(forms, groups)]
+
+    def _parts(self, forms: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
+        weighted = self.weights * forms
+        for group in groups:
+            part = torch.zeros_like(weighted)
+            part[group] = weighted[group]
+            yield part
+
+    def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
+        on_left, on_right = (
+            rows.squared_norms if factor is None else factor.quadratic_forms(rows)
+            for rows, factor in ((self.outputs, left), (self.inputs, right))
+        )
+        return on_left * on_right
 
     def _outer_factors(
         self, outputs: Rows, inputs: Rows, input_weights: Tensor
@@ -55,8 +94,7 @@ class SampleSpace(Route):
         return SampleFactor(self.outputs, self.weights), SampleFactor(self.inputs, input_weights)
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
-        on_left, on_right = left.quadratic_forms(self.outputs), right.quadratic_forms(self.inputs)
-        return float(self.weights @ (on_left * on_right))
+        return float(self.weights @ self.quadratic_forms(left, right))
 
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
         on_left = left.project(self.outputs).square().sum(dim=1)
@@ -64,7 +102,7 @@ class SampleSpace(Route):
         return (on_left * self.weights[:, None]).T @ on_right
 
     @cached_property
-    def _balanced(self) -> _Balanced:
+    def balanced(self) -> Balanced:
         """Coordinates in which no datum, large in d and small in a, drowns the others.
 
         With u = s o y, v = t o z and s o t = w / q, R(H) / q takes the dual of one side to the
@@ -78,14 +116,14 @@ class SampleSpace(Route):
         t = torch.where(inputs > 0, root / inputs, 0.0)
         kd = s[:, None] * self.outputs.squared_gram * s
         ka = t[:, None] * self.inputs.squared_gram * t
-        return _Balanced(kd, ka, s, t, root, scale)
+        return Balanced(kd, ka, s, t, root, scale)
 
     def leading(self) -> LeadingProduct:
         return self._leading
 
     @cached_property
     def _leading(self) -> LeadingProduct:
-        b = self._balanced
+        b = self.balanced
         found = leading_triples(
             _unchanged,
             _unchanged,
@@ -114,13 +152,13 @@ class SampleSpace(Route):
     def spectrum(self, k: int | None) -> Tensor:
         if k is not None and 4 * k < self.samples.n_data:
             return self._leading_values(k)
-        b = self._balanced
+        b = self.balanced
         values: Tensor = torch.linalg.svdvals(_root(b.kd) @ _root(b.ka).T) * b.scale
         m, n = self.shape
         return values.cpu()[: min(m * m, n * n)][:k]
 
     def _leading_values(self, k: int) -> Tensor:
-        b = self._balanced
+        b = self.balanced
 
         def draw(generator: torch.Generator) -> Tensor:
             noise = torch.randn(len(b.root), dtype=torch.float64, generator=generator)
@@ -135,7 +173,7 @@ class SampleSpace(Route):
 
 
 @dataclass(frozen=True)
-class _Balanced:
+class Balanced:
     """The metrics s Kd s and t Ka t, their scalings, the data's shares of Tr H, and q."""
 
     kd: Tensor
@@ -144,6 +182,14 @@ class _Balanced:
     t: Tensor
     root: Tensor
     scale: float
+
+
+def _weighted(rows: Rows, weights: Tensor) -> Factor:
+    """sum_i u_i sum_c x_ic x_ic^T, PSD up to rounding, or of any sign."""
+    negative = float(weights.min())
+    if negative < -ROUNDING * float(weights.abs().max()):
+        return MatrixFactor(rows.outer_sum(weights))
+    return SampleFactor(rows, weights.clamp_min(0) if negative < 0 else weights)
 
 
 def _unchanged(dual: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+"""Half steps E[G V G^T] and E[G^T U G] within the ranges of L and R, for fixed-point iterations."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.operators.factors import Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.rows import Rows
+from kronecker_probe.operators.second_moment import SecondMoment
+
+# Eigenvalues of L and R below this share of the largest are rounding of Grams.
+SMALLEST_SHARE = 1e-13
+# Likewise of draws in float32: softmax gradients p - y of a fitted model leave about 1e-9 along
+# their null direction, because they are differences of numbers near one.
+SINGLE_SHARE = 4e-9
+# They leave more the better the fit, but then far below the rest: a fall to a share of the one
+# before, from which on a small eigenvalue is null too.
+GAP, GAP_SHARE = 1e-4, 1e-6
+# In half precision rounding of the entries, about eps^2 of the largest eigenvalue, is more.
+ROUNDING_SHARES = 4.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """The image of a half step.
+
+    Attributes:
+        reduced: In the coordinates of the range, float64 [r, r].
+        factor: In those of the parameter, [k, k], in sample space where the target is.
+    """
+
+    reduced: Tensor
+    factor: Factor
+
+
+class HalfSteps(abc.ABC):
+    """Half steps in coordinates T_L [m, r], T_R [n, s] of the ranges of L and R.
+
+    G' = T_L^T G T_R loses nothing but rounding, and its factors have full rank: powers of them
+    need no cutoff. Whitened, T_L = Q_L lambda^{-1/2}, both of its partial traces are I; else T_L
+    is the eigenbasis itself.
+    """
+
+    @property
+    @abc.abstractmethod
+    def ranks(self) -> tuple[int, int]:
+        """(r, s)."""
+
+    @abc.abstractmethod
+    def left(self, right: Tensor) -> Step:
+        """E[G' V G'^T] of ``right`` V, float64 [s, s]."""
+
+    @abc.abstractmethod
+    def right(self, left: Tensor) -> Step:
+        """E[G'^T U G'] of ``left`` U, float64 [r, r]."""
+
+
+def half_steps(target: SecondMoment, q: float) -> HalfSteps:
+    """Half steps of H / Tr H for powers q - 1 within its ranges; H must not be zero.
+
+    Negative powers enlarge what is small, so for q < 1 the ranges leave out what the dtype of the
+    draws does not resolve. For q = 0, where any linear map passes through, they are whitened.
+    """
+    left, right = target.left_factor, target.right_factor
+    scale = 1.0 / target.trace()
+    tensors = target.samples.tensors
+    sides = [
+        Side.of(factor, tensor.dtype if q < 1 else torch.float64, q == 0)
+        for factor, tensor in ((left, tensors[0]), (right, tensors[-1]))
+    ]
+    if isinstance(left, SampleFactor) and isinstance(right, SampleFactor):
+        weights = target.samples.weights * scale
+        return SampleHalfSteps(left.rows, right.rows, weights, sides[0], sides[1])
+    return ParameterHalfSteps(target, scale, sides[0].transform, sides[1].transform)
+
+
+def _rank(values: Tensor, dtype: torch.dtype) -> int:
+    """How many of the descending eigenvalues of L or R the draws in ``dtype`` resolve."""
+    shares = values / values[0]
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return int((shares > SMALLEST_SHARE).sum())
+    resolved = shares > max(SINGLE_SHARE, ROUNDING_SHARES * torch.finfo(dtype).eps ** 2)
+    resolved[1:] &= (shares[1:] > GAP_SHARE) | (shares[1:] > GAP * shares[:-1])
+    return int(resolved.long().cumprod(0).sum())
+
+
+class Side:
+    """The range of one factor: its eigenbasis cut at the rank, with the scale of each column."""
+
+    def __init__(self, factor: Factor, rank: int, scales: Tensor) -> None:
+        self.factor = factor
+        self.rank = rank
+        self.scales = scales
+
+    @staticmethod
+    def of(factor: Factor, dtype: torch.dtype, whitened: bool) -> Side:
+        values = factor.eigen().values
+        rank = _rank(values, dtype)
+        top = values[:rank] / values.sum()
+        return Side(factor, rank, top.rsqrt() if whitened else torch.ones_like(top))
+
+    @property
+    def transform(self) -> Tensor:
+        """T, float64 [k, r]."""
+        return self.factor.eigen().basis.vectors[:, : self.rank] * self.scales
+
+    def project(self, rows: Rows) -> Tensor:
+        """X T, float64 [N, C, r]."""
+        return self.factor.eigen().basis.project(rows)[..., : self.rank] * self.scales
+
+
+@final
+class SampleHalfSteps(HalfSteps):
+    """Unshared draws: an image is a vector of N weights on d d^T or a a^T.
+
+    Args:
+        outputs: d.
+        inputs: a.
+        weights: float64 [N].
+        left: The range of L.
+        right: The range of R.
+    """
+
+    def __init__(
+        self, outputs: Rows, inputs: Rows, weights: Tensor, left: Side, right: Side
+    ) -> None:
+        self._rows = outputs, inputs
+        self._weights = weights
+        self._values = left.project(outputs), right.project(inputs)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        return self._values[0].shape[2], self._values[1].shape[2]
+
+    def left(self, right: Tensor) -> Step:
+        return self._image(0, right)
+
+    def right(self, left: Tensor) -> Step:
+        return self._image(1, left)
+
+    def _image(self, side: int, matrix: Tensor) -> Step:
+        known, own = self._values[1 - side], self._values[side]
+        weights = self._weights * ((known @ matrix) * known).sum(dim=(1, 2))
+        weighted = (own * weights[:, None, None]).flatten(0, 1)
+        return Step(own.flatten(0, 1).T @ weighted, SampleFactor(self._rows[side], weights))
+
+
+@final
+class ParameterHalfSteps(HalfSteps):
+    """Any draws, through m x m and n x n matrices.
+
+    Args:
+        target: H.
+        scale: In front of it.
+        left: T_L.
+        right: T_R.
+    """
+
+    def __init__(self, target: SecondMoment, scale: float, left: Tensor, right: Tensor) -> None:
+        self._target = target
+        self._scale = scale
+        self._left = left
+        self._right = right
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        return self._left.shape[1], self._right.shape[1]
+
+    def left(self, right: Tensor) -> Step:
+        full = self._target.left_step(MatrixFactor(self._right @ right @ self._right.T))
+        return self._step(full, self._left)
+
+    def right(self, left: Tensor) -> Step:
+        full = self._target.right_step(MatrixFactor(self._left @ left @ self._left.T))
+        return self._step(full, self._right)
+
+    def _step(self, full: Factor, transform: Tensor) -> Step:
+        matrix = full.matrix * self._scale
+        return Step(transform.T @ matrix @ transform, MatrixFactor(matrix))

@@ -1,0 +1,73 @@
+"""What a capture measured: the samples by parameter, and a reason for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import pandas as pd
+
+from kronecker_probe.errors import unknown_name
+from kronecker_probe.gradients.samples import GradientSamples
+
+
+@final
+@dataclass(frozen=True)
+class Capture(Mapping[str, GradientSamples]):
+    """Gradient samples by parameter name, and what was not measured.
+
+    Attributes:
+        samples: Parameter name to its samples; "<module>.weight+bias" for a joint [W b].
+        skipped: Parameter name to the reason why it is not measured.
+        draws: "ggn", "fisher" or "empirical-fisher"; "batch-gradient" or "trajectory" of samples
+            made from those, or along a run.
+        loss: The loss of the batch.
+        accuracy: Share of correct labels; None for regression.
+        note: How the batch was measured where that differs from training, or "".
+        reduction: "mean" or "sum": how the loss combines data.
+        fallback: Name to why it was measured by per-sample gradients and not from its layer's
+            inputs and output gradients.
+    """
+
+    samples: Mapping[str, GradientSamples]
+    skipped: Mapping[str, str]
+    draws: str
+    loss: float
+    accuracy: float | None
+    note: str
+    reduction: str = "mean"
+    fallback: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> GradientSamples:
+        if name in self.samples:
+            return self.samples[name]
+        if name in self.skipped:
+            raise KeyError(f"{name!r} was skipped: {self.skipped[name]}")
+        raise KeyError(str(unknown_name("parameter", name, self.samples)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def coverage(self) -> pd.DataFrame:
+        """One row a parameter: measured, fallback or skipped, and why."""
+        rows = [
+            {"parameter": name, "status": "fallback" if name in self.fallback else "measured",
+             "shape": f"{s.shape[0]} x {s.shape[1]}",
+             "n_data": s.n_data, "n_columns": s.n_columns, "n_positions": s.n_positions,
+             "reason": "; ".join(filter(None, (self.fallback.get(name), self.note)))}
+            for name, s in self.samples.items()
+        ]  # fmt: skip
+        rows += [
+            {"parameter": name, "status": "skipped", "reason": reason}
+            for name, reason in self.skipped.items()
+        ]
+        counts = ("n_data", "n_columns", "n_positions")
+        return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
+
+    def _repr_html_(self) -> str:
+        return self.coverage.to_html(index=False)

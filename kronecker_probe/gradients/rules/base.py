@@ -1,0 +1,239 @@
+"""One call of a torch function that reads parameters, and how their gradients read off it."""
+
+from __future__ import annotations
+
+import abc
+import enum
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kronecker_probe.errors import InvalidInputError, NonFiniteError
+
+
+class Form(enum.Enum):
+    """In what form the gradient of a parameter comes out of one call."""
+
+    FACTORS = enum.auto()  # sum_t d_t a_t^T, as (d, a)
+    TOKENS = enum.auto()  # sum_t e_k(t) d_t^T, as (k, d)
+    VECTOR = enum.auto()  # a vector [m], summed over positions
+    MATRIX = enum.auto()  # G itself
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the N data lie in the leading dimensions of a call, flattened: [before, N, after].
+
+    [N, T] is Layout(1, T), [T, N] is Layout(T, 1), and so are both flattened to one dimension.
+    """
+
+    before: int
+    after: int
+
+    def fits(self, size: int, n_data: int) -> bool:
+        """Whether leading dimensions of ``size`` entries hold ``n_data`` data this way."""
+        return self.before * n_data * self.after == size
+
+    def split(self, tensor: Tensor, n_lead: int) -> Tensor:
+        """[before, N, after, ...] from [*lead, ...]."""
+        size = math.prod(tensor.shape[:n_lead])
+        n_data = size // (self.before * self.after)
+        return tensor.reshape(self.before, n_data, self.after, *tensor.shape[n_lead:])
+
+    def arrange(self, tensor: Tensor, n_lead: int) -> Tensor:
+        """[N, T, k] from [*lead, ..., k]: all dimensions between are positions."""
+        split = self.split(tensor, n_lead).movedim(1, 0)
+        return split.reshape(split.shape[0], -1, tensor.shape[-1])
+
+
+def layouts(lead: tuple[int, ...], n_data: int) -> list[Layout]:
+    """All ways in which ``n_data`` data can lie in ``lead``, batch first before others."""
+    whole, split = [], []
+    for k, size in enumerate(lead):
+        before, after = math.prod(lead[:k]), math.prod(lead[k + 1 :])
+        if size == n_data:
+            whole.append(Layout(before, after))
+        elif size % n_data == 0 and size:
+            count = size // n_data
+            split += [Layout(before, count * after), Layout(before * count, after)]
+    if n_data == 1 and not lead:
+        whole.append(Layout(1, 1))
+    return list(dict.fromkeys(whole + split))
+
+
+@dataclass(frozen=True)
+class Read:
+    """Which parameter an argument of a call is.
+
+    Attributes:
+        parameter: Its name.
+        rows: First and last row (exclusive) if the argument is a slice of it; None for all.
+        view: The autograd node and output of the slice.
+    """
+
+    parameter: str
+    rows: tuple[int, int] | None = None
+    view: tuple[Any, int] | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a function with a rule.
+
+    The gradient edge stands for the output as the function returned it: an in-place operation
+    behind it rebases the tensor, and not the edge.
+
+    Attributes:
+        rule: How to read the gradients.
+        name: Of the layer, for messages.
+        options: The function's arguments by name.
+        x: Its input.
+        version: The input's version when it was read.
+        edge: None where no gradient was tracked.
+        output_shape: Of the output.
+        output_dtype: Of the output.
+        reads: Role ("weight" or "bias") to the parameter.
+        weight_shape: Of the weight that the call read; empty without one.
+        layout: Where the data lie; None until that is known.
+    """
+
+    rule: Rule
+    name: str
+    options: Mapping[str, Any]
+    x: Tensor
+    version: int
+    edge: GradientEdge | None
+    output_shape: torch.Size
+    output_dtype: torch.dtype
+    reads: Mapping[str, Read]
+    weight_shape: tuple[int, ...] = ()
+    layout: Layout | None = None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The dimensions of the output among which the batch is."""
+        return tuple(self.output_shape[: self.rule.n_lead(self)])
+
+    @property
+    def positions(self) -> int:
+        """T, the rows of a datum."""
+        assert self.layout is not None
+        n_lead = len(self.lead)
+        inner = math.prod(self.output_shape[n_lead:]) // self.rule.width(self)
+        return self.layout.before * self.layout.after * inner
+
+    def outputs(self, role: str, gradient: Tensor) -> Tensor:
+        """d, [N, T, m], from the gradient of the output."""
+        rows = self.rule.output_rows(role, self, gradient.reshape(self.output_shape))
+        assert self.layout is not None
+        return self.layout.arrange(rows, len(self.lead))
+
+    def inputs(self) -> Tensor:
+        """a, [N, T, n]; tokens [N, T, 1] for an embedding."""
+        assert self.layout is not None
+        assert isinstance(self.rule, ProductRule)
+        return self.layout.arrange(self.rule.input_rows(self), len(self.lead))
+
+    def matrices(self, d: Tensor, a: Tensor) -> Tensor:
+        """G, [N, m, n], from outputs [N, T, m] and inputs [N, T, n]."""
+        assert isinstance(self.rule, ProductRule)
+        return self.rule.matrices(self, d, a)
+
+    def foreign(self, gradient: Tensor, layout: Layout, data: Tensor) -> Tensor:
+        """The rows of ``gradient`` that belong to the ``data`` (a mask) if laid out so."""
+        return layout.split(gradient.reshape(self.output_shape), len(self.lead))[:, data]
+
+    def check(self) -> None:
+        """Refuse an input that is not finite, or that was overwritten after the call.
+
+        Raises:
+            NonFiniteError: The input holds NaN or infinite values.
+            InvalidInputError: The input was changed in place after the layer had read it.
+        """
+        if not all_finite(self.x):
+            raise NonFiniteError(
+                f"The input of layer {self.name!r} holds NaN or infinite values; "
+                f"check the data and the layers before it{half_range(self.x.dtype)}."
+            )
+        if self.x._version != self.version:
+            raise InvalidInputError(
+                f"The input of layer {self.name!r} was changed in place after the layer "
+                "had read it; make that operation out of place."
+            )
+
+
+class Rule(abc.ABC):
+    """How the gradient of each datum in a function's parameters reads off one of its calls.
+
+    Attributes:
+        function: The torch function.
+        arguments: Names of its positional arguments.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+
+    @abc.abstractmethod
+    def problem(self, options: Mapping[str, Any]) -> str:
+        """Which argument has no exact treatment; empty when none."""
+
+    @abc.abstractmethod
+    def n_lead(self, call: Call) -> int:
+        """How many leading dimensions of the output the batch can be among."""
+
+    @abc.abstractmethod
+    def width(self, call: Call) -> int:
+        """m, the outputs of one position."""
+
+    @abc.abstractmethod
+    def form(self, role: str, call: Call) -> Form:
+        """In what form the gradient of the parameter in ``role`` comes."""
+
+    @abc.abstractmethod
+    def output_rows(self, role: str, call: Call, gradient: Tensor) -> Tensor:
+        """[*lead, ..., m] from the gradient of the output."""
+
+
+class ProductRule(Rule):
+    """Gradients that are products of output gradients with inputs."""
+
+    @abc.abstractmethod
+    def input_rows(self, call: Call) -> Tensor:
+        """[*lead, ..., n]."""
+
+    def input_bytes(self, call: Call) -> int:
+        """Bytes that the input rows take besides the input itself."""
+        return 0
+
+    def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
+        """G, [N, m, n], from outputs [N, T, m] and inputs [N, T, n]."""
+        return d.mT @ a.to(d.dtype)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite; one pass over the data in the usual case."""
+    if not tensor.is_floating_point():
+        return True
+    # a sum of finite values may overflow, and only then each is looked at
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def total(tensor: Tensor, dim: int = -1) -> Tensor:
+    """Sum over a dimension, at least in float32."""
+    return tensor.sum(dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def half_range(dtype: torch.dtype) -> str:
+    """What to add to a message where half precision may be the cause; empty elsewhere."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return ""
+    return f", and the range of half precision ({dtype} ends at {torch.finfo(dtype).max:.3g})"

@@ -1,0 +1,170 @@
+"""Which rows of a call belong to which datum, and whether the data of a batch stay apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kronecker_probe.errors import NonFiniteError
+from kronecker_probe.gradients.graph import Uses, account, pull_back
+from kronecker_probe.gradients.recording import recording
+from kronecker_probe.gradients.rules.base import Call, Layout, all_finite, layouts
+
+# Data of the small forward pass that stands for the whole batch, and the batch from which on.
+PART = 16
+SMALLEST_PART = 8
+
+Candidates = list[list[Layout]]  # for each call
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Where the data lie in each call.
+
+    Attributes:
+        layouts: Of the calls whose rows belong to one datum each.
+    """
+
+    layouts: Mapping[Call, Layout]
+
+    def problem(self, uses: Uses, n_data: int) -> str:
+        """Why the data are not apart in a parameter's calls; empty if they are."""
+        for call, _ in uses:
+            if call in self.layouts:
+                continue
+            if not layouts(call.lead, n_data):
+                return (
+                    f"layer {call.name!r} gives {list(call.output_shape)} for a batch of {n_data} "
+                    "data: no dimension is the batch"
+                )
+            return (
+                f"gradients of different data mix in layer {call.name!r}: no dimension is the "
+                "batch, or a later layer couples the data"
+            )
+        return ""
+
+
+def separate(
+    model: nn.Module,
+    inputs: Tensor,
+    outputs: Tensor,
+    exact: Mapping[str, Uses],
+    parameters: Mapping[str, nn.Parameter],
+) -> Separation:
+    """Find the batch in every call by gradients that are exactly zero where they must be.
+
+    Output gradients of half of the data are set to zero, once for either half of a random split
+    (couplings have periods, and directions); rows of that half must then be exactly zero in every
+    call. A batch of more than 2 SMALLEST_PART data is tested on a forward pass of a random part,
+    about a tenth and at most PART data, which must also reproduce the outputs of the whole up to
+    rounding (sqrt(eps) of the largest). This can miss a coupling among other data than those, or
+    one that changes no output by that much. Where the part differs in any way, the whole batch
+    is tested.
+    """
+    calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
+    n_data = outputs.shape[0]
+    if n_data == 1:
+        return Separation({call: Layout(1, math.prod(call.lead)) for call in calls})
+    possible = [layouts(call.lead, n_data) for call in calls]
+    if n_data > 2 * SMALLEST_PART:
+        found = _by_a_part(model, inputs, outputs, exact, parameters, possible)
+        if found is not None:
+            return Separation(_first(calls, found))
+    return Separation(_first(calls, _apart(outputs, calls, possible)))
+
+
+def _first(calls: Sequence[Call], found: Candidates) -> dict[Call, Layout]:
+    return {call: left[0] for call, left in zip(calls, found, strict=True) if left}
+
+
+def _by_a_part(
+    model: nn.Module,
+    inputs: Tensor,
+    outputs: Tensor,
+    exact: Mapping[str, Uses],
+    parameters: Mapping[str, nn.Parameter],
+    possible: Candidates,
+) -> Candidates | None:
+    """The layouts that pass on a part of the batch; None if the part leaves any doubt."""
+    size = min(PART, max(SMALLEST_PART, outputs.shape[0] // 8))
+    index = _draw(outputs.shape[0], size, inputs.device)
+    chosen = {name: parameters[name] for name in exact}
+    try:
+        with recording(model, chosen) as record:
+            part = model(inputs[index].clone())
+        if not _same_outputs(part, outputs, index):
+            return None
+        uses = account(part, record, chosen).exact
+    except Exception:  # the whole batch decides, and raises if the fault is not the part's
+        return None
+    if {name: len(made) for name, made in uses.items()} != {
+        name: len(made) for name, made in exact.items()
+    }:
+        return None
+    pairs = {
+        call: twin
+        for name, made in exact.items()
+        for (call, _), (twin, _) in zip(made, uses[name], strict=True)
+    }
+    if any(call.rule is not twin.rule for call, twin in pairs.items()):
+        return None
+    fitting = [
+        [layout for layout in candidates if layout.fits(math.prod(twin.lead), size)]
+        for candidates, twin in zip(possible, pairs.values(), strict=True)
+    ]
+    try:
+        found = _apart(part, list(pairs.values()), fitting)
+    except NonFiniteError:
+        return None
+    # rows that do not grow with the batch belong to no datum, and only others leave a doubt
+    doubt = any(fits and not left for fits, left in zip(fitting, found, strict=True))
+    return None if doubt else found
+
+
+def _apart(outputs: Tensor, calls: Sequence[Call], possible: Candidates) -> Candidates:
+    """The layouts under which gradients of zeroed data stay zero, for both halves of the data."""
+    n_data = outputs.shape[0]
+    if not calls:
+        return []
+    generator = torch.Generator("cpu").manual_seed(0)
+    cotangent = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs.device)
+    half = torch.rand(n_data, generator=generator, device="cpu") < 0.5
+    half[0], half[1] = True, False
+    for zeroed in (half.to(outputs.device), ~half.to(outputs.device)):
+        masked = cotangent.clone()
+        masked[zeroed] = 0
+        gradients = pull_back(outputs, masked, calls, last=False)
+        for call, gradient in zip(calls, gradients, strict=True):
+            if not all_finite(gradient) and bool(gradient.isnan().any()):
+                raise NonFiniteError(
+                    f"The gradient in the output of layer {call.name!r} is NaN; check the "
+                    "layers behind it for a root or a division at zero."
+                )
+        possible = [
+            [
+                layout
+                for layout in candidates
+                if not bool(call.foreign(gradient, layout, zeroed).count_nonzero())
+            ]
+            for call, gradient, candidates in zip(calls, gradients, possible, strict=True)
+        ]
+    return possible
+
+
+def _draw(n_data: int, size: int, device: torch.device) -> Tensor:
+    """A random part of the batch, in its order."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    shuffled = torch.randperm(n_data, generator=generator, device="cpu")
+    return shuffled[:size].sort().values.to(device)
+
+
+def _same_outputs(part: object, outputs: Tensor, index: Tensor) -> bool:
+    if not isinstance(part, Tensor) or part.shape != (len(index), *outputs.shape[1:]):
+        return False
+    expected = outputs.detach()[index].double()
+    slack = math.sqrt(torch.finfo(outputs.dtype).eps) * float(expected.abs().max())
+    return float((part.detach().double() - expected).abs().max()) <= slack

@@ -1,0 +1,238 @@
+"""The second moment that a tracker scores: draws from data, or the run's own gradients."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.gradients.batches import BATCH_GRADIENT, batch_gradients
+from kronecker_probe.gradients.capture import capture
+from kronecker_probe.gradients.checks import check_count
+from kronecker_probe.gradients.coverage import Capture
+from kronecker_probe.gradients.draws import DRAWS, check_draws
+from kronecker_probe.gradients.isolation import isolated
+from kronecker_probe.gradients.losses import LossFunction, resolve_loss
+from kronecker_probe.gradients.trajectory import GradientWindow
+
+Pair = tuple[Tensor, Tensor]
+
+TRAJECTORY = "trajectory"
+TARGETS = (*DRAWS, BATCH_GRADIENT, TRAJECTORY)
+DEFAULT_WINDOW = 200
+
+
+@final
+@dataclass(frozen=True)
+class TargetOptions:
+    """Which target, and the options that belong to it alone.
+
+    Attributes:
+        draws: One of :data:`TARGETS`.
+        label_draws: Sampled labels a datum, for "fisher".
+        target_batch_size: Data of a batch, for "batch-gradient".
+        window: Gradients to keep, for "trajectory"; None for 200.
+        decay: Of the average, for "trajectory"; None for a sum.
+        window_memory: What the window may take, for "trajectory"; None for "1GB".
+    """
+
+    draws: str = "ggn"
+    label_draws: int = 1
+    target_batch_size: int | None = None
+    window: int | None = None
+    decay: float | None = None
+    window_memory: str | int | None = None
+
+    def check(self) -> None:
+        """Refuse an unknown target, and options of another one.
+
+        Raises:
+            UnknownNameError: No such target.
+            InvalidInputError: An option is missing, out of range or without effect.
+        """
+        if self.draws not in TARGETS:
+            raise unknown_name("draws", self.draws, TARGETS)
+        check_draws(self.draws if self.draws in DRAWS else DRAWS[0], self.label_draws)
+        if (self.target_batch_size is not None) != (self.draws == BATCH_GRADIENT):
+            raise InvalidInputError(
+                f"target_batch_size={self.target_batch_size} with draws={self.draws!r}: "
+                f"{BATCH_GRADIENT!r} needs it, and nothing else takes it."
+            )
+        if self.target_batch_size is not None:
+            check_count("target_batch_size", self.target_batch_size)
+        for option in ("window", "decay", "window_memory"):
+            value = getattr(self, option)
+            if value is not None and self.draws != TRAJECTORY:
+                raise InvalidInputError(
+                    f"{option}={value!r} with draws={self.draws!r}: only {TRAJECTORY!r} takes it."
+                )
+
+    def record(self) -> dict[str, Any]:
+        """What run.json keeps: the draws, and every option that differs from its default."""
+        plain = TargetOptions()
+        changed = {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
+        return {"draws": self.draws, **changed}
+
+
+class Target(abc.ABC):
+    """Makes the samples of a probed step.
+
+    Attributes:
+        needs_data: Whether :meth:`samples` is nothing without data.
+    """
+
+    needs_data: ClassVar[bool]
+
+    def update(self) -> None:
+        """See the gradients of a step, probed or not."""
+        return
+
+    @abc.abstractmethod
+    def samples(self, data: Pair | None) -> Capture:
+        """The samples at this step.
+
+        Args:
+            data: The probe set, or the batch of this step.
+
+        Raises:
+            InvalidInputError: Malformed data.
+        """
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What else is worth storing of the last samples."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved to go on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        return
+
+
+@final
+class DrawnTarget(Target):
+    """Draws from the data at the current weights, as gradients of data or of batches."""
+
+    needs_data = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        layers: str | Sequence[str],
+        options: TargetOptions,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.layers = layers
+        self.options = options
+        self.seed = seed
+
+    def samples(self, data: Pair | None) -> Capture:
+        assert data is not None
+        size = self.options.target_batch_size
+        drawn = capture(
+            self.model,
+            self.loss_fn,
+            data,
+            draws="empirical-fisher" if size else self.options.draws,
+            layers=self.layers,
+            seed=self.seed,
+            label_draws=self.options.label_draws,
+        )
+        return batch_gradients(drawn, size) if size else drawn
+
+
+@final
+class TrajectoryTarget(Target):
+    """The gradients of the run itself, in a window."""
+
+    needs_data = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        layers: str | Sequence[str],
+        options: TargetOptions,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.window = GradientWindow(
+            model,
+            size=DEFAULT_WINDOW if options.window is None else options.window,
+            decay=options.decay,
+            memory="1GB" if options.window_memory is None else options.window_memory,
+            layers=layers,
+        )
+
+    def update(self) -> None:
+        self.window.update()
+
+    def samples(self, data: Pair | None) -> Capture:
+        samples = self.window.samples()
+        loss, accuracy = (math.nan, None) if data is None else self._evaluate(data)
+        skipped = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                skipped[name] = "frozen (requires_grad=False)"
+            elif name not in samples:
+                skipped[name] = "not selected by layers, or without a gradient so far"
+        return Capture(samples, skipped, TRAJECTORY, loss, accuracy, self._note())
+
+    def _note(self) -> str:
+        kind = "sum" if self.window.decay is None else f"average with decay {self.window.decay:g}"
+        return f"{kind} of the last {self.window.size} gradients"
+
+    def _evaluate(self, data: Pair) -> tuple[float, float | None]:
+        inputs, targets = data
+        with isolated(self.model):
+            outputs = self.model(inputs.detach().clone())
+            loss = resolve_loss(self.loss_fn, outputs, targets)
+            with torch.no_grad():
+                return loss.value, loss.accuracy(outputs.detach(), targets)
+
+    def rows(self) -> list[dict[str, Any]]:
+        left_out = {
+            "truncated_weight": self.window.truncated_weight,
+            "truncated_energy": self.window.truncated_energy,
+            "dropped_energy": self.window.dropped_energy,
+        }
+        return [
+            {"parameter": name, "draws": TRAJECTORY, "metric": metric, "value": value}
+            for metric, values in left_out.items()
+            for name, value in values.items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": self.window.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "window" not in state:
+            raise InvalidInputError(
+                "The saved tracker holds no window of gradients; resume with the options of the "
+                "run, or start a new one."
+            )
+        self.window.load_state_dict(state["window"])
+
+
+def make_target(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    layers: str | Sequence[str],
+    options: TargetOptions,
+    seed: int,
+) -> Target:
+    """The target that ``options`` name."""
+    if options.draws == TRAJECTORY:
+        return TrajectoryTarget(model, loss_fn, layers, options)
+    return DrawnTarget(model, loss_fn, layers, options, seed)

@@ -1,0 +1,223 @@
+"""On a large batch a small part is checked, and the whole where that leaves a doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kronecker_probe as kp
+from kronecker_probe.gradients import separation
+from kronecker_probe.gradients.rules.base import Layout, layouts
+from tests import functional_oracle as oracle
+from tests.functional_oracle import assert_close
+from tests.small_modules import CLASSES, Lambda, position_table, seq_first, three
+
+N, PART = 64, 8  # what is checked of 64 data
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Watched(nn.Module):
+    """Notes the size of each batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return self.model(x)
+
+
+def captured(
+    forward: Callable[[nn.Module, Tensor], Tensor], *shape: int, n_data: int = N
+) -> tuple[kp.Capture, list[int]]:
+    """What rules alone measure, and the batches that the model has seen."""
+    model = Watched(three(forward).double().eval())
+    inputs = torch.randn(n_data, *shape).double()
+    targets = torch.randn_like(model(inputs).detach())
+    model.sizes.clear()
+    samples = kp.capture(
+        model, F.mse_loss, (inputs, targets), draws="empirical-fisher", fallback=False
+    )
+    names = [name for name in samples if name.endswith("weight")]
+    expected = oracle.share_gradients(model, F.mse_loss, inputs, targets, names)
+    sizes = model.sizes[:2]
+    for name in names:
+        assert_close(oracle.matrices(samples[name])[:, 0].flatten(1), expected[name].flatten(1))
+    return samples, sizes
+
+
+def plain(m: nn.Module, x: Tensor) -> Tensor:
+    return m.c(torch.tanh(m.b(torch.tanh(m.a(x)))))
+
+
+def backward_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the outputs of each backward pass from now on."""
+    seen: list[int] = []
+    real = separation.pull_back
+
+    def spy(outputs: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
+        seen.append(len(outputs))
+        return real(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(separation, "pull_back", spy)
+    return seen
+
+
+def test_independent_data_cost_a_small_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = backward_rows(monkeypatch)
+    samples, sizes = captured(plain, 3)
+    assert len(samples) == 6
+    assert sizes == [N, PART]
+    assert rows == [PART, PART]
+
+
+def test_a_small_batch_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = backward_rows(monkeypatch)
+    samples, sizes = captured(plain, 3, n_data=16)
+    assert len(samples) == 6
+    assert sizes == [16, 16]  # the second is the oracle's
+    assert rows == [16, 16]
+
+
+def test_the_part_is_a_tenth_and_at_most_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = backward_rows(monkeypatch)
+    captured(plain, 3, n_data=300)
+    assert rows == [16, 16]
+
+
+def rolled(by: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        return m.c(m.b(h) + h.roll(by, 0))
+
+    return forward
+
+
+def halves(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h) * (1 + h.view(2, len(h) // 2, -1).std(0).mean(1).repeat(2)[:, None]))
+
+
+def large_only(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h) + (h.mean(0) if len(x) > PART else h))
+
+
+def mean_of_all(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h - h.mean(0)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "mixed"),
+    [
+        (rolled(1), "a"),
+        (rolled(PART), "a"),  # in the part itself each datum meets only itself
+        (rolled(N // 2), "a"),
+        (halves, "a"),
+        (large_only, "a"),
+        (mean_of_all, "a"),
+    ],
+    ids=["neighbour", "period of the part", "half a batch", "groups", "size", "mean"],
+)
+def test_couplings_are_seen(
+    forward: Callable[[nn.Module, Tensor], Tensor], mixed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = backward_rows(monkeypatch)
+    samples, _ = captured(forward, 3)
+    assert set(samples.skipped) == {f"model.{mixed}.weight", f"model.{mixed}.bias"}
+    assert "mix in layer" in samples.skipped[f"model.{mixed}.weight"]
+    assert rows[-2:] == [N, N]  # the whole batch has decided
+
+
+def test_a_coupled_model_is_not_measured_by_the_fallback_either() -> None:
+    model = three(mean_of_all).double()
+    batch = torch.randn(N, 3).double(), torch.randint(CLASSES, (N,))
+    samples = kp.capture(model, F.cross_entropy, batch)
+    assert not samples.fallback
+    assert "a.weight" in samples.skipped
+
+
+@pytest.mark.parametrize("length", [5, PART, N, 2 * N])
+def test_sequences_first_of_any_length(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = backward_rows(monkeypatch)
+    samples, _ = captured(seq_first, length, 3)
+    assert len(samples) == 6
+    assert samples["model.b.weight"].n_positions == length
+    assert rows == [PART, PART]
+
+
+def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
+    model = three(position_table).double()
+    model.b = nn.Linear(N, 4).double()
+    inner = lambda m, x: m.c(torch.tanh(m.a(x) + m.b(torch.eye(N, dtype=x.dtype))))  # noqa: E731
+    model.function = inner
+    batch = torch.randn(N, N, 3).double(), torch.randn(N, N, CLASSES).double()
+    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    assert set(samples.skipped) == {"b.weight", "b.bias"}
+
+
+def test_a_model_that_takes_only_its_own_batch_size_is_checked_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fixed(m: nn.Module, x: Tensor) -> Tensor:
+        return plain(m, x.view(N, 3))
+
+    rows = backward_rows(monkeypatch)
+    samples, sizes = captured(fixed, 3)
+    assert len(samples) == 6
+    assert sizes == [N, PART]
+    assert rows == [N, N]
+
+
+def test_a_model_that_is_never_twice_the_same_is_checked_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Lambda(
+        lambda m, x: m.c(F.dropout(torch.tanh(m.a(x)), 0.5, training=True)),
+        a=nn.Linear(3, 4), c=nn.Linear(4, CLASSES),
+    ).double()  # fmt: skip
+    rows = backward_rows(monkeypatch)
+    samples = kp.capture(
+        model, F.cross_entropy, (torch.randn(N, 3).double(), torch.randint(CLASSES, (N,)))
+    )
+    assert len(samples) == 4
+    assert rows == [N, N]
+
+
+@pytest.mark.parametrize(
+    ("lead", "n_data", "expected"),
+    [
+        ((4,), 4, [Layout(1, 1)]),
+        ((4, 6), 4, [Layout(1, 6)]),
+        ((6, 4), 4, [Layout(6, 1)]),
+        ((4, 4), 4, [Layout(1, 4), Layout(4, 1)]),
+        ((12,), 4, [Layout(1, 3), Layout(3, 1)]),
+        ((2, 3), 4, []),
+        ((), 1, [Layout(1, 1)]),
+        ((), 2, []),
+    ],
+)
+def test_where_a_batch_can_be(lead: tuple[int, ...], n_data: int, expected: list[Layout]) -> None:
+    assert layouts(lead, n_data) == expected
+
+
+def test_a_layout_brings_a_datum_s_rows_together() -> None:
+    datum = torch.arange(3)[:, None, None].expand(3, 5, 2)  # [N, T, k]
+    for tensor, layout in (
+        (datum, Layout(1, 5)),
+        (datum.transpose(0, 1), Layout(5, 1)),
+        (datum.reshape(15, 2), Layout(1, 5)),
+        (datum.transpose(0, 1).reshape(15, 2), Layout(5, 1)),
+    ):
+        assert torch.equal(layout.arrange(tensor, tensor.ndim - 1), datum)
