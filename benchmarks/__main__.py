@@ -13,6 +13,7 @@ MODULES = (
     "planner_grid",
     "whole_transformer",
     "capture_speed",
+    "estimate_coverage",
     "peers",
 )
 

@@ -97,7 +97,7 @@ def main() -> None:
     model = trained(options.steps)
     batch = windows(options.sequences, torch.Generator().manual_seed(1))
     forget_peak()
-    begun = time.perf_counter()
+    begun, busy_before = time.perf_counter(), time.process_time()
     captured = kp.capture(model, loss_fn, batch, draws="fisher", layers=options.layers)
     held = sum(one.nbytes for one in captured.values()) / 1e9
     peak = resident("VmHWM")
@@ -108,22 +108,24 @@ def main() -> None:
     )
     for name, samples in captured.items():
         forget_peak()
-        start = time.perf_counter()
-        scores = kp.compare(
-            {name: samples}, APPROXIMATIONS, singular_values=1, estimates=ESTIMATES
-        )
-        seconds, here = time.perf_counter() - start, resident("VmHWM")
+        start, busy = time.perf_counter(), time.process_time()
+        scores = kp.compare({name: samples}, APPROXIMATIONS, singular_values=1, estimates=ESTIMATES)
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        here = resident("VmHWM")
         peak = max(peak, here)
         cosine = scores.table.query("metric == 'cosine' and kind == 'plugin'")
         best = cosine.set_index("approximation")["value"].get("optimal", float("nan"))
         m, n = samples.shape
         print(
-            f"  {name:40s} {m:5d} x {n:4d} {seconds:7.2f} s, peak {here:.2f} GB, cosine of the "
-            f"optimum {best:.3f}",
+            f"  {name:40s} {m:5d} x {n:4d} {seconds:7.2f} s ({busy:.1f} of CPU), peak "
+            f"{here:.2f} GB, cosine of the optimum {best:.3f}",
             flush=True,
         )
-    total = time.perf_counter() - begun
-    print(f"  whole model: {total / 60:.1f} minutes (goal 10), peak {peak:.2f} GB (goal 3)")
+    total, busy = time.perf_counter() - begun, time.process_time() - busy_before
+    print(
+        f"  whole model: {total / 60:.1f} minutes (goal 10; {busy / 60:.1f} of CPU), peak "
+        f"{peak:.2f} GB (goal 3)"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kronecker_probe.gradients.batches import batch_gradients as batch_gradients
     from kronecker_probe.gradients.capture import Capture as Capture
     from kronecker_probe.gradients.capture import capture as capture
+    from kronecker_probe.gradients.functional import CurvatureOperator as CurvatureOperator
+    from kronecker_probe.gradients.functional import curvature_operator as curvature_operator
     from kronecker_probe.gradients.samples import GradientSamples as GradientSamples
     from kronecker_probe.gradients.streaming import capture_loader as capture_loader
     from kronecker_probe.gradients.trajectory import GradientWindow as GradientWindow
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from kronecker_probe.operators.kronecker import KroneckerOperator as KroneckerOperator
     from kronecker_probe.operators.kronecker_sum import KroneckerSum as KroneckerSum
     from kronecker_probe.operators.second_moment import SecondMoment as SecondMoment
-    from kronecker_probe.quality.compare import Scores as Scores
     from kronecker_probe.quality.compare import compare as compare
     from kronecker_probe.quality.diagnose import diagnose as diagnose
     from kronecker_probe.quality.directions import DirectionAgreement as DirectionAgreement
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from kronecker_probe.quality.divergences import Divergence as Divergence
     from kronecker_probe.quality.divergences import kl_divergence as kl_divergence
     from kronecker_probe.quality.divergences import stein_divergence as stein_divergence
+    from kronecker_probe.quality.estimates.api import estimate as estimate
+    from kronecker_probe.quality.estimates.api import samples_needed as samples_needed
+    from kronecker_probe.quality.estimates.estimate import Estimate as Estimate
     from kronecker_probe.quality.findings import Diagnosis as Diagnosis
     from kronecker_probe.quality.findings import Finding as Finding
     from kronecker_probe.quality.gap import GapDecomposition as GapDecomposition
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from kronecker_probe.quality.metrics import best_scale_error as best_scale_error
     from kronecker_probe.quality.metrics import cosine_similarity as cosine_similarity
     from kronecker_probe.quality.metrics import relative_error as relative_error
+    from kronecker_probe.quality.scores import Scores as Scores
     from kronecker_probe.quality.spectral import ErrorSpectrum as ErrorSpectrum
     from kronecker_probe.quality.spectral import ErrorSplit as ErrorSplit
     from kronecker_probe.quality.spectral import error_spectrum as error_spectrum
@@ -67,6 +72,8 @@ _PUBLIC = {
     "capture": "gradients.capture",
     "Capture": "gradients.capture",
     "GradientSamples": "gradients.samples",
+    "curvature_operator": "gradients.functional",
+    "CurvatureOperator": "gradients.functional",
     "batch_gradients": "gradients.batches",
     "capture_loader": "gradients.streaming",
     "GradientWindow": "gradients.trajectory",
@@ -101,10 +108,13 @@ _PUBLIC = {
     "split_error": "quality.spectral",
     "trace_ratio": "quality.spectral",
     "compare": "quality.compare",
+    "estimate": "quality.estimates.api",
+    "Estimate": "quality.estimates.estimate",
+    "samples_needed": "quality.estimates.api",
     "diagnose": "quality.diagnose",
     "Diagnosis": "quality.findings",
     "Finding": "quality.findings",
-    "Scores": "quality.compare",
+    "Scores": "quality.scores",
     "Tracker": "tracking.tracker",
     "RunStore": "tracking.store",
     "Workload": "workloads",

@@ -17,15 +17,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from kronecker_probe.cli_options import (
+    ApproximationsOption,
+    DecayOption,
     DeviceOption,
+    Draws,
     DrawsOption,
+    EstimatesOption,
     Keep,
+    LabelDrawsOption,
     LayersOption,
+    MetricsOption,
     Preset,
     ProbeSizeOption,
     SeedOption,
     Spacing,
+    TargetBatchSizeOption,
     ThreadsOption,
+    WindowMemoryOption,
+    WindowOption,
+    WindowToleranceOption,
     WorkloadName,
 )
 from kronecker_probe.errors import (
@@ -104,7 +114,16 @@ def track(
     ] = Spacing.EARLY,
     probe_size: ProbeSizeOption = 200,
     draws: DrawsOption = None,
+    label_draws: LabelDrawsOption = 1,
+    target_batch_size: TargetBatchSizeOption = None,
+    window: WindowOption = None,
+    decay: DecayOption = None,
+    window_memory: WindowMemoryOption = None,
+    window_tolerance: WindowToleranceOption = None,
     layers: LayersOption = None,
+    approximations: ApproximationsOption = None,
+    metrics: MetricsOption = None,
+    estimates: EstimatesOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -141,6 +160,15 @@ def track(
                 layers=tuple(layers) if layers is not None else loaded.layers,
                 seed=seed,
                 device=device,
+                label_draws=label_draws,
+                target_batch_size=target_batch_size,
+                window=window,
+                decay=decay,
+                window_memory=window_memory,
+                window_tolerance=window_tolerance,
+                approximations=_names(approximations),
+                metrics=_names(metrics),
+                estimates=_names(estimates),
             )
             directory = out if out is not None else Path("runs") / workload.replace(":", ".")
             training = Training(
@@ -170,6 +198,10 @@ def _resumable(training: Training) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _names(given: list[str] | None) -> tuple[str, ...] | None:
+    return tuple(given) if given else None
+
+
 def _set_threads(threads: int | None) -> None:
     import torch
 
@@ -196,7 +228,12 @@ def measure(
     ] = None,
     probe_size: ProbeSizeOption = 200,
     draws: DrawsOption = None,
+    label_draws: LabelDrawsOption = 1,
+    target_batch_size: TargetBatchSizeOption = None,
     layers: LayersOption = None,
+    approximations: ApproximationsOption = None,
+    metrics: MetricsOption = None,
+    estimates: EstimatesOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -216,8 +253,14 @@ def measure(
             )
             from kronecker_probe.workloads import load_workload
 
+            if draws is Draws.TRAJECTORY:
+                raise InvalidInputError(
+                    "--draws trajectory is made of a run's own gradients; use 'track'."
+                )
             loaded = load_workload(workload, seed)
             _set_threads(threads or loaded.threads)
+            if draws is Draws.BATCH_GRADIENT and target_batch_size is None:
+                target_batch_size = loaded.batch_size
             target = torch_device(device)
             step = 0
             if checkpoint is not None:
@@ -235,6 +278,11 @@ def measure(
                 draws=draws.value if draws is not None else loaded.draws,
                 layers=layers if layers is not None else loaded.layers,
                 seed=seed,
+                label_draws=label_draws,
+                target_batch_size=target_batch_size,
+                approximations=_names(approximations),
+                metrics=_names(metrics),
+                estimates=_names(estimates),
                 config={
                     "workload": workload,
                     "checkpoint": None if checkpoint is None else str(checkpoint),

@@ -14,6 +14,8 @@ class Draws(StrEnum):
     GGN = "ggn"
     FISHER = "fisher"
     EMPIRICAL = "empirical-fisher"
+    BATCH_GRADIENT = "batch-gradient"
+    TRAJECTORY = "trajectory"
 
 
 class Spacing(StrEnum):
@@ -47,7 +49,50 @@ DrawsOption = Annotated[
     Draws | None,
     typer.Option(
         help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
-        "model), empirical-fisher (true labels). Default: the workload's.",
+        "model), empirical-fisher (true labels), batch-gradient (means over batches, true "
+        "labels), trajectory (the run's own gradients; track only). Default: the workload's.",
+        show_default=False,
+    ),
+]
+LabelDrawsOption = Annotated[
+    int, typer.Option(min=1, help="Sampled labels a datum, for --draws fisher.")
+]
+TargetBatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Data of a batch, for --draws batch-gradient. Default: the training's batch size.",
+        show_default=False,
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Gradients to keep, for --draws trajectory. Default: 200.", show_default=False
+    ),
+]
+DecayOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Average the gradients of --draws trajectory with this decay, the optimizer's beta2. "
+        "Default: their sum, as in AdaGrad.",
+        show_default=False,
+    ),
+]
+WindowToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Share of the gradients' energy that --draws trajectory may drop, to be faster; the "
+        "table says how much it is. 0 for exact. Default: 0.001.",
+        show_default=False,
+    ),
+]
+WindowMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the window of --draws trajectory may take; beyond, it keeps low-rank factors "
+        "and says what they drop. Default: 1GB.",
         show_default=False,
     ),
 ]
@@ -56,6 +101,34 @@ LayersOption = Annotated[
     typer.Option(
         "--layers",
         help="Glob of parameter names; may be repeated. Default: the workload's.",
+        show_default=False,
+    ),
+]
+ApproximationsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--approximations",
+        help="Name or spec to score, as 'divergence:q=0' or 'optimal:rank=2' "
+        "(docs/approximations.md); may be repeated. Default: the usual six.",
+        show_default=False,
+    ),
+]
+MetricsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metrics",
+        help="Metric, as 'cosine' or 'kl_divergence:damping=0.01' (docs/metrics.md); may be "
+        "repeated. Default: cosine and the errors.",
+        show_default=False,
+    ),
+]
+EstimatesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--estimates",
+        help="plugin (the sample matrix itself), held-out (factors of half of the data on the "
+        "rest), population (the limit of many data, with error bars); may be repeated. Default: "
+        "plugin and population.",
         show_default=False,
     ),
 ]

@@ -11,7 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.tables import METRICS, first_shares, label, scores
+from kronecker_probe.tables import (
+    METRICS,
+    first_shares,
+    kind_remark,
+    label,
+    of_best_kind,
+    scores,
+)
 
 __all__ = [
     "Gap",
@@ -73,7 +80,15 @@ def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
 
 
 def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
-    """What to conclude from ``metric`` over all of the table: the title of its figures."""
+    """What to conclude from ``metric`` over all of the table: the title of its figures.
+
+    It says which kind of estimate it is about, where the table holds several.
+    """
+    remark = kind_remark(table, metric)
+    return _headline(table, metric) + (f" ({remark})" if remark else "")
+
+
+def _headline(table: pd.DataFrame, metric: str) -> str:
     wide = scores(table, metric)
     if not wide.notna().any(axis=None):
         return f"No {METRICS[metric]} is defined in this table; its notes say why"
@@ -161,7 +176,8 @@ def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
         clauses = [f"{when}{best} has {reached}"]
     if "eigen-corrected" in last:
         corrected = float(last["eigen-corrected"])
-        beyond = ", beyond any Kronecker product" if corrected > top + _EQUAL else ""
+        clear = corrected > top + max(_EQUAL, _uncertainty(table, parameter, step))
+        beyond = ", beyond any Kronecker product" if clear else ""
         clauses.append(f"correcting the eigenvalues gives {corrected:.3f}{beyond}")
     if "live" in last:
         clauses.append(f"the optimizer's live preconditioner is at {float(last['live']):.3f}")
@@ -207,6 +223,17 @@ def _course(what: str, first: list[float], last: list[float]) -> str:
         return f"{what} is {shown(last[1])} at step {first[0]:.0f} and at step {last[0]:.0f}"
     verb = "rises" if last[1] > first[1] else "falls"
     return f"{what} {verb} from {shown(first[1])} to {shown(last[1])} by step {last[0]:.0f}"
+
+
+def _uncertainty(table: pd.DataFrame, parameter: str, step: int) -> float:
+    """Half the widest interval among the cosines of one parameter and step; 0 without any."""
+    rows = of_best_kind(table)
+    rows = rows[rows["parameter"] == parameter]
+    rows = rows[rows["step"] == step] if "step" in rows else rows
+    if not {"low", "high"} <= set(rows):
+        return 0.0
+    widths = (rows["high"] - rows["low"]).dropna()
+    return float(widths.max()) / 2 if len(widths) else 0.0
 
 
 def _why(table: pd.DataFrame, parameter: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,13 +40,28 @@ STYLES = {
     "eigen-corrected": Style("#cc79a7", "D", (0, (1, 1))),
     "diagonal": Style("#e69f00", "X", (0, (2, 2))),
     "live": Style("#56b4e9", "*", (0, (6, 1, 1, 1, 1, 1))),
+    "shampoo-squared-sequential": Style("#0072b2", "v", (0, (4, 1))),
+    "kfac-reduce": Style("#009e73", "h", (0, (1, 2))),
+    "tkfac": Style("#009e73", "p", (0, (8, 2))),
+    "ekfac": Style("#cc79a7", "d", (0, (5, 1, 1, 1))),
+    "divergence:q=0": Style("#7f3c8d", "P", "-"),
+    "divergence:q=0.5": Style("#7f3c8d", "X", (0, (3, 2))),
+    "left-only": Style("#a07800", "<", (0, (2, 1))),
+    "right-only": Style("#a07800", ">", (0, (6, 2))),
+    "identity": Style(GREY, "1", (0, (1, 3))),
 }
-_OTHER = Style(GREY, "P", (0, (4, 1, 1, 1)))
+# for the others: one with options, and operators of the user's own
+_MARKERS = "P8Hd<>^v"
 
 
 def style(approximation: str) -> Style:
-    """The style of an approximation; one for all that are not built in."""
-    return STYLES.get(approximation, _OTHER)
+    """The style of an approximation, always the same for a name."""
+    if approximation in STYLES:
+        return STYLES[approximation]
+    base = STYLES.get(approximation.partition(":")[0], Style(GREY, "P", "-"))
+    number = zlib.crc32(approximation.encode())
+    line = (0, (1 + number % 5, 1 + number // 5 % 3))
+    return Style(base.color, _MARKERS[number % len(_MARKERS)], line)
 
 
 @dataclass(frozen=True)

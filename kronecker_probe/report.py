@@ -20,7 +20,7 @@ from kronecker_probe import plots
 from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.quality.diagnose import diagnose
-from kronecker_probe.tables import LABELS, METRICS, at_step, last_step, ordered, scores, shape
+from kronecker_probe.tables import METRICS, at_step, label, last_step, ordered, scores, shape
 from kronecker_probe.tracking.files import naming, write_atomically
 from kronecker_probe.tracking.store import RunStore
 
@@ -29,6 +29,8 @@ _TARGETS = {
     "ggn": "the exact Gauss-Newton matrix",
     "fisher": "the Fisher matrix (labels sampled from the model)",
     "empirical-fisher": "the empirical Fisher matrix (true labels)",
+    "batch-gradient": "the second moment of mini-batch gradients (true labels)",
+    "trajectory": "the second moment of the run's own gradients (AdaGrad, full-matrix Adam)",
 }
 # file name -> (function, heading, what the reader looks at)
 _FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
@@ -203,7 +205,7 @@ def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
             undefined = noted.loc[noted["value"].isna() & noted["note"].notna(), "note"]
             cells.append(
                 {
-                    "label": LABELS.get(approximation, approximation),
+                    "label": label(approximation),
                     "values": [_cell(wide[m], name, approximation) for m in _COLUMNS],
                     "note": undefined.iloc[0] if len(undefined) else "",
                 }
@@ -250,7 +252,7 @@ def _notes(table: pd.DataFrame) -> list[dict[str, Any]]:
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         about = rows["parameter"].dropna().unique().tolist() or ["the run"]
         about += [] if rows["approximation"].isna().any() else [
-            LABELS.get(name, name) for name in ordered(rows["approximation"])
+            label(name) for name in ordered(rows["approximation"])
         ]  # fmt: skip
         notes.append({"text": note, "where": ", ".join(about), "steps": span})
     return notes

@@ -16,6 +16,16 @@ LABELS = {
     "shampoo": "Shampoo",
     "eigen-corrected": "eigenvalue-corrected",
     "diagonal": "diagonal",
+    "shampoo-squared-sequential": "Shampoo², sequential",
+    "kfac-reduce": "K-FAC reduce",
+    "tkfac": "TKFAC",
+    "ekfac": "EK-FAC",
+    "divergence:q=0": "KL",
+    "divergence:q=0.5": "SQ (q = 1/2)",
+    "divergence": "divergence",
+    "left-only": "left only",
+    "right-only": "right only",
+    "identity": "identity",
     "live": "live (held by the optimizer)",
 }
 METRICS = {
@@ -27,8 +37,11 @@ METRICS = {
 
 
 def label(approximation: str) -> str:
-    """The name of an approximation as figures and sentences print it."""
-    return LABELS.get(approximation, approximation)
+    """The name of an approximation as figures and sentences print it, its options behind it."""
+    if approximation in LABELS:
+        return LABELS[approximation]
+    name, _, options = approximation.partition(":")
+    return f"{LABELS.get(name, name)}, {options.replace(',', ', ')}" if options else name
 
 
 def short(approximation: str) -> str:
@@ -37,9 +50,17 @@ def short(approximation: str) -> str:
 
 
 def ordered(approximations: Iterable[str]) -> list[str]:
-    """Approximations in the order of :data:`LABELS`, unknown ones last, by name."""
+    """Approximations in the order of :data:`LABELS`, unknown ones last, by name.
+
+    One with options stands behind its name without them.
+    """
     rank = {name: number for number, name in enumerate(LABELS)}
-    return sorted(set(approximations), key=lambda name: (rank.get(name, len(rank)), name))
+
+    def place(name: str) -> tuple[int, str]:
+        known = name if name in rank else name.partition(":")[0]
+        return rank.get(known, len(rank)), name
+
+    return sorted(set(approximations), key=place)
 
 
 def check_metric(metric: str) -> None:
@@ -52,14 +73,13 @@ def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
     """One metric in wide form: a row per (step, parameter), a column per approximation.
 
     Rows keep the table's order of parameters within a step. A table without a ``step`` column
-    (one shot) gets step 0.
+    (one shot) gets step 0. Each parameter is shown in one kind (:func:`kinds`).
 
     Raises:
         UnknownNameError: ``metric`` is none of :data:`METRICS`.
         InvalidInputError: the table holds two values for one step, parameter and approximation.
     """
-    check_metric(metric)
-    chosen = table[(table["metric"] == metric) & table["approximation"].notna()]
+    chosen = of_best_kind(table, metric)
     if "step" not in chosen:
         chosen = chosen.assign(step=0)
     key = ["step", "parameter", "approximation"]
@@ -74,6 +94,60 @@ def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
     order = {name: number for number, name in enumerate(chosen["parameter"].unique())}
     ranks = [(step, order[parameter]) for step, parameter in wide.index]
     return wide.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)][ordered(wide.columns)]
+
+
+def kinds(table: pd.DataFrame, metric: str = "cosine") -> dict[str, str]:
+    """The kind of estimate to show of each parameter, at all of its steps: "" if there is one.
+
+    "population" where each number that is defined for the sample has its population estimate;
+    "plugin" where some abstain, because numbers of different kinds are not comparable.
+
+    Raises:
+        UnknownNameError: ``metric`` is none of :data:`METRICS`.
+    """
+    check_metric(metric)
+    rows = table[(table["metric"] == metric) & table["approximation"].notna()]
+    names = [str(name) for name in rows["parameter"].unique()]
+    if "kind" not in rows or not (rows["kind"] == "population").any():
+        return dict.fromkeys(names, "")
+    key = [name for name in ("step", "parameter", "approximation") if name in rows]
+    defined = rows[rows["value"].notna()]
+    plugin = defined[defined["kind"] == "plugin"].set_index(key).index
+    population = defined[defined["kind"] == "population"].set_index(key).index
+    abstained = set(plugin.difference(population).get_level_values("parameter"))
+    there = set(population.get_level_values("parameter"))
+    return {
+        name: "population" if name in there and name not in abstained else "plugin"
+        for name in names
+    }
+
+
+def of_best_kind(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
+    """The rows of one metric with the kind that :func:`kinds` chooses for their parameter.
+
+    Raises:
+        UnknownNameError: ``metric`` is none of :data:`METRICS`.
+    """
+    wanted = kinds(table, metric)
+    rows = table[(table["metric"] == metric) & table["approximation"].notna()]
+    if "kind" not in rows:
+        return rows
+    rows = rows[~rows["kind"].isin(["held-out"])]
+    chosen = rows["parameter"].map(wanted)
+    # what has no estimates at all ("live" before the first refresh) keeps its note
+    return rows[(chosen == "") | (rows["kind"] == chosen)]
+
+
+def kind_remark(table: pd.DataFrame, metric: str = "cosine") -> str:
+    """Which kind of numbers :func:`scores` shows, in words; "" for a table of one kind."""
+    found = kinds(table, metric)
+    plugin = [name for name, kind in found.items() if kind == "plugin"]
+    if "population" not in found.values():
+        return "plug-in numbers: population estimates abstain" if plugin else ""
+    if plugin:
+        few = ", ".join(plugin) if len(plugin) <= 3 else f"{len(plugin)} layers"
+        return f"population estimates, but plug-in numbers in {few}"
+    return "population estimates"
 
 
 def last_step(table: pd.DataFrame) -> int | None:
@@ -115,7 +189,10 @@ def first_shares(table: pd.DataFrame) -> dict[str, float]:
     first = about_target[
         (about_target["metric"] == "singular_value") & (about_target["index"] == 0)
     ]
-    norms = about_target[about_target["metric"] == "norm"].set_index("parameter")["value"]
+    of_norm = about_target[about_target["metric"] == "norm"]
+    if "kind" in of_norm:
+        of_norm = of_norm[of_norm["kind"].fillna("plugin") == "plugin"]
+    norms = of_norm.set_index("parameter")["value"]
     shares = first.set_index("parameter")["value"] / norms
     return {str(name): float(share) for name, share in shares.dropna().items()}
 

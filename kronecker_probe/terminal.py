@@ -62,14 +62,16 @@ def show_run(directory: Path) -> None:
 def show_table(table: pd.DataFrame) -> None:
     """The cosines at the last probed step, a line a layer, and a sentence for each."""
     from kronecker_probe.conclusions import conclusions
-    from kronecker_probe.tables import last_step, ordered, scores, short
+    from kronecker_probe.tables import kind_remark, last_step, ordered, scores, short
 
     step = last_step(table)
-    wide = scores(table if step is None else table[table["step"] == step])
+    now = table if step is None else table[table["step"] == step]
+    wide, remark = scores(now), kind_remark(now)
     if "step" in wide.index.names:
         wide = wide.droplevel("step")
     names = ordered(wide.columns)
     title = f"Cosine to H{'' if step is None else f' at step {step}'}"
+    title += f"; {remark}" if remark else ""
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:

@@ -13,7 +13,7 @@ APPROXIMATIONS = (
 )  # fmt: skip
 COLUMNS = (
     "step", "parameter", "m", "n", "n_data", "n_columns", "n_positions", "draws", "approximation",
-    "metric", "index", "kind", "value", "note",
+    "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note",
 )  # fmt: skip
 NO_LIVE = "no preconditioner yet: first refresh at step 10"
 
@@ -26,7 +26,8 @@ def frame(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     whole = ["m", "n", "n_data", "n_columns", "n_positions", "index"]
     text = ["parameter", "draws", "approximation", "metric", "kind", "note"]
     return table.astype(
-        {"step": "int64", "value": "float64"}
+        {"step": "int64"}
+        | dict.fromkeys(["value", "stderr", "low", "high", "n_eff"], "float64")
         | dict.fromkeys(whole, "Int64")
         | dict.fromkeys(text, "string")
     )

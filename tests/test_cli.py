@@ -136,7 +136,11 @@ OPTIONS = {
         "--window": "Gradients to keep",
         "--decay": "the optimizer's beta2",
         "--window-memory": "says what they drop",
+        "--window-tolerance": "0 for exact",
         "--layers": "Glob of parameter names; may be repeated. Default: the workload's",
+        "--approximations": "Name or spec to score",
+        "--metrics": "Metric, as",
+        "--estimates": "with error bars",
         "--seed": "batches, probe set and sampled labels",
         "--device": "cuda",
         "--threads": "CPU threads",
@@ -152,6 +156,9 @@ OPTIONS = {
         "--label-draws": "for --draws fisher",
         "--target-batch-size": "Default: the training's batch size",
         "--layers": "Glob",
+        "--approximations": "Name or spec to score",
+        "--metrics": "Metric, as",
+        "--estimates": "with error bars",
         "--seed": "sampled labels",
         "--device": "cuda",
         "--threads": "CPU threads",
@@ -197,7 +204,7 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
     assert {p.name for p in store.figures.iterdir()} == FIGURES
     assert store.report.is_file()
     assert "Cosine to H at step 4" in printed
-    wide = store.read().query("metric == 'cosine' and step == 4")
+    wide = store.read().query("metric == 'cosine' and step == 4 and kind == 'plugin'")
     for layer in LAYERS:
         row = next(line for line in printed.splitlines() if line.strip().startswith(layer))
         values = wide[wide["parameter"] == layer].set_index("approximation")["value"]
@@ -249,6 +256,7 @@ def test_track_with_the_users_own_workload(module: str, tmp_path: Path) -> None:
         (["--target-batch-size", "2"], "target_batch_size=2 with draws='ggn'"),
         (["--window", "9"], "window=9 with draws='ggn'"),
         (["--draws", "trajectory", "--decay", "1"], "decay=1"),
+        (["--draws", "trajectory", "--window-tolerance", "1"], "window_tolerance=1"),
         (["--draws", "trajectory", "--window-memory", "1kB"], "even at rank 1"),
         (["--resume", "--overwrite"], "choose one"),
         (["--stepz", "3"], "--stepz"),
@@ -276,11 +284,14 @@ def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.M
         steps=7, batch_size=9, lr=0.5, precondition_frequency=3, probes=4, probe_size=11,
         spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu", label_draws=2,
         target_batch_size=6, window=8, decay=0.75, window_memory="2MB",
+        window_tolerance=0.25, approximations=("kfac", "optimal:rank=2"), metrics=("cosine",),
+        estimates=("plugin", "held-out"),
     )  # fmt: skip
-    flags = ["--layers", "0.*", "--layers", "2.*", "--resume", "--keep-checkpoints", "all"]
+    flags = ["--resume", "--keep-checkpoints", "all"]
     for field in dataclasses.fields(options):
-        if field.name != "layers":
-            flags += [f"--{field.name.replace('_', '-')}", str(getattr(options, field.name))]
+        value = getattr(options, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            flags += [f"--{field.name.replace('_', '-')}", str(one)]
     threads = torch.get_num_threads() + 1
     out = tmp_path / "run"
     result = invoke("track", "digits-mlp", "--out", out, "--threads", threads, *flags)
@@ -473,14 +484,17 @@ def test_every_option_reaches_the_measurement(
 
     monkeypatch.setattr("kronecker_probe.tracking.tracker.Tracker", stop)
     flags = ("--probe-size", 11, "--draws", "fisher", "--layers", "0.*", "--seed", 5,
-             "--label-draws", 2, "--target-batch-size", 6)  # fmt: skip
+             "--label-draws", 2, "--target-batch-size", 6, "--approximations", "kfac",
+             "--metrics", "cosine", "--metrics", "trace_ratio",
+             "--estimates", "held-out")  # fmt: skip
     result = invoke("measure", "digits-mlp", "--out", tmp_path / "one", "--overwrite", *flags)
     assert result.exit_code == USAGE
     probe = load_workload("digits-mlp", 5).probe(11, 5)
     assert all(map(torch.equal, given.pop("probe"), probe))
     config = {"workload": "digits-mlp", "checkpoint": None, "probe_size": 11}
     assert given == {"out": tmp_path / "one", "draws": "fisher", "layers": ["0.*"], "seed": 5,
-                     "label_draws": 2, "target_batch_size": 6,
+                     "label_draws": 2, "target_batch_size": 6, "approximations": ("kfac",),
+                     "metrics": ("cosine", "trace_ratio"), "estimates": ("held-out",),
                      "config": config, "overwrite": True, "start": 0}  # fmt: skip
 
 

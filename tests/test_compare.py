@@ -27,7 +27,8 @@ METRICS: dict[str, Callable[..., float]] = {
 DTYPES = {
     "parameter": "string", "m": "Int64", "n": "Int64", "n_data": "Int64", "n_columns": "Int64",
     "n_positions": "Int64", "draws": "string", "approximation": "string", "metric": "string",
-    "index": "Int64", "kind": "string", "value": "float64", "note": "string",
+    "index": "Int64", "kind": "string", "value": "float64", "stderr": "float64", "low": "float64",
+    "high": "float64", "n_eff": "float64", "note": "string",
 }  # fmt: skip
 # float64 sums in another order; the same number in a relative error comes out of a root
 SAME = 1e-12
@@ -69,8 +70,9 @@ def factors(seed: int = 0, n_data: int = 7) -> kp.GradientSamples:
     return kp.GradientSamples.from_factors(d, a)
 
 
-def value(table: pd.DataFrame, **where: str) -> float:
-    rows = table
+def value(table: pd.DataFrame, kind: str = "plugin", **where: str) -> float:
+    """The one number there; rows about the sample matrix itself have no kind."""
+    rows = table[table["kind"].fillna("plugin") == kind]
     for column, wanted in where.items():
         rows = rows[rows[column] == wanted]
     assert len(rows) == 1
@@ -98,11 +100,11 @@ def test_the_table_has_one_schema_whatever_was_scored(samples: kp.Capture) -> No
 
 
 def test_no_number_is_there_twice(scores: Scores) -> None:
-    key = ["parameter", "approximation", "metric", "index"]
+    key = ["parameter", "approximation", "metric", "index", "kind"]
     assert not scores.table.duplicated(key).any()
     measured = scores.table[scores.table["approximation"].notna()]
     counts = measured.groupby("parameter").size().to_dict()
-    assert counts == dict.fromkeys(["conv.weight", "head.weight"], 6 * 4)
+    assert counts == dict.fromkeys(["conv.weight", "head.weight"], 6 * 4 * 2)
 
 
 def test_rows_say_what_was_measured(samples: kp.Capture, scores: Scores) -> None:
@@ -112,9 +114,11 @@ def test_rows_say_what_was_measured(samples: kp.Capture, scores: Scores) -> None
         rows = scores.table[scores.table["parameter"] == name]
         assert set(rows[sizes].itertuples(index=False, name=None)) == {shape}
         assert set(rows["draws"]) == {"ggn"}
-    kinds = scores.table.groupby(scores.table["approximation"].notna())["kind"].unique()
-    assert kinds[True].tolist() == ["plugin"]
-    assert kinds[False].isna().all()
+    approximated = scores.table["approximation"].notna()
+    assert set(scores.table.loc[approximated, "kind"]) == {"plugin", "population"}
+    rest = scores.table[~approximated & scores.table["kind"].notna()]
+    assert set(rest["kind"]) == {"population"}
+    assert set(rest["metric"]) == {"norm", "noise_floor"}
 
 
 def test_draws_without_factors_have_no_positions_and_no_name() -> None:
@@ -202,7 +206,8 @@ def test_the_approximations_asked_for_in_their_order(
 ) -> None:
     scores = kp.compare(factors(), asked)
     cosines = scores.table[scores.table["metric"] == "cosine"]
-    assert cosines["approximation"].tolist() == given
+    for kind in ("plugin", "population"):
+        assert cosines.loc[cosines["kind"] == kind, "approximation"].tolist() == given
     assert scores.pivot().columns.tolist() == given
     assert repr(scores)
 
@@ -212,9 +217,12 @@ def test_the_approximations_asked_for_in_their_order(
     [
         (lambda: kp.compare(factors(), ["optimal", "shampoo_squared"]), "shampoo-squared"),
         (lambda: kp.compare(factors()).pivot("cosin"), "cosine"),
+        (lambda: kp.compare(factors()).pivot(kind="populaton"), "population"),
+        (lambda: kp.compare(factors(), metrics="cosin"), "cosine"),
+        (lambda: kp.compare(factors(), estimates="plug-in"), "plugin"),
         (lambda: kp.compare({"layer": factors()}, extra={"layr": {}}), "layer"),
     ],
-    ids=["approximation", "metric", "parameter of extra"],
+    ids=["approximation", "metric of pivot", "kind of pivot", "metric", "kind", "extra"],
 )
 def test_unknown_names_suggest_the_nearest(call: Callable[[], object], nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=f"Did you mean '{nearest}'"):
@@ -243,13 +251,14 @@ def test_a_negative_count_of_singular_values_is_refused() -> None:
 def test_kfac_of_draws_without_factors_is_a_row_without_value() -> None:
     given = kp.GradientSamples.from_matrices(torch.randn(6, 3, 4, dtype=torch.float64))
     scores = kp.compare({"mine": given, "layer": factors()})
-    rows = scores.table[scores.table["approximation"] == "kfac"]
+    plugin = scores.table[scores.table["kind"] == "plugin"]
+    rows = plugin[plugin["approximation"] == "kfac"]
     without, there = rows[rows["parameter"] == "mine"], rows[rows["parameter"] == "layer"]
     assert without["metric"].tolist() == list(METRICS)
     assert without["value"].isna().all()
     assert all_say(without, "from_factors")
     assert there["value"].notna().all()
-    others = scores.table[scores.table["approximation"].isin(set(APPROXIMATIONS) - {"kfac"})]
+    others = plugin[plugin["approximation"].isin(set(APPROXIMATIONS) - {"kfac"})]
     assert others["value"].notna().all()
     assert math.isnan(scores.pivot().loc["mine", "kfac"])
     assert scores.pivot().loc["layer", "kfac"] > 0
@@ -269,8 +278,8 @@ def test_extra_operators_get_the_metrics_that_do_not_depend_on_scale() -> None:
     for name in ("mine", "scaled"):
         rows = table[table["approximation"] == name]
         assert rows["parameter"].unique().tolist() == ["layer"]
-        assert rows["metric"].tolist() == ["cosine", "best_scale_error"]
-        assert rows["kind"].tolist() == ["plugin", "plugin"]
+        assert rows["metric"].tolist() == ["cosine", "best_scale_error"] * 2
+        assert rows["kind"].tolist() == ["plugin"] * 2 + ["population"] * 2
         for metric in ("cosine", "best_scale_error"):
             expected = METRICS[metric](H, mine)
             assert value(rows, metric=metric) == pytest.approx(expected, rel=SAME)
@@ -316,7 +325,7 @@ def test_no_quality_of_a_zero_target(given: kp.GradientSamples) -> None:
     assert value(scores.table, metric="trace") == 0.0
     assert not (scores.table["metric"] == "singular_value").any()
     assert scores.pivot().isna().all(axis=None)
-    assert "NaN" in repr(scores)
+    assert scores.shown().isin(["-"]).to_numpy()[:, :-1].all()
 
 
 def test_no_cosine_of_a_zero_operator() -> None:
@@ -324,7 +333,7 @@ def test_no_cosine_of_a_zero_operator() -> None:
     table = kp.compare({"layer": factors()}, [], extra=extra).table
     rows = table[table["approximation"] == "nothing"]
     assert rows["value"].isna().all()
-    assert all_say(rows, "^P = 0")
+    assert all_say(rows[rows["kind"] == "plugin"], "^P = 0")
 
 
 # ---------------------------------------------------------------- skipped, notes
@@ -345,11 +354,11 @@ def test_the_table_says_where_the_measurement_differs_from_training() -> None:
     model = Net(dropout=0.25)
     batch = torch.randn(6, 1, 3, 3), torch.randint(3, (6,))
     table = kp.compare(kp.capture(model, nn.CrossEntropyLoss(), batch)).table
-    measured = table[table["approximation"].notna()]
+    measured = table[table["kind"] == "plugin"]
     assert all_say(measured, r"eval mode.*p=0\.25")
     model.eval()
     quiet = kp.compare(kp.capture(model, nn.CrossEntropyLoss(), batch)).table
-    assert quiet.loc[quiet["approximation"].notna(), "note"].isna().all()
+    assert quiet.loc[quiet["kind"] == "plugin", "note"].isna().all()
 
 
 # ---------------------------------------------------------------- looking at it

@@ -88,7 +88,7 @@ def breaks_in_backward(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def breaks_in_recognition(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    return nn.CrossEntropyLoss(label_smoothing=0.1)
+    return lambda o, y: F.cross_entropy(o, y).sqrt()
 
 
 def breaks_by_nan(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

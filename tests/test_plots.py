@@ -30,8 +30,8 @@ from kronecker_probe.conclusions import (
     training_headline,
 )
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.panels import STYLES, apart
-from kronecker_probe.tables import LABELS, first_shares, last_step, scores
+from kronecker_probe.panels import STYLES, apart, style
+from kronecker_probe.tables import LABELS, first_shares, label, last_step, ordered, scores
 from tests.synthetic_tables import (
     APPROXIMATIONS,
     NO_LIVE,
@@ -234,7 +234,7 @@ def test_trajectory_draws_the_numbers_of_the_table(table: pd.DataFrame) -> None:
     for ax, layer in zip(axes, LAYERS, strict=True):
         assert ax.get_title(loc="left").startswith(layer + " (6")
         lines = {line.get_label(): line for line in ax.lines}
-        assert set(lines) == set(LABELS.values())
+        assert set(lines) == {LABELS[name] for name in APPROXIMATIONS}
         for name in APPROXIMATIONS:
             line = lines[LABELS[name]]
             assert line.get_color() == STYLES[name].color
@@ -296,7 +296,9 @@ def test_beyond_six_panels_one_legend_names_the_lines() -> None:
     axes = plots.plot_trajectory(run_table([f"l{i}" for i in range(14)], [0, 20]), figure=figure)
     assert len(axes) == 14
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(LABELS.values())
+    assert [text.get_text() for text in legend.get_texts()] == [
+        LABELS[name] for name in APPROXIMATIONS
+    ]
     columns = {round(ax.get_subplotspec().get_position(figure).x0, 3) for ax in axes}
     assert len(columns) == 4
 
@@ -449,11 +451,28 @@ def test_training_without_accuracy_is_one_panel_and_without_loss_an_error() -> N
 
 
 def test_styles_differ_in_colour_marker_and_line() -> None:
-    assert list(STYLES) == list(LABELS)
+    assert {*STYLES, "divergence"} == set(LABELS)  # the family has a style for each order
+    usual = [STYLES[name] for name in APPROXIMATIONS]
     for field in ("color", "marker"):
-        assert len({getattr(style, field) for style in STYLES.values()}) == len(STYLES)
-    dashed = [style.line for style in STYLES.values() if style.line != "-"]
-    assert len(set(dashed)) == len(STYLES) - 2  # the optimum and Shampoo² are both solid
+        assert len({getattr(style, field) for style in usual}) == len(usual)
+    dashed = [style.line for style in usual if style.line != "-"]
+    assert len(set(dashed)) == len(usual) - 2  # the optimum and Shampoo² are both solid
+    for fields in (("color", "marker"), ("color", "line")):  # of all, one of the two differs
+        looks = [tuple(getattr(style, field) for field in fields) for style in STYLES.values()]
+        assert len(set(looks)) == len(STYLES)
+
+
+def test_options_have_a_style_and_a_name_of_their_own() -> None:
+    specs = ["optimal:rank=2", "optimal:rank=3", "divergence:q=0.25", "shampoo:block_size=8"]
+    looks = {(one.color, one.marker, one.line) for one in map(style, specs)}
+    assert len(looks) == len(specs)
+    assert [label(spec) for spec in specs] == [
+        "optimal Kronecker, rank=2", "optimal Kronecker, rank=3", "divergence, q=0.25",
+        "Shampoo, block_size=8",
+    ]  # fmt: skip
+    assert label("divergence:q=0") == "KL"
+    mixed = ["kfac", "optimal:rank=2", "mine", "optimal"]
+    assert ordered(mixed) == ["optimal", "optimal:rank=2", "kfac", "mine"]
 
 
 def test_an_approximation_of_your_own_is_drawn_under_its_name() -> None:

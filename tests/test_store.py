@@ -17,6 +17,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
@@ -85,6 +86,7 @@ def test_an_empty_run_reads_as_an_empty_table_with_dtypes(store: RunStore) -> No
     assert store.steps() == []
 
 
+ERROR_BARS = ("stderr", "low", "high", "n_eff")
 whole = st.none() | st.integers(-(2**63), 2**63 - 1)
 text = st.none() | st.text(max_size=8)
 ROWS = st.lists(
@@ -96,6 +98,7 @@ ROWS = st.lists(
         }
         | dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), whole)
         | dict.fromkeys(("parameter", "draws", "approximation", "kind", "note"), text)
+        | dict.fromkeys(ERROR_BARS, st.none() | st.floats(allow_subnormal=True))
     ),
     max_size=6,
 )
@@ -110,11 +113,33 @@ def test_round_trip_is_exact(rows: list[dict[str, object]], step: int) -> None:
     for number, row in enumerate(rows):
         for name in COLUMNS:
             stored, given_ = table[name].iloc[number], row[name]
-            if name == "value":
+            if name in ("value", *ERROR_BARS):
+                given_ = math.nan if given_ is None else given_
                 bits = np.array([stored, given_], dtype="float64").view("int64")
                 assert bits[0] == bits[1] or (math.isnan(stored) and math.isnan(given_))
             else:
                 assert (stored is pd.NA and given_ is None) or stored == given_
+
+
+def test_a_part_stored_before_there_were_error_bars_reads_with_nulls(store: RunStore) -> None:
+    path = store.write_part(20, part(20))
+    old = pq.read_table(path).drop_columns(list(ERROR_BARS))
+    pq.write_table(old, path)
+    table = store.read()
+    assert tuple(table.columns) == COLUMNS
+    assert table[list(ERROR_BARS)].isna().all(axis=None)
+    pd.testing.assert_frame_equal(
+        table.drop(columns=list(ERROR_BARS)), part(20).drop(columns=list(ERROR_BARS))
+    )
+
+
+@pytest.mark.parametrize("missing", ERROR_BARS)
+def test_a_part_with_some_error_bars_only_is_foreign(store: RunStore, missing: str) -> None:
+    data = schema.to_parquet(part(20), 20)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pq.read_table(pa.BufferReader(data)).drop_columns([missing]), sink)
+    with pytest.raises(ValueError, match=f"missing columns: {missing}"):
+        schema.from_parquet(sink.getvalue().to_pybytes(), 20)
 
 
 def test_a_run_below_a_folder_named_like_a_setting_gains_no_column(tmp_path: Path) -> None:

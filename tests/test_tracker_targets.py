@@ -85,7 +85,9 @@ def test_training_is_the_same_to_the_bit(target: str) -> None:
 def test_the_trajectory_is_scored_as_a_window_of_its_own(decay: float | None) -> None:
     model = network()
     optimizer = shampoo(model)
-    tracker = tracked(model, optimizer, draws="trajectory", window=3, decay=decay)
+    tracker = tracked(
+        model, optimizer, draws="trajectory", window=3, decay=decay, window_tolerance=0.0
+    )
     window = kp.GradientWindow(model, size=3, decay=decay, layers=LAYERS)
     parameters = dict(model.named_parameters())
     expected: dict[int, dict[tuple[str, str], float]] = {}
@@ -120,6 +122,25 @@ def test_the_trajectory_is_scored_as_a_window_of_its_own(decay: float | None) ->
     assert truncated.tolist() == pytest.approx([3 if decay is None else 0.9**3 - 0.9**6] * 2)
 
 
+def test_a_tolerance_drops_no_more_than_that_and_says_how_much() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"draws": "trajectory", "window": 3, "every": [5]}
+    exact = tracked(model, optimizer, window_tolerance=0.0, **options)
+    loose = tracked(model, optimizer, window_tolerance=0.3, **options)
+    window = kp.GradientWindow(model, size=3, layers=LAYERS)
+    run(model, optimizer, exact.step, loose.step, window.update)
+    table = loose.table.set_index("parameter")
+    dropped = table.loc[table["metric"] == "dropped_energy", "value"]
+    samples = window.samples()
+    for name in LAYERS:
+        values = torch.linalg.svdvals(samples[name].matrices()[:, 0]).square().sum(dim=0)
+        kept = int(table.loc[name, "n_positions"].dropna().iloc[0])
+        assert float(values[kept:].sum() / values.sum()) == pytest.approx(dropped[name], rel=1e-5)
+        assert dropped[name] <= 0.3 < dropped[name] + float(values[kept - 1] / values.sum())
+    assert set(exact.table.query("metric == 'dropped_energy'")["value"]) == {0.0}
+
+
 def test_the_probe_of_a_trajectory_gives_its_loss_and_may_be_missing() -> None:
     model = network()
     optimizer = shampoo(model)
@@ -148,7 +169,7 @@ def test_batch_gradients_are_those_of_the_probe() -> None:
     scores = tracker.step()
     assert scores is not None
     drawn = kp.capture(model, LOSS, probe, draws="empirical-fisher", layers=LAYERS)
-    expected = kp.compare(kp.batch_gradients(drawn, 4), APPROXIMATIONS).table
+    expected = kp.compare(kp.batch_gradients(drawn, 4), APPROXIMATIONS, estimates="plugin").table
     pd.testing.assert_frame_equal(scores.table, expected)
     assert set(scores.table["draws"].dropna()) == {"batch-gradient"}
     assert scores.table["note"].str.contains("batches of 4").any()
@@ -192,6 +213,8 @@ def test_a_bad_gradient_ends_the_tracking_with_its_name() -> None:
         ({"window": 8}, "window=8 with draws='ggn'"),
         ({"decay": 0.9}, "decay=0.9 with draws='ggn'"),
         ({"window_memory": "1GB"}, "window_memory='1GB' with draws='ggn'"),
+        ({"window_tolerance": 0.1}, "window_tolerance=0.1 with draws='ggn'"),
+        ({"draws": "trajectory", "window_tolerance": 1.0}, "window_tolerance=1.0"),
         ({"draws": "trajectory", "window": 0}, "size=0"),
         ({"draws": "trajectory", "decay": 2.0}, "decay=2.0"),
         ({"draws": "trajectory", "window_memory": "much"}, "memory='much'"),

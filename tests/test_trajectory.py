@@ -21,6 +21,7 @@ from kronecker_probe.errors import (
     UnsupportedError,
 )
 from kronecker_probe.gradients.rings import truncated
+from kronecker_probe.gradients.truncation import truncate
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
 from tests import oracle
 from tests.tiny_training import assert_same_tree
@@ -219,6 +220,56 @@ def test_factors_refuse_a_higher_rank_and_record_nothing(rng: np.random.Generato
     with pytest.raises(UnsupportedError, match=r"'b' has a rank above rank=2.*Nothing was"):
         window.update()
     assert_same_tree(window.state_dict(), before)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+@pytest.mark.parametrize("tolerance", [0.05, 0.4])
+def test_truncation_keeps_all_but_a_share(
+    shape: tuple[int, int], tolerance: float, rng: np.random.Generator
+):
+    G = rng.standard_normal((5, *shape)) * 0.5 ** np.arange(shape[1])
+    weights = rng.random(5)
+    samples = kp.GradientSamples.from_matrices(torch.from_numpy(G), weights.tolist())
+    samples.independent = False
+    found, dropped = truncate(samples, tolerance)
+    u, s, vt = np.linalg.svd(G, full_matrices=False)
+    shares = weights @ s**2 / (weights @ np.sum(s**2, axis=1))
+    rank = found.n_positions
+    assert dropped == pytest.approx(shares[rank:].sum(), rel=1e-9)
+    assert shares[rank:].sum() <= tolerance < shares[rank - 1 :].sum()
+    best = (u[:, :, :rank] * s[:, None, :rank]) @ vt[:, :rank]
+    assert np.abs(found.matrices()[:, 0].numpy() - best).max() <= 1e-9 * np.abs(G).max()
+    assert torch.equal(found.weights, samples.weights)
+    assert not found.independent
+
+
+def test_truncation_in_single_precision_is_as_good(rng: np.random.Generator):
+    G = rng.standard_normal((5, 9, 14)) * 0.2 ** np.arange(14)
+    single = kp.GradientSamples.from_matrices(torch.from_numpy(G).float())
+    for tolerance in (1e-2, 1e-5):  # roughly, and not
+        found, dropped = truncate(single, tolerance)
+        expected, share = truncate(kp.GradientSamples.from_matrices(single.matrices()), tolerance)
+        assert found.n_positions == expected.n_positions
+        assert found.output_grads.dtype == torch.float32
+        assert dropped == pytest.approx(share, rel=1e-4)
+        error = float((found.matrices() - expected.matrices()).abs().max())
+        assert error <= 10 * SINGLE * np.abs(G).max()
+
+
+def test_truncation_leaves_alone_what_it_cannot_make_smaller(rng: np.random.Generator):
+    flat = kp.GradientSamples.from_matrices(torch.eye(6).expand(3, 6, 6))
+    assert truncate(flat, 1e-3) == (flat, 0.0)
+    zero = kp.GradientSamples.from_matrices(torch.zeros(3, 6, 6))
+    assert truncate(zero, 1e-3) == (zero, 0.0)
+    columns = kp.GradientSamples.from_matrices(torch.ones(3, 2, 6, 6))
+    assert truncate(columns, 1e-3) == (columns, 0.0)
+    low = kp.GradientSamples.from_matrices(torch.ones(3, 6, 6))
+    assert truncate(low, 0.0) == (low, 0.0)
+    factors, dropped = truncate(low, 1e-9)
+    assert (factors.n_positions, dropped) == (1, pytest.approx(0.0, abs=1e-12))
+    for bad in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InvalidInputError, match="tolerance="):
+            truncate(low, bad)
 
 
 # ---------------------------------------------------------------- memory

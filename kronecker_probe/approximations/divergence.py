@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,13 +28,16 @@ from kronecker_probe.approximations.existence import (
 )
 from kronecker_probe.approximations.half_steps import HalfSteps, Step, half_steps
 from kronecker_probe.approximations.optimal import leading_kronecker
+from kronecker_probe.linalg.anderson import Anderson
 from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.operators.factors import Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.operators.second_moment import SecondMoment
 
-# Relative change of R by a round at which the iteration has converged.
-TOLERANCE = 1e-11
+# Relative change of R by a round at which the iteration has converged; of draws in float32.
+TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-8
+# Likewise of an iteration in float32, before it goes on in float64.
+SINGLE_TOLERANCE = 3e-6
 # A residual above this is told; at q = 0, where slow may mean never, the fit is refused.
 UNCONVERGED, UNCONVERGED_KL = 1e-6, 1e-9
 # Rounds without a smaller residual, once it is small, after which rounding is what remains.
@@ -64,7 +67,7 @@ def divergence(target: SecondMoment, q: float) -> KroneckerOperator:
     if trace == 0:
         return KroneckerOperator(target.left_factor, target.right_factor, 0.0)
     steps = half_steps(target, q)
-    found = _kl(target, steps) if q == 0 else _iterate(steps, q, _start(target, steps))
+    found = _kl(target, steps) if q == 0 else _solve(steps, q, _start(target, steps))
     if found.residual > UNCONVERGED:
         m, n = target.shape
         warnings.warn(
@@ -102,8 +105,9 @@ def _kl(target: SecondMoment, steps: HalfSteps) -> _FixedPoint:
     """The fixed point of q = 0, or the reason why there is none."""
     check_enough_draws(target.samples, steps.ranks)
     try:
-        found = _iterate(steps, 0.0, _start(target, steps))
-        if found.residual <= UNCONVERGED_KL:
+        found = _solve(steps, 0.0, _start(target, steps))
+        reached = 2 * TOLERANCE_OF_SINGLE if steps.single else UNCONVERGED_KL
+        if found.residual <= reached:
             check_unique(target.samples, steps, found.left.reduced, found.right.reduced)
             return found
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -114,27 +118,52 @@ def _kl(target: SecondMoment, steps: HalfSteps) -> _FixedPoint:
     raise no_minimizer(target.samples, steps.ranks, why)
 
 
-def _iterate(steps: HalfSteps, q: float, start: Tensor) -> _FixedPoint:
-    """Alternate both equations until R no longer changes.
+def _solve(steps: HalfSteps, q: float, start: Tensor) -> _FixedPoint:
+    """The fixed point: large layers of float32 draws iterate in float32 before float64."""
+    if not steps.single:
+        return _iterate(steps, q, start)
+    spent = 0
+    try:
+        rough = _iterate(steps, q, start, torch.float32)
+        spent = rough.rounds
+        image = rough.right.reduced
+        start = image * (len(image) / image.diagonal().sum())
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass  # rounding in float32, or no minimizer: float64 tells
+    found = _iterate(steps, q, start)
+    return replace(found, rounds=found.rounds + spent)
 
-    A round takes R, of unit mean eigenvalue, to L and that to the next R. The pair (L, next R)
+
+def _iterate(
+    steps: HalfSteps, q: float, start: Tensor, dtype: torch.dtype = torch.float64
+) -> _FixedPoint:
+    """Alternate both equations until R no longer changes, with Anderson acceleration.
+
+    A round takes R, of unit mean eigenvalue, to L and that to the next R. Where the accelerated R
+    is not positive definite the plain one takes its place. The pair (L, next R)
     solves the second equation exactly; the residual is what it lacks in the first.
     """
     right, best, idle, rounds = start, math.inf, 0, 0
+    acceleration = Anderson()
+    tolerance = TOLERANCE_OF_SINGLE if steps.single else TOLERANCE
+    tolerance = SINGLE_TOLERANCE if dtype == torch.float32 else tolerance
     while True:
         rounds += 1
         power, right_size = _power(right, q)
-        left = steps.left(power)
+        left = steps.left(power.to(dtype))
         power, left_size = _power(left.reduced / right_size, q)
-        image = steps.right(power)
+        image = steps.right(power.to(dtype))
         following = image.reduced * (len(right) / image.reduced.diagonal().sum())
         change = torch.linalg.vector_norm(following - right)
         residual = float(change / torch.linalg.vector_norm(following))
         idle = idle + 1 if best <= min(residual, SMALL) else 0
         best = min(best, residual)
-        if residual <= TOLERANCE or idle >= PATIENCE or rounds >= MAX_ROUNDS:
+        if residual <= tolerance or idle >= PATIENCE or rounds >= MAX_ROUNDS:
             return _FixedPoint(left, image, 1.0 / (right_size * left_size), rounds, residual)
-        right = following
+        right = acceleration.step(right, following)
+        if bool(torch.linalg.cholesky_ex(right).info):
+            acceleration.forget()
+            right = following
 
 
 def _power(matrix: Tensor, q: float) -> tuple[Tensor, float]:

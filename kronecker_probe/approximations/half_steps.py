@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from kronecker_probe.gradients.samples import FactoredSamples
 from kronecker_probe.operators.factors import Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.routes.alternation import iterates_in_float32
+from kronecker_probe.operators.routes.registry import kernels_for
 from kronecker_probe.operators.rows import Rows
 from kronecker_probe.operators.second_moment import SecondMoment
 
@@ -31,11 +35,16 @@ class Step:
 
     Attributes:
         reduced: In the coordinates of the range, float64 [r, r].
-        factor: In those of the parameter, [k, k], in sample space where the target is.
+        lift: What takes it to those of the parameter.
     """
 
     reduced: Tensor
-    factor: Factor
+    lift: Callable[[], Factor]
+
+    @property
+    def factor(self) -> Factor:
+        """In the coordinates of the parameter, [k, k], in sample space where the target is."""
+        return self.lift()
 
 
 class HalfSteps(abc.ABC):
@@ -51,13 +60,16 @@ class HalfSteps(abc.ABC):
     def ranks(self) -> tuple[int, int]:
         """(r, s)."""
 
+    single = False
+    """Whether float32 products are worth their while, and the draws hold no more than that."""
+
     @abc.abstractmethod
     def left(self, right: Tensor) -> Step:
-        """E[G' V G'^T] of ``right`` V, float64 [s, s]."""
+        """E[G' V G'^T] of ``right`` V [s, s], its products in that dtype, its sums in float64."""
 
     @abc.abstractmethod
     def right(self, left: Tensor) -> Step:
-        """E[G'^T U G'] of ``left`` U, float64 [r, r]."""
+        """E[G'^T U G'] of ``left`` U [r, r], likewise."""
 
 
 def half_steps(target: SecondMoment, q: float) -> HalfSteps:
@@ -76,6 +88,8 @@ def half_steps(target: SecondMoment, q: float) -> HalfSteps:
     if isinstance(left, SampleFactor) and isinstance(right, SampleFactor):
         weights = target.samples.weights * scale
         return SampleHalfSteps(left.rows, right.rows, weights, sides[0], sides[1])
+    if isinstance(target.samples, FactoredSamples):
+        return FactoredHalfSteps(target.samples, scale, sides[0].transform, sides[1].transform)
     return ParameterHalfSteps(target, scale, sides[0].transform, sides[1].transform)
 
 
@@ -144,15 +158,58 @@ class SampleHalfSteps(HalfSteps):
         return self._image(1, left)
 
     def _image(self, side: int, matrix: Tensor) -> Step:
-        known, own = self._values[1 - side], self._values[side]
+        known, own, matrix = self._values[1 - side], self._values[side], matrix.double()
         weights = self._weights * ((known @ matrix) * known).sum(dim=(1, 2))
         weighted = (own * weights[:, None, None]).flatten(0, 1)
-        return Step(own.flatten(0, 1).T @ weighted, SampleFactor(self._rows[side], weights))
+        reduced = own.flatten(0, 1).T @ weighted
+        return Step(reduced, lambda: SampleFactor(self._rows[side], weights))
+
+
+@final
+class FactoredHalfSteps(HalfSteps):
+    """Shared draws, whose factors d T_L and a T_R take the place of d and a.
+
+    Args:
+        samples: The draws.
+        scale: In front of H.
+        left: T_L.
+        right: T_R.
+    """
+
+    def __init__(self, samples: FactoredSamples, scale: float, left: Tensor, right: Tensor) -> None:
+        d = _transformed(samples.output_grads, left)
+        a = _transformed(samples.inputs, right)
+        self._kernels = kernels_for(FactoredSamples(d, a, samples.weights * scale))
+        self._transforms = left, right
+        self.single = iterates_in_float32(self._kernels, samples)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        return self._transforms[0].shape[1], self._transforms[1].shape[1]
+
+    def left(self, right: Tensor) -> Step:
+        return self._step(self._kernels.left_step(right), self._transforms[0])
+
+    def right(self, left: Tensor) -> Step:
+        return self._step(self._kernels.right_step(left), self._transforms[1])
+
+    def _step(self, reduced: Tensor, transform: Tensor) -> Step:
+        # the columns of T are orthogonal, so this inverts its transpose on the range
+        lifting = transform / transform.square().sum(dim=0)
+        return Step(reduced, lambda: MatrixFactor(lifting @ reduced @ lifting.T))
+
+
+def _transformed(rows: Tensor, transform: Tensor) -> Tensor:
+    """X T of ``rows`` [N, ..., k], float64, a datum at a time."""
+    out = transform.new_empty(*rows.shape[:-1], transform.shape[1])
+    for one, image in zip(rows, out, strict=True):
+        torch.matmul(one.double(), transform, out=image)
+    return out
 
 
 @final
 class ParameterHalfSteps(HalfSteps):
-    """Any draws, through m x m and n x n matrices.
+    """Draws that have no such factors, through m x m and n x n matrices.
 
     Args:
         target: H.
@@ -172,13 +229,13 @@ class ParameterHalfSteps(HalfSteps):
         return self._left.shape[1], self._right.shape[1]
 
     def left(self, right: Tensor) -> Step:
-        full = self._target.left_step(MatrixFactor(self._right @ right @ self._right.T))
+        full = self._target.left_step(self._right @ right.double() @ self._right.T)
         return self._step(full, self._left)
 
     def right(self, left: Tensor) -> Step:
-        full = self._target.right_step(MatrixFactor(self._left @ left @ self._left.T))
+        full = self._target.right_step(self._left @ left.double() @ self._left.T)
         return self._step(full, self._right)
 
     def _step(self, full: Factor, transform: Tensor) -> Step:
         matrix = full.matrix * self._scale
-        return Step(transform.T @ matrix @ transform, MatrixFactor(matrix))
+        return Step(transform.T @ matrix @ transform, lambda: MatrixFactor(matrix))

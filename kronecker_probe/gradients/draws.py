@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,21 +13,30 @@ from kronecker_probe.gradients.losses import ResolvedLoss
 DRAWS = ("ggn", "fisher", "empirical-fisher")
 
 
-def check_draws(draws: str, label_draws: int) -> None:
+def check_draws(
+    draws: str, label_draws: int, option: str = "draws", known: Sequence[str] = DRAWS
+) -> None:
     """Refuse an unknown kind, and label draws where no labels are drawn.
+
+    Args:
+        draws: The kind.
+        label_draws: Sampled labels a datum.
+        option: What the caller's argument is called.
+        known: Kinds that the caller knows.
 
     Raises:
         UnknownNameError: No such kind of draws.
         InvalidInputError: ``label_draws`` is no positive whole number, or not 1 without sampled
             labels.
     """
-    if draws not in DRAWS:
-        raise unknown_name("draws", draws, DRAWS)
+    if draws not in known:
+        raise unknown_name(option, draws, known)
     if not isinstance(label_draws, int) or label_draws < 1:
         raise InvalidInputError(f"label_draws={label_draws!r}; give a positive whole number.")
     if draws != "fisher" and label_draws != 1:
         raise InvalidInputError(
-            f"label_draws={label_draws} with draws={draws!r}: labels are sampled only by 'fisher'."
+            f"label_draws={label_draws} with {option}={draws!r}: labels are sampled only by "
+            "'fisher'."
         )
 
 

@@ -32,14 +32,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_autocast_uncached())
         stack.enter_context(_recurrent_backward(model))
-        stack.enter_context(_modules_restored(model))
+        stack.enter_context(modules_restored(model))
         for module in model.modules():
             module.training = False
         yield
 
 
 @contextmanager
-def _modules_restored(model: nn.Module) -> Iterator[None]:
+def modules_restored(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, attributes, buffers, parameters and their flags on leaving."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     attributes = [dict(vars(module)) for module in modules]

@@ -38,8 +38,8 @@ class _Track:
     ring: Ring
     steps: int = 0
     total: float = 0.0  # Tr H_Ada over all steps
-    energy: Tensor = field(default_factory=lambda: torch.empty(0))  # |G|^2 of each slot
-    dropped: Tensor = field(default_factory=lambda: torch.empty(0))  # and what its form lacks
+    energy: list[float] = field(default_factory=list)  # |G|^2 of each slot
+    dropped: list[float] = field(default_factory=list)  # and what its form lacks
 
 
 @final
@@ -104,8 +104,9 @@ class GradientWindow:
                 ring: Ring = FactoredRing(size, shape, ranks[name], parameter)
             else:
                 ring = DenseRing(size, shape, parameter)
-            empty = torch.zeros(2, size, dtype=torch.float64)
-            self._tracks[name] = _Track(parameter, shape, ring, energy=empty[0], dropped=empty[1])
+            track = _Track(parameter, shape, ring)
+            track.energy, track.dropped = [0.0] * size, [0.0] * size
+            self._tracks[name] = track
         self.calls = 0
 
     @torch.no_grad()
@@ -206,6 +207,10 @@ class GradientWindow:
         first = max(0, track.steps - self.size)
         return torch.arange(first, track.steps) % self.size
 
+    def _ordered(self, track: _Track, values: list[float]) -> Tensor:
+        """One number a held gradient, oldest first, float64."""
+        return torch.tensor(values, dtype=torch.float64)[self._slots(track)]
+
     def _weights(self, track: _Track, device: torch.device | str = "cpu") -> Tensor:
         count = min(track.steps, self.size)
         if self.decay is None:
@@ -233,7 +238,7 @@ class GradientWindow:
         """Share of Tr H_Ada that the gradients older than the window had, by parameter."""
         found = {}
         for name, track in self._tracks.items():
-            inside = float(self._weights(track) @ track.energy[self._slots(track)])
+            inside = float(self._weights(track) @ self._ordered(track, track.energy))
             older = track.steps > self.size and track.total > 0
             found[name] = max(0.0, 1.0 - inside / track.total) if older else 0.0
         return found
@@ -243,9 +248,9 @@ class GradientWindow:
         """Share of the window's Tr H_Ada that low rank leaves out, by parameter."""
         found = {}
         for name, track in self._tracks.items():
-            weights, slots = self._weights(track), self._slots(track)
-            energy = float(weights @ track.energy[slots])
-            dropped = float(weights @ track.dropped[slots])
+            weights = self._weights(track)
+            energy = float(weights @ self._ordered(track, track.energy))
+            dropped = float(weights @ self._ordered(track, track.dropped))
             found[name] = dropped / energy if energy > 0 else 0.0
         return found
 
@@ -277,8 +282,8 @@ class GradientWindow:
                 "steps": track.steps,
                 "rank": track.ring.rank,
                 "total": track.total,
-                "energy": track.energy[slots],
-                "dropped": track.dropped[slots],
+                "energy": self._ordered(track, track.energy),
+                "dropped": self._ordered(track, track.dropped),
                 "tensors": [tensor[slots.to(tensor.device)] for tensor in track.ring.tensors],
             }
         return {
@@ -296,8 +301,9 @@ class GradientWindow:
             track = self._tracks[name]
             track.steps, track.total = int(saved["steps"]), float(saved["total"])
             slots = self._slots(track)
-            track.energy[slots] = saved["energy"].to(track.energy)
-            track.dropped[slots] = saved["dropped"].to(track.dropped)
+            for place, slot in enumerate(slots.tolist()):
+                track.energy[slot] = float(saved["energy"][place])
+                track.dropped[slot] = float(saved["dropped"][place])
             for tensor, rows in zip(track.ring.tensors, saved["tensors"], strict=True):
                 tensor[slots.to(tensor.device)] = rows.to(tensor)
         self.calls = int(state["calls"])

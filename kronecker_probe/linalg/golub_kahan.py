@@ -186,8 +186,8 @@ def leading_triples(
     alive = scale > 0
     breakdown = BREAKDOWN * torch.finfo(start.dtype).eps
     while alive and len(alphas) < max_rounds:
-        known = not alphas and image is not None and not locked[1]
-        alpha = left.append(image / scale if known else forward(right.last_dual))
+        known = None if alphas or locked[1] or image is None else image / scale
+        alpha = left.append(forward(right.last_dual) if known is None else known)
         if alpha <= max([negligible, *(breakdown * other for other in alphas)]):
             # the last right vector maps into the span that is there: B gains a column only
             if alpha > 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import final
 
+import torch
 from torch import Tensor
 
 from kronecker_probe.linalg import gram
@@ -46,7 +47,7 @@ class Rows:
         """X X^T, float64 [N C, N C]."""
         if self._whole is not None and self.values.shape[1] == 1:
             rows, index = self._whole
-            return rows.gram[index][:, index]
+            return principal(rows.gram, index)
         return gram.gram(self.values.flatten(0, 1))
 
     @cached_property
@@ -54,7 +55,7 @@ class Rows:
         """sum_cd <x_ic, x_jd>^2, float64 [N, N]: inner products of sum_c x_ic x_ic^T."""
         if self._whole is not None:
             rows, index = self._whole
-            return rows.squared_gram[index][:, index]
+            return principal(rows.squared_gram, index)
         if self.values.shape[1] == 1:  # roots will need the Gram itself
             return self.gram.square()
         return gram.squared_gram(self.values)
@@ -71,3 +72,10 @@ class Rows:
     def quadratic_forms(self, matrix: Tensor) -> Tensor:
         """sum_c x_ic^T A x_ic, float64 [N]."""
         return gram.quadratic_forms(self.values, matrix)
+
+
+def principal(matrix: Tensor, index: slice | Tensor | Sequence[int]) -> Tensor:
+    """Rows and columns ``index`` of a square matrix."""
+    if isinstance(index, Tensor) and index.dtype == torch.int64:  # much faster than indexing
+        return matrix.index_select(0, index).index_select(1, index)
+    return matrix[index][:, index]

@@ -22,6 +22,7 @@ from kronecker_probe.operators.routes.leading_terms import LeadingTerms, leading
 from kronecker_probe.operators.routes.parameter_space import ParameterSpace
 from kronecker_probe.operators.routes.registry import cross_products
 from kronecker_probe.operators.routes.sample_space import SampleSpace
+from kronecker_probe.operators.rows import Rows, principal
 
 _ROUTES: dict[str, Callable[..., Route]] = {
     r.name: r for r in (SampleSpace, ParameterSpace, DenseSpace)
@@ -125,6 +126,16 @@ class SecondMoment(Operator):
         """:meth:`right_step` of each group of data by itself."""
         return self._route.grouped_right_step(None if left is None else _factor(left), groups)
 
+    def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
+        """sum_{i in group} w_i sum_c <G_ic, A_b G_ic C_e>, float64 [groups, B, E].
+
+        Args:
+            lefts: A, PSD, float64 [B, m, m].
+            rights: C, PSD, float64 [E, n, n].
+            groups: Data of each group, as slices or indices.
+        """
+        return self._route.grouped_forms(lefts, rights, groups)
+
     def quadratic_forms(
         self, left: Factor | Tensor | None, right: Factor | Tensor | None
     ) -> Tensor:
@@ -143,6 +154,11 @@ class SecondMoment(Operator):
         known = self._known_pairs
         return self._route.pair_products() if known is None else known
 
+    def sample_rows(self) -> tuple[Rows, Rows] | None:
+        """d and a of unshared factored draws with their Grams; None outside of sample space."""
+        route = self._route
+        return (route.outputs, route.inputs) if isinstance(route, SampleSpace) else None
+
     def subset(self, index: Group) -> SecondMoment:
         """The second moment of some of the data, with their weights as they are.
 
@@ -156,7 +172,7 @@ class SecondMoment(Operator):
             part.__dict__["_route"] = self._route.subset(samples, index)
         else:
             part = SecondMoment(samples)
-        part._known_pairs = self.pair_products()[index][:, index]
+        part._known_pairs = principal(self.pair_products(), index)
         return part
 
     def block(self, rows: slice, columns: slice) -> SecondMoment:

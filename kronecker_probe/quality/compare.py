@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
-
-import pandas as pd
 
 from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS, approximate, resolve
 from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
@@ -15,71 +11,47 @@ from kronecker_probe.gradients.capture import Capture
 from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment import SecondMoment
-from kronecker_probe.quality.metrics import InnerProducts
+from kronecker_probe.quality.estimates.estimate import check_kinds
+from kronecker_probe.quality.estimates.estimator import Estimator, check_refits
+from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS as METRICS
+from kronecker_probe.quality.registry import EXTRA_METRICS, ExtraMetric, extra_metric
+from kronecker_probe.quality.rows import (
+    Row,
+    absent_row,
+    description,
+    estimate_row,
+    joined,
+    skipped_row,
+    to_table,
+    undefined_rows,
+)
+from kronecker_probe.quality.scores import Scores
 
-METRICS = ("cosine", "relative_error", "best_scale_error", "best_scale")
+__all__ = ["METRICS", "Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
+
 # Metrics that say nothing about an operator whose scale is not that of H.
 SCALED_METRICS = ("relative_error", "best_scale")
 
-COLUMNS = (
-    "parameter", "m", "n", "n_data", "n_columns", "n_positions", "draws",
-    "approximation", "metric", "index", "kind", "value", "note",
-)  # fmt: skip
 
-_DTYPES: dict[str, Any] = {
-    **dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), "Int64"),
-    "step": "int64",
-    "value": "float64",
-}
-
-Row = dict[str, Any]
-
-
-@final
 @dataclass(frozen=True)
-class Scores:
-    """Quality numbers of one set of samples.
+class _Request:
+    """What is asked of every layer."""
 
-    Attributes:
-        table: One row a number; columns parameter, m, n, n_data, n_columns, n_positions, draws,
-            approximation, metric, index, kind, value, note. Rows without an approximation
-            describe the target ("norm", "trace", "singular_value" with its index); "skipped"
-            rows name the parameters that were not measured and say why.
-    """
-
-    table: pd.DataFrame
-
-    def pivot(self, metric: str = "cosine") -> pd.DataFrame:
-        """Parameters x approximations of one metric.
-
-        Raises:
-            UnknownNameError: No such metric.
-        """
-        if metric not in METRICS:
-            raise unknown_name("metric", metric, METRICS)
-        rows = self.table[self.table["metric"] == metric]
-        wide = rows.pivot_table(
-            index="parameter", columns="approximation", values="value", sort=False, dropna=False
-        )
-        return wide.rename_axis(index=None, columns=metric)
-
-    def plot(self, **options: Any) -> Any:
-        """The ladder figure: every approximation, a row a parameter; returns its Axes."""
-        from kronecker_probe.plots import plot_ladder
-
-        return plot_ladder(self.table, **options)
-
-    def __repr__(self) -> str:
-        return self.pivot().to_string(float_format="{:.4f}".format)
-
-    def _repr_html_(self) -> str:
-        return self.pivot().to_html(float_format="{:.4f}".format)
+    names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    extra_metrics: tuple[ExtraMetric, ...]
+    kinds: tuple[str, ...]
+    refits: int | None
+    singular_values: int
 
 
 def compare(
     samples: Mapping[str, GradientSamples] | GradientSamples,
     approximations: str | Sequence[str] | None = None,
     *,
+    metrics: str | Sequence[str] | None = None,
+    estimates: str | Sequence[str] = ("plugin", "population"),
+    refits: int | None = None,
     singular_values: int = 8,
     extra: Mapping[str, Mapping[str, Operator]] | None = None,
 ) -> Scores:
@@ -90,52 +62,45 @@ def compare(
         approximations: A name or spec ("divergence:q=0", "optimal:rank=2"), or several; None for
             the six of DEFAULT_APPROXIMATIONS. What the samples cannot carry ("kfac" without
             factors) is a row without a value, whose note says why.
+        metrics: Names of metrics; None for "cosine", "relative_error", "best_scale_error" and
+            "best_scale". Those of ``quality.registry`` ("trace_ratio", "kl_divergence",
+            "direction:power=0.5", ...) are of the sample matrix only.
+        estimates: The kinds: "plugin" (the sample matrix itself), "held-out" (factors of half of
+            the data on the other half), "population" (the limit of infinitely many data). See
+            ``kp.estimate``.
+        refits: As for ``kp.estimate``: how the population estimates of fitted approximations get
+            their error bars.
         singular_values: How many leading singular values of R(H) to list; 0 for none.
         extra: Operators of your own: parameter name -> name -> operator. Only their shape counts,
-            not their scale, so they get "cosine" and "best_scale_error".
+            not their scale, so they get "cosine" and "best_scale_error"; as they are not fitted
+            to these samples, their population estimates are plain means, and they have no
+            "held-out" kind.
 
     Returns:
-        The table of plug-in numbers: those of the sample matrix itself.
+        The table.
 
     Raises:
         InvalidInputError: No samples, or something else in their place; or an operator of
             ``extra`` that has the name of an approximation or another shape.
-        UnknownNameError: An approximation, or a parameter of ``extra``, that is not there.
+        UnknownNameError: An approximation, metric or kind, or a parameter of ``extra``, that is
+            not there.
     """
-    names = approximation_names(approximations)
     if singular_values < 0:
         raise InvalidInputError(f"singular_values={singular_values}; give 0 (for none) or more.")
-    if isinstance(samples, GradientSamples):
-        samples = {"samples": samples}
-    if not isinstance(samples, Mapping):
-        raise InvalidInputError(
-            f"compare got a {type(samples).__name__}; give the samples of kp.capture, "
-            "GradientSamples, or a mapping of names to them."
-        )
-    if not samples:
-        raise InvalidInputError("compare got no samples; capture at least one parameter.")
+    check_refits(refits)
+    plain, others = chosen_metrics(metrics)
+    names, kinds = approximation_names(approximations), check_kinds(estimates)
+    request = _Request(names, plain, others, kinds, refits, singular_values)
+    layers = _layers(samples)
     extra = extra or {}
-    for parameter, operators in extra.items():
-        if parameter not in samples:
-            raise unknown_name("parameter of extra", parameter, samples)
-        if taken := sorted(operators.keys() & set(names)):
-            raise InvalidInputError(
-                f"extra for {parameter!r} has the name {taken[0]!r} of an approximation; rename it."
-            )
+    _check_extra(extra, layers, names)
     draws = samples.draws if isinstance(samples, Capture) else None
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
-    for parameter, one in samples.items():
+    for parameter, one in layers.items():
         target = SecondMoment(one)
-        shared = _describe(parameter, one, draws, note)
-        found = _target_rows(target, singular_values)
-        for name in names:
-            found += _approximation_rows(target, name)
-        for name, operator in extra.get(parameter, {}).items():
-            products = InnerProducts.of(target, operator)
-            metrics = [m for m in METRICS if m not in SCALED_METRICS]
-            found += _quality_rows(name, products, metrics)
-        rows += [shared | row for row in found]
+        shared = description(parameter, one, draws, note)
+        rows += joined(shared, _layer_rows(target, request, extra.get(parameter, {})))
     if isinstance(samples, Capture):
         rows += [skipped_row(name, reason) for name, reason in samples.skipped.items()]
     return Scores(to_table(rows))
@@ -154,35 +119,108 @@ def approximation_names(approximations: str | Sequence[str] | None) -> tuple[str
     return tuple(dict.fromkeys(resolve(spec).label for spec in specs))
 
 
-def to_table(rows: Sequence[Row], leading: Sequence[str] = ()) -> pd.DataFrame:
-    """Rows as a table with all columns, nullable integers and strings."""
-    columns = {}
-    for name in (*leading, *COLUMNS):
-        values = [row.get(name) for row in rows]
-        columns[name] = pd.array(values, dtype=_DTYPES.get(name, "string"))
-    return pd.DataFrame(columns, columns=[*leading, *COLUMNS])
+def chosen_metrics(
+    metrics: str | Sequence[str] | None,
+) -> tuple[tuple[str, ...], tuple[ExtraMetric, ...]]:
+    """Those of the inner products, and the others; the first four for None.
+
+    Raises:
+        UnknownNameError: No such metric.
+        InvalidInputError: A malformed spec, or a bad value of an option.
+    """
+    if metrics is None:
+        return METRICS, ()
+    names = dict.fromkeys([metrics] if isinstance(metrics, str) else metrics)
+    for name in names:
+        if name.partition(":")[0] not in (*METRICS, *EXTRA_METRICS):
+            raise unknown_name("metric", name, (*METRICS, *EXTRA_METRICS))
+    others = tuple(extra_metric(name) for name in names if name not in METRICS)
+    return tuple(name for name in names if name in METRICS), others
 
 
-def skipped_row(parameter: str, reason: str) -> Row:
-    """The row of a parameter that was not measured."""
-    return {"parameter": parameter, "metric": "skipped", "value": math.nan, "note": reason}
+def _layers(
+    samples: Mapping[str, GradientSamples] | GradientSamples,
+) -> Mapping[str, GradientSamples]:
+    if isinstance(samples, GradientSamples):
+        return {"samples": samples}
+    if not isinstance(samples, Mapping):
+        raise InvalidInputError(
+            f"compare got a {type(samples).__name__}; give the samples of kp.capture, "
+            "GradientSamples, or a mapping of names to them."
+        )
+    if not samples:
+        raise InvalidInputError("compare got no samples; capture at least one parameter.")
+    return samples
 
 
-def absent_row(parameter: str, approximation: str, reason: str) -> Row:
-    """The row of an approximation that could not be scored."""
-    return {
-        "parameter": parameter, "approximation": approximation, "metric": "cosine",
-        "kind": "plugin", "value": math.nan, "note": reason,
-    }  # fmt: skip
+def _check_extra(
+    extra: Mapping[str, Mapping[str, Operator]],
+    layers: Mapping[str, GradientSamples],
+    names: Sequence[str],
+) -> None:
+    for parameter, operators in extra.items():
+        if parameter not in layers:
+            raise unknown_name("parameter of extra", parameter, layers)
+        if taken := sorted(operators.keys() & set(names)):
+            raise InvalidInputError(
+                f"extra for {parameter!r} has the name {taken[0]!r} of an approximation; rename it."
+            )
 
 
-def _describe(parameter: str, samples: GradientSamples, draws: str | None, note: str) -> Row:
-    m, n = samples.shape
-    return {
-        "parameter": parameter, "m": m, "n": n, "n_data": samples.n_data,
-        "n_columns": samples.n_columns, "n_positions": samples.n_positions, "draws": draws,
-        "note": note or None,
-    }  # fmt: skip
+def _layer_rows(
+    target: SecondMoment, request: _Request, extra: Mapping[str, Operator]
+) -> list[Row]:
+    fits: dict[str, Operator] = {}
+    reasons: dict[str, str] = {}
+    for name in request.names:
+        try:
+            fits[name] = approximate(target, name)
+        except UnsupportedError as error:
+            reasons[name] = str(error)
+    estimator = Estimator(target, request.refits, fits)
+    rows = _target_rows(target, request.singular_values)
+    if "population" in request.kinds:
+        rows += _population_rows(estimator)
+    rest = [kind for kind in request.kinds if kind != "plugin"]
+    found = {kind: estimator.estimates(list(fits), request.metrics, kind) for kind in rest}
+    asked = (*request.metrics, *(one.name for one in request.extra_metrics))
+    for name in request.names:
+        if name in reasons:
+            rows += undefined_rows(name, request.metrics, request.kinds, reasons[name])
+            rows += undefined_rows(name, asked[len(request.metrics) :], ["plugin"], reasons[name])
+            continue
+        if "plugin" in request.kinds:
+            plugin = estimator.plugin(name, fits[name], request.metrics)
+            rows += [estimate_row(one) for one in plugin]
+        rows += [estimate_row(one) for kind in rest for one in found[kind][name]]
+        rows += _extra_metric_rows(target, name, fits[name], request.extra_metrics)
+    for name, operator in extra.items():
+        rows += _operator_rows(estimator, target, name, operator, request)
+    return rows
+
+
+def _operator_rows(
+    estimator: Estimator, target: SecondMoment, name: str, operator: Operator, request: _Request
+) -> list[Row]:
+    metrics = [metric for metric in request.metrics if metric not in SCALED_METRICS]
+    rows: list[Row] = []
+    plugin = estimator.plugin(name, operator, metrics)  # which checks its shape
+    if "plugin" in request.kinds:
+        rows += [estimate_row(one) for one in plugin]
+    if "population" in request.kinds:
+        rows += [estimate_row(one) for one in estimator.of_operator(name, operator, metrics)]
+    others = [metric for metric in request.extra_metrics if not metric.scaled]
+    return rows + _extra_metric_rows(target, name, operator, others)
+
+
+def _extra_metric_rows(
+    target: SecondMoment, name: str, operator: Operator, metrics: Sequence[ExtraMetric]
+) -> list[Row]:
+    return [
+        {"approximation": name, "kind": "plugin"} | row
+        for metric in metrics
+        for row in metric.rows(target, operator)
+    ]
 
 
 def _target_rows(target: SecondMoment, singular_values: int) -> list[Row]:
@@ -199,24 +237,10 @@ def _target_rows(target: SecondMoment, singular_values: int) -> list[Row]:
     return rows
 
 
-def _approximation_rows(target: SecondMoment, name: str) -> list[Row]:
-    try:
-        operator = approximate(target, name)
-    except UnsupportedError as error:
-        return [
-            {"approximation": name, "metric": metric, "kind": "plugin", "value": math.nan,
-             "note": str(error)}
-            for metric in METRICS
-        ]  # fmt: skip
-    return _quality_rows(name, InnerProducts.of(target, operator), METRICS)
-
-
-def _quality_rows(name: str, products: InnerProducts, metrics: Sequence[str]) -> list[Row]:
-    rows = []
-    for metric in metrics:
-        value: float = getattr(products, metric)
-        row: Row = {"approximation": name, "metric": metric, "kind": "plugin", "value": value}
-        if math.isnan(value):
-            row["note"] = products.undefined
-        rows.append(row)
-    return rows
+def _population_rows(estimator: Estimator) -> list[Row]:
+    norm = estimator.of_target("norm", "population")
+    floor: Row = {
+        "metric": "noise_floor", "kind": "population", "value": estimator.noise_floor(),
+        "n_eff": estimator.n_eff, "note": norm.note or None,
+    }  # fmt: skip
+    return [estimate_row(norm), floor]

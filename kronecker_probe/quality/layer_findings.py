@@ -238,12 +238,21 @@ def _numbers(rows: pd.DataFrame, metric: str) -> dict[str, _Number]:
         kind = "plugin" if pd.isna(kind) else str(kind)
         if kind not in ("plugin", "population"):
             continue
-        stderr = row.get("stderr")
-        error = math.nan if stderr is None or pd.isna(stderr) else float(stderr)
+        error = _error(row)
         name = str(row["approximation"])
         if name not in chosen or kind == "population":
             chosen[name] = _Number(float(row["value"]), error, kind)
     return chosen
+
+
+def _error(row: dict[Any, Any]) -> float:
+    """Its standard error; of a bracket, a quarter of its width, so that two of them span it."""
+    stderr, low, high = (row.get(name) for name in ("stderr", "low", "high"))
+    if stderr is not None and not pd.isna(stderr):
+        return float(stderr)
+    if low is None or high is None or pd.isna(low) or pd.isna(high):
+        return math.nan
+    return (float(high) - float(low)) / 4
 
 
 def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, float]:

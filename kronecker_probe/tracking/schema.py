@@ -25,8 +25,14 @@ DTYPES = {
     "index": "Int64",
     "kind": "string",
     "value": "float64",
+    "stderr": "float64",
+    "low": "float64",
+    "high": "float64",
+    "n_eff": "float64",
     "note": "string",
 }
+# Columns that runs stored by version 0.1 lack; they read as null.
+ADDED = ("stderr", "low", "high", "n_eff")
 _REQUIRED = ("step", "metric")
 _ARROW = {"int64": pa.int64(), "Int64": pa.int64(), "string": pa.string(), "float64": pa.float64()}
 ARROW_SCHEMA = pa.schema(
@@ -116,6 +122,10 @@ def from_parquet(data: bytes, step: int) -> pd.DataFrame:
         raise ValueError("not a whole Parquet file (its row counts disagree)")
     found = {field.name: field.type for field in table.schema}
     expected = {field.name: field.type for field in ARROW_SCHEMA}
+    if not set(ADDED) & found.keys():
+        for name in ADDED:
+            table = table.append_column(name, pa.nulls(table.num_rows, expected[name]))
+        found |= {name: expected[name] for name in ADDED}
     if found != expected or len(table.schema) != len(expected):
         raise ValueError(f"not a measurement table ({_difference(found, expected)})")
     stored = (table.schema.metadata or {}).get(_STEP_KEY, b"no step").decode(errors="replace")

@@ -20,12 +20,14 @@ from kronecker_probe.gradients.draws import DRAWS, check_draws
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.gradients.losses import LossFunction, resolve_loss
 from kronecker_probe.gradients.trajectory import GradientWindow
+from kronecker_probe.gradients.truncation import truncate
 
 Pair = tuple[Tensor, Tensor]
 
 TRAJECTORY = "trajectory"
 TARGETS = (*DRAWS, BATCH_GRADIENT, TRAJECTORY)
 DEFAULT_WINDOW = 200
+DEFAULT_TOLERANCE = 1e-3
 
 
 @final
@@ -40,6 +42,8 @@ class TargetOptions:
         window: Gradients to keep, for "trajectory"; None for 200.
         decay: Of the average, for "trajectory"; None for a sum.
         window_memory: What the window may take, for "trajectory"; None for "1GB".
+        window_tolerance: Share of the gradients' energy that their scored form may drop, for
+            "trajectory"; None for 1e-3, which moves cosines by less than that; 0 for exact.
     """
 
     draws: str = "ggn"
@@ -48,6 +52,7 @@ class TargetOptions:
     window: int | None = None
     decay: float | None = None
     window_memory: str | int | None = None
+    window_tolerance: float | None = None
 
     def check(self) -> None:
         """Refuse an unknown target, and options of another one.
@@ -66,12 +71,16 @@ class TargetOptions:
             )
         if self.target_batch_size is not None:
             check_count("target_batch_size", self.target_batch_size)
-        for option in ("window", "decay", "window_memory"):
+        for option in ("window", "decay", "window_memory", "window_tolerance"):
             value = getattr(self, option)
             if value is not None and self.draws != TRAJECTORY:
                 raise InvalidInputError(
                     f"{option}={value!r} with draws={self.draws!r}: only {TRAJECTORY!r} takes it."
                 )
+        if self.window_tolerance is not None and not 0 <= self.window_tolerance < 1:
+            raise InvalidInputError(
+                f"window_tolerance={self.window_tolerance!r}; give a share of at least 0, below 1."
+            )
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps: the draws, and every option that differs from its default."""
@@ -174,12 +183,19 @@ class TrajectoryTarget(Target):
             memory="1GB" if options.window_memory is None else options.window_memory,
             layers=layers,
         )
+        tolerance = options.window_tolerance
+        self.tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
+        self._dropped: dict[str, float] = {}
 
     def update(self) -> None:
         self.window.update()
 
     def samples(self, data: Pair | None) -> Capture:
-        samples = self.window.samples()
+        samples = {}
+        self._dropped = self.window.dropped_energy
+        for name, one in self.window.samples().items():
+            samples[name], dropped = truncate(one, self.tolerance)
+            self._dropped[name] += dropped
         loss, accuracy = (math.nan, None) if data is None else self._evaluate(data)
         skipped = {}
         for name, parameter in self.model.named_parameters():
@@ -205,7 +221,7 @@ class TrajectoryTarget(Target):
         left_out = {
             "truncated_weight": self.window.truncated_weight,
             "truncated_energy": self.window.truncated_energy,
-            "dropped_energy": self.window.dropped_energy,
+            "dropped_energy": self._dropped,
         }
         return [
             {"parameter": name, "draws": TRAJECTORY, "metric": metric, "value": value}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.gradients.coverage import Capture
+from kronecker_probe.gradients.draws import DRAWS
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.selection import select
 from kronecker_probe.operators.base import Operator
@@ -22,15 +23,17 @@ from kronecker_probe.quality.compare import (
     Scores,
     absent_row,
     approximation_names,
+    chosen_metrics,
     compare,
     to_table,
 )
+from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.tracking.live import live_operator
 from kronecker_probe.tracking.record import FILE
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
 from kronecker_probe.tracking.schema import conform, empty_table
 from kronecker_probe.tracking.store import RunStore
-from kronecker_probe.tracking.target import TargetOptions, make_target
+from kronecker_probe.tracking.target import TRAJECTORY, TargetOptions, make_target
 
 
 @final
@@ -55,14 +58,21 @@ class Tracker:
             "trajectory" (the run's own gradients, ``kp.GradientWindow``, which are what the
             optimizer's factors stand for; data then only give the probe's loss).
         layers: Glob, or several, of parameter names; by default all weights, no biases.
-        approximations: A name, or several; None for all.
+        approximations: A name or spec, or several, as for ``kp.compare``; None for the six.
+        metrics: A metric, or several, as for ``kp.compare``; None for the four of the cosine.
+        estimates: "plugin", "held-out", "population", or several; None for plug-in and population,
+            and for plug-in alone where the draws are not independent ("batch-gradient",
+            "trajectory").
         seed: Of the sampled labels.
         label_draws: Sampled labels a datum, for "fisher".
         target_batch_size: Data of a batch, for "batch-gradient".
         window: Gradients to keep, for "trajectory"; None for 200.
         decay: Of the gradients' average, for "trajectory": the optimizer's beta2; None for a sum.
         window_memory: What the window may take, for "trajectory"; None for "1GB".
-        singular_values: Leading singular values of R(H) to store at each probe.
+        window_tolerance: Share of the gradients' energy that their scored form may drop, for
+            "trajectory"; None for 1e-3, which moves cosines by less than that; 0 for exact.
+        singular_values: Leading singular values of R(H) to store at each probe; None for 8, and
+            for "trajectory" for 1, because each further one takes many passes over the window.
         config: Options of the run for run.json; they must be the same on resuming.
         resume: Go on with the run in ``out``: steps that it holds are not measured again. A run
             that is not there yet is started.
@@ -89,27 +99,36 @@ class Tracker:
         draws: str = "ggn",
         layers: str | Sequence[str] = "*weight",
         approximations: str | Sequence[str] | None = None,
+        metrics: str | Sequence[str] | None = None,
+        estimates: str | Sequence[str] | None = None,
         seed: int = 0,
         label_draws: int = 1,
         target_batch_size: int | None = None,
         window: int | None = None,
         decay: float | None = None,
         window_memory: str | int | None = None,
-        singular_values: int = 8,
+        window_tolerance: float | None = None,
+        singular_values: int | None = None,
         config: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         start: int = 0,
     ) -> None:
-        target = TargetOptions(draws, label_draws, target_batch_size, window, decay, window_memory)
+        target = TargetOptions(
+            draws, label_draws, target_batch_size, window, decay, window_memory, window_tolerance
+        )
         target.check()
         names = approximation_names(approximations)
+        chosen_metrics(metrics)
+        kinds = _default_kinds(draws) if estimates is None else check_kinds(estimates)
         if not any(map(is_lazy, model.parameters())):
             select(model, layers)  # before the run directory is touched
         if out is None and (resume or overwrite):
             raise InvalidInputError("resume and overwrite need a run directory: give out=.")
         if resume and overwrite:
             raise InvalidInputError("resume=True with overwrite=True; choose one.")
+        if singular_values is None:
+            singular_values = 1 if draws == TRAJECTORY else 8
         for option, value in (("singular_values", singular_values), ("start", start)):
             if value < 0:
                 raise InvalidInputError(f"{option}={value}; give 0 or more.")
@@ -120,6 +139,8 @@ class Tracker:
         self.target = make_target(model, loss_fn, layers, target, seed)
         self.layers = layers
         self.approximations = names
+        self.metrics = metrics
+        self.kinds = kinds
         self.seed = seed
         self.singular_values = singular_values
         self.steps_taken = start
@@ -128,9 +149,13 @@ class Tracker:
         self._parts: list[pd.DataFrame] = []
         self._measured: set[int] = set()
         self.store = None
+        # like the target's, only what differs from the default: older runs can be resumed
+        asked: dict[str, Any] = {} if metrics is None else {"metrics": _plain(metrics)}
+        if kinds != _default_kinds(draws):
+            asked["estimates"] = _plain(kinds)
         if out is not None:
             self.store = self._open(
-                Path(out), {**target.record(), **(config or {})}, resume, overwrite
+                Path(out), {**target.record(), **asked, **(config or {})}, resume, overwrite
             )
 
     def _open(
@@ -184,7 +209,12 @@ class Tracker:
         samples = self.target.samples(data)
         live, absent = self._live(samples)
         scores = compare(
-            samples, self.approximations, singular_values=self.singular_values, extra=live
+            samples,
+            self.approximations,
+            metrics=self.metrics,
+            estimates=self.kinds,
+            singular_values=self.singular_values,
+            extra=live,
         )
         self._store(scores, samples, absent)
         return scores
@@ -283,3 +313,12 @@ class Tracker:
             self.store.write_part(step, part)
         self._measured.add(step)
         self._pending.clear()
+
+
+def _default_kinds(draws: str) -> tuple[str, ...]:
+    """Closed forms and gradients along a run are no independent draws: the matrix itself."""
+    return ("plugin", "population") if draws in DRAWS else ("plugin",)
+
+
+def _plain(names: str | Sequence[str]) -> str | list[str]:
+    return names if isinstance(names, str) else list(names)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
 from kronecker_probe.gradients.batches import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
+from kronecker_probe.gradients.draws import DRAWS
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.optim import Shampoo
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
@@ -51,6 +52,10 @@ class TrainingOptions:
         window: Gradients to keep, for "trajectory"; None for 200.
         decay: Of the gradients' average, for "trajectory"; None for a sum.
         window_memory: What the window may take, for "trajectory"; None for "1GB".
+        window_tolerance: Share of energy that may be dropped, for "trajectory"; None for 1e-3.
+        approximations: Specs, as for :class:`Tracker`; None for its default, as for the next two.
+        metrics: Metrics.
+        estimates: Kinds of estimate.
     """
 
     steps: int
@@ -61,7 +66,7 @@ class TrainingOptions:
     spacing: str = "even"
     probe_size: int = 200
     draws: str = "ggn"
-    layers: tuple[str, ...] = ("*",)
+    layers: tuple[str, ...] = ("*weight",)
     seed: int = 0
     device: str = "cpu"
     label_draws: int = 1
@@ -69,6 +74,10 @@ class TrainingOptions:
     window: int | None = None
     decay: float | None = None
     window_memory: str | None = None
+    window_tolerance: float | None = None
+    approximations: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | None = None
+    estimates: tuple[str, ...] | None = None
 
 
 @final
@@ -143,6 +152,10 @@ class Training:
             window=options.window,
             decay=options.decay,
             window_memory=options.window_memory,
+            window_tolerance=options.window_tolerance,
+            approximations=options.approximations,
+            metrics=options.metrics,
+            estimates=options.estimates,
             config={"workload": name, **_json(options)},
             resume=resume,
             overwrite=overwrite,
@@ -168,7 +181,7 @@ class Training:
             self.model,
             self.workload.loss_fn,
             (inputs, targets),
-            draws="empirical-fisher",
+            draws=self.options.draws if self.options.draws in DRAWS else "empirical-fisher",
             layers=self.options.layers,
         )
         if self.workload.test is None:
@@ -353,10 +366,11 @@ def _to(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tens
 
 
 def _json(options: TrainingOptions) -> dict[str, Any]:
-    """The options for run.json; those of the target are the tracker's to record."""
+    """The options for run.json but for those that the tracker records itself."""
     values = asdict(options)
     values["layers"] = list(options.layers)
-    return {key: value for key, value in values.items() if key not in vars(TargetOptions())}
+    tracked = {*vars(TargetOptions()), "approximations", "metrics", "estimates"}
+    return {key: value for key, value in values.items() if key not in tracked}
 
 
 def _target_batch_size(options: TrainingOptions) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronecker_probe.errors import InvalidInputError, UnsupportedError
+from kronecker_probe.errors import InvalidInputError, KroneckerProbeError, UnsupportedError
 from kronecker_probe.gradients.losses.evaluation import COARSEST, Evaluator
 from kronecker_probe.gradients.losses.resolved import CustomLoss
 
@@ -59,12 +59,15 @@ def custom_loss(
     try:
         other = evaluator.gradient(near, targets)
         both = evaluator.gradient(torch.cat([outputs, near]), torch.cat([targets, targets]))
+    except KroneckerProbeError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedError(
             f"loss_fn fails on this batch followed by a copy of it ({error}), so that it cannot be "
             "told whether it is a mean or a sum over data; if it holds values for each datum, make "
             "these part of the targets."
         ) from error
+    check_broadcast(evaluator, near, targets, other)
     if not bool(gradient.any()) and not bool(other.any()):
         raise InvalidInputError(
             "The gradient of loss_fn is zero at the model's outputs and near them: every label is "
@@ -80,6 +83,35 @@ def custom_loss(
         raise UnsupportedError(problem if agree(again, gradient, tolerance) else _RANDOM)
     factor = len(outputs) if reduction == "mean" else 1
     return CustomLoss("custom", reduction, value, evaluator, factor, targets)
+
+
+def check_broadcast(
+    evaluator: Evaluator, outputs: Tensor, targets: Tensor, gradient: Tensor
+) -> None:
+    """Refuse [N] against [N, 1], where each output meets the targets of all data.
+
+    What a batch's labels normalize may differ by one factor between the batch and half of it.
+
+    Raises:
+        InvalidInputError: A datum's gradient changes otherwise with the targets of others.
+    """
+    usual = [outputs.shape[:d] + outputs.shape[d + 1 :] for d in range(1, outputs.ndim)]
+    if targets.shape == outputs.shape or len(outputs) < 3:
+        return
+    if targets.shape in usual and not targets.dtype.is_floating_point:  # class indices
+        return
+    half = (len(outputs) + 1) // 2
+    fewer = evaluator.gradient(outputs[:half], targets[:half])
+    kept = gradient[:half]
+    if not bool(kept.any()):
+        return
+    ratio = (fewer * kept).sum() / kept.square().sum()
+    if not agree(fewer, ratio * kept, max(evaluator.tolerance, 1e-3)):
+        raise InvalidInputError(
+            f"targets {list(targets.shape)} with outputs {list(outputs.shape)}: a datum's gradient "
+            "changes with the targets of others, as by broadcasting one against the other; give "
+            "targets of the outputs' shape."
+        )
 
 
 _WHY = (
@@ -104,7 +136,7 @@ def _coupled(
     tolerance = min(SLACK * evaluator.tolerance, COARSEST)
     here, there = single.chunk(2)
     generator = torch.Generator("cpu").manual_seed(1)
-    order = torch.randperm(len(outputs), generator=generator).to(outputs.device)
+    order = torch.randperm(len(outputs), generator=generator, device="cpu").to(outputs.device)
     exchanged = (order % 2 == 0).view(-1, *[1] * (outputs.ndim - 1))
     mixed = evaluator.gradient(torch.where(exchanged, near, outputs), targets)
     return not agree(mixed, torch.where(exchanged, there, here), tolerance)

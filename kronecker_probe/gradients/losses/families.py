@@ -28,7 +28,11 @@ class Family(abc.ABC):
         """Inner products within the positions that share one s."""
 
     @abc.abstractmethod
-    def conditioning(self, outputs: Tensor) -> Tensor:
+    def norm(self, vectors: Tensor) -> Tensor:
+        """Root of ``dot`` with itself."""
+
+    @abc.abstractmethod
+    def conditioning(self, outputs: Tensor) -> Tensor | int:
         """Roundings of phi at ``outputs``, relative to one rounding of the outputs."""
 
     @abc.abstractmethod
@@ -43,36 +47,29 @@ class Family(abc.ABC):
         Two gradients give s by least squares within a position, since q drops out of their
         difference; every further one is predicted, g = g_0 + s (phi(f) - phi(f_0)).
         """
-        (f0, g0), (f1, g1) = points[:2]
-        phi0 = self.phi(f0)
-        step, change = self.phi(f1) - phi0, g1 - g0
+        (f0, g0), (f1, g1), *others = points
+        phi0, phi1 = self.phi(f0), self.phi(f1)
+        step = phi1 - phi0
         squares = self.dot(step, step)
-        scales = self.dot(change, step) / squares
-        length = squares.sqrt()
+        scales = self.dot(g1 - g0, step) / squares
+        length, size0, size1 = squares.sqrt(), self.norm(g0), self.norm(g1)
         # A scale must stand out of the rounding of its gradients, unless both are 0: ignored.
-        size = self._norm(g0) + self._norm(g1)
-        if not bool((scales * length >= 4 * tolerance * size).all()):
+        if not bool((scales * length >= 4 * tolerance * (size0 + size1)).all()):
             return None
-        base = self._norm(phi0)
-        for f, g in points[1:]:
-            phi = self.phi(f)
-            error = self._norm(g - g0 - scales * (phi - phi0))
-            terms = self._norm(g) + self._norm(g0) + scales * (self._norm(phi) + base)
+        known = size0 + scales * self.norm(phi0)
+        for f, g, phi in [(f1, g1, phi1), *((f, g, self.phi(f)) for f, g in others)]:
+            error = self.norm(g - g0 - scales * (phi - phi0))
+            terms = self.norm(g) + scales * self.norm(phi) + known
             if not bool((error <= tolerance * self.conditioning(f) * terms).all()):
                 return None
-        return _pooled(scales, squares, length, tolerance)
-
-    def _norm(self, vectors: Tensor) -> Tensor:
-        return self.dot(vectors, vectors).sqrt()
+        return scales
 
 
-def _pooled(scales: Tensor, squares: Tensor, length: Tensor, tolerance: float) -> Tensor:
+def pooled(scales: Tensor, tolerance: float) -> Tensor:
     """One value for all positions that count, where rounding alone tells them apart."""
     counted = scales > 0
-    weights = torch.where(counted, squares, 0).double()
-    common = (weights * scales).sum() / weights.sum()
-    spread = (scales - common).abs() * length.clamp(max=1)
-    if bool((~counted | (spread <= 4 * tolerance * common)).all()):
+    common = scales.sum(dtype=torch.float64) / counted.sum()
+    if bool((~counted | ((scales - common).abs() <= 16 * tolerance * common)).all()):
         return torch.where(counted, common.to(scales.dtype), 0)
     return scales
 
@@ -90,7 +87,11 @@ class Softmax(Family):
     def dot(self, one: Tensor, other: Tensor) -> Tensor:
         return (one * other).sum(self.class_dim, keepdim=True)
 
-    def conditioning(self, outputs: Tensor) -> Tensor:
+    def norm(self, vectors: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(vectors, dim=self.class_dim, keepdim=True)
+        return norms
+
+    def conditioning(self, outputs: Tensor) -> Tensor | int:
         return 1 + outputs.abs().amax(self.class_dim, keepdim=True)
 
     def resolved(
@@ -114,8 +115,11 @@ class Elementwise(Family):
     def dot(self, one: Tensor, other: Tensor) -> Tensor:
         return one * other
 
-    def conditioning(self, outputs: Tensor) -> Tensor:
-        return torch.ones_like(outputs) if self.kind == "mse" else 1 + outputs.abs()
+    def norm(self, vectors: Tensor) -> Tensor:
+        return vectors.abs()
+
+    def conditioning(self, outputs: Tensor) -> Tensor | int:
+        return 1 if self.kind == "mse" else 1 + outputs.abs()
 
     def resolved(
         self, scales: Tensor, reduction: str, value: float, evaluator: Evaluator, factor: int

@@ -9,24 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import (
-    InvalidInputError,
     KroneckerProbeError,
     NonFiniteError,
 )
 from kronecker_probe.gradients.isolation import modules_restored
-from kronecker_probe.gradients.losses.custom import agree, custom_loss, reduction_of
+from kronecker_probe.gradients.losses.custom import check_broadcast, custom_loss, reduction_of
 from kronecker_probe.gradients.losses.evaluation import (
     Evaluator,
     LossFunction,
     at_least_float32,
     evaluators,
 )
-from kronecker_probe.gradients.losses.families import Family, Point, families
+from kronecker_probe.gradients.losses.families import Family, Point, families, pooled
 from kronecker_probe.gradients.losses.resolved import ResolvedLoss
 from kronecker_probe.gradients.losses.targets import check_device_labels, explained
 
-# Numbers of outputs up to which all data are evaluated together, three times over.
-MANY_OUTPUTS = 1 << 18
+# Outputs up to which a few data stand for all, where the family and the reduction are sought.
+FEW_OUTPUTS = 1 << 11
 
 
 def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> ResolvedLoss:
@@ -67,7 +66,7 @@ def _resolved(
     if found is None:
         return custom_loss(evaluator, outputs, targets, value, gradient)
     factor = len(outputs) if found.reduction == "mean" else 1
-    scales = factor * found.scales
+    scales = factor * pooled(found.scales, evaluator.tolerance)
     return found.family.resolved(scales, found.reduction, value, evaluator, factor)
 
 
@@ -132,7 +131,7 @@ def _recognized(
         return None
     here = (outputs, gradient)
     for family in families(outputs, targets):
-        if probes.few is not None and family.fit(probes.few, evaluator.tolerance) is None:
+        if family.fit(probes.few, evaluator.tolerance) is None:
             continue
         scales = family.fit([*probes.all_data, here], evaluator.tolerance)
         if scales is not None:
@@ -142,66 +141,68 @@ def _recognized(
 
 @dataclass(frozen=True)
 class _Probes:
-    """Gradients at random outputs: of all data, and where these are many, of a few."""
+    """Gradients at random outputs: two of all data, three of a few."""
 
     reduction: str
     all_data: list[Point]
-    few: list[Point] | None
+    few: list[Point]
 
 
 def _probe(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | None:
-    places = [evaluator.rounded(place) for place in _places(outputs, targets)]
-    first = evaluator.gradient(places[0], targets)
-    _check_broadcast(evaluator, places[0], targets, first)
+    one, other = (evaluator.rounded(place) for place in _places(outputs, targets))
+    first = evaluator.gradient(one, targets)
     if not bool(torch.isfinite(first).all()):
         return None
-    if outputs.numel() <= MANY_OUTPUTS:
-        found = _repeated(evaluator, places, targets, first)
-        return None if found is None else _Probes(found[0], found[1], None)
+    check_broadcast(evaluator, one, targets, first)
     rows = _some_rows(first)
-    chosen = [place[rows] for place in places]
-    found = _repeated(evaluator, chosen, targets[rows], evaluator.gradient(chosen[0], targets[rows]))
-    if found is None:
-        return None
-    second = evaluator.gradient(places[1], targets)
-    return _Probes(found[0], [(places[0], first), (places[1], second)], found[1])
-
-
-def _repeated(
-    evaluator: Evaluator, places: list[Tensor], targets: Tensor, first: Tensor
-) -> tuple[str, list[Point]] | None:
-    """Mean or sum, and the gradients of a batch at every place, from one call on all places."""
-    copies = len(places)
-    gradients = evaluator.gradient(torch.cat(places), torch.cat([targets] * copies)).chunk(copies)
-    reduction = reduction_of(first, gradients[0], copies, evaluator.tolerance)
+    few = [one[rows], other[rows], evaluator.rounded(_between(one[rows], other[rows]))]
+    chosen, copies = targets[rows], len(few)
+    single = first if len(rows) == len(first) else evaluator.gradient(few[0], chosen)
+    gradients = evaluator.gradient(torch.cat(few), torch.cat([chosen] * copies)).chunk(copies)
+    reduction = reduction_of(single, gradients[0], copies, evaluator.tolerance)
     if reduction is None:
         return None
     factor = copies if reduction == "mean" else 1
-    rest = [(f, factor * g) for f, g in zip(places[1:], gradients[1:], strict=True)]
-    return reduction, [(places[0], first), *rest]
+    few_points = [(f, factor * g) for f, g in zip(few, gradients, strict=True)]
+    whole = len(rows) == len(first)
+    second = few_points[1][1] if whole else evaluator.gradient(other, targets)
+    return _Probes(reduction, [(one, first), (other, second)], few_points)
 
 
-def _places(outputs: Tensor, targets: Tensor) -> list[Tensor]:
-    """Three outputs at random, the first two far apart everywhere, and in every softmax.
+def _places(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs at random, far apart everywhere, and in every softmax.
 
     Of the targets' size, lest a difference from them lose the outputs; and between 0 and 1 where
     the model's are, which may be probabilities, on which others stop a CUDA device.
     """
-    generator = torch.Generator(outputs.device).manual_seed(0)
-    shape = (3, *outputs.shape)
-    u = torch.rand(shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-    flip = torch.where(u[2].reshape(len(outputs), -1)[:, 0] < 0.5, 1, -1)
-    sign = _alternating(outputs) * flip.view(-1, *[1] * (outputs.ndim - 1))
+    generator = torch.Generator("cpu").manual_seed(0)
+    rest = outputs[:1].numel()
+    row = _uniform((2, rest), outputs, generator)
+    u = _uniform((len(outputs), 2), outputs, generator)
+    sign = _alternating(outputs).reshape(1, rest)
+    away = torch.where(u[:, :1] < 0.5, 0.5, -0.5) * sign
     size = max(1.0, float(targets.abs().max())) if targets.dtype.is_floating_point else 1.0
-    near, far = sign * (1 + u[0]), -sign * (1 + u[1])
-    third = 4 * u[2] - 2
-    if size == 1 and bool((outputs >= 0).all()) and bool((outputs <= 1).all()):
-        return [0.5 + 0.2 * place for place in (near, far, third)]
-    return [size * place for place in (near, far, third)]
+    centre = 0.0
+    low, high = (float(end) for end in outputs.aminmax())
+    if size == 1 and low >= 0 and high <= 1:
+        size, centre = 0.2, 0.5
+    one = size * away * (2 + row[0] + u[:, :1]) + centre
+    other = -size * away * (2 + row[1] + u[:, 1:]) + centre
+    return one.view(outputs.shape), other.view(outputs.shape)
+
+
+def _between(one: Tensor, other: Tensor) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(1)
+    return one + _uniform(one.shape, one, generator) * (other - one)
+
+
+def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """On the CPU first, so that every device sees the same numbers."""
+    return torch.rand(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _alternating(outputs: Tensor) -> Tensor:
-    """1 and -1 in turn along every dimension but the first."""
+    """1 and -1 in turn along every dimension but the first, for one datum."""
     sign = outputs.new_ones((1,) * outputs.ndim)
     for d in range(1, outputs.ndim):
         along = 1 - 2 * (torch.arange(outputs.shape[d], device=outputs.device) % 2)
@@ -211,25 +212,9 @@ def _alternating(outputs: Tensor) -> Tensor:
 
 def _some_rows(gradient: Tensor) -> Tensor:
     """Data on which the loss depends, few enough, spread over the batch."""
-    rows = gradient.reshape(len(gradient), -1).any(1).nonzero()[:, 0]
-    count = max(2, MANY_OUTPUTS // gradient[0].numel())
-    stride = max(1, math.ceil(len(rows) / count))
-    return rows[::stride]
-
-
-def _check_broadcast(
-    evaluator: Evaluator, outputs: Tensor, targets: Tensor, gradient: Tensor
-) -> None:
-    """Refuse [N] against [N, 1], where each output meets the targets of all data."""
-    if not targets.dtype.is_floating_point or targets.shape == outputs.shape or len(outputs) < 3:
-        return
-    half = (len(outputs) + 1) // 2
-    fewer = evaluator.gradient(outputs[:half], targets[:half])
-    kept = gradient[:half]
-    ratio = (fewer * kept).sum() / kept.square().sum()
-    if not agree(fewer, ratio * kept, max(evaluator.tolerance, 1e-3)):
-        raise InvalidInputError(
-            f"targets {list(targets.shape)} with outputs {list(outputs.shape)}: a datum's gradient "
-            "changes with the targets of others, as by broadcasting one against the other; give "
-            "targets of the outputs' shape."
-        )
+    rows = torch.arange(len(gradient), device=gradient.device)
+    if gradient.numel() > FEW_OUTPUTS:
+        rows = gradient.reshape(len(gradient), -1).any(1).nonzero()[:, 0]
+        count = max(2, FEW_OUTPUTS // gradient[0].numel())
+        rows = rows[:: max(1, math.ceil(len(rows) / count))]
+    return rows

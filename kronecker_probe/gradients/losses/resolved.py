@@ -46,9 +46,12 @@ class ResolvedLoss(abc.ABC):
         """
         return self.factor * self.evaluator.gradient(outputs, targets)
 
-    @abc.abstractmethod
     def n_columns(self, outputs: Tensor) -> int:
-        """Columns of the loss-Hessian root of one datum."""
+        """Columns of the loss-Hessian root of one datum: its number of outputs.
+
+        Ignored positions have zero columns, so that all batches have as many.
+        """
+        return outputs[0].numel()
 
     @abc.abstractmethod
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
@@ -98,15 +101,12 @@ class SoftmaxLoss(ResolvedLoss):
     class_dim: int
     scales: Tensor
 
-    def n_columns(self, outputs: Tensor) -> int:
-        return len(self._counted()) * outputs.shape[self.class_dim]
-
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
-        """sqrt(s p_k) (e_k - p) for each class k and each position that counts in some datum."""
+        """sqrt(s p_k) (e_k - p) for each position t and class k."""
         p = self._probabilities(outputs)
         flat = p.reshape(p.shape[0], -1, p.shape[-1])
         roots = (self._positions() * flat).sqrt()
-        for t in self._counted():
+        for t in range(flat.shape[1]):
             for k in range(flat.shape[2]):
                 column = torch.zeros_like(flat)
                 column[:, t] = -roots[:, t, k, None] * flat[:, t]
@@ -139,11 +139,6 @@ class SoftmaxLoss(ResolvedLoss):
         """s as [N, T, 1]."""
         return self.scales.movedim(self.class_dim, -1).reshape(self.scales.shape[0], -1, 1)
 
-    def _counted(self) -> list[int]:
-        """Positions where s > 0 in some datum."""
-        positions: list[int] = self._positions()[..., 0].any(0).nonzero()[:, 0].tolist()
-        return positions
-
 
 @final
 @dataclass(frozen=True)
@@ -159,13 +154,10 @@ class ElementwiseLoss(ResolvedLoss):
 
     scales: Tensor
 
-    def n_columns(self, outputs: Tensor) -> int:
-        return len(self._counted())
-
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
-        """sqrt(s phi') e_j for each output j that counts in some datum."""
+        """sqrt(s phi') e_j for each output j."""
         roots = self._curvature(at_least_float32(outputs)).sqrt().reshape(len(outputs), -1)
-        for j in self._counted():
+        for j in range(roots.shape[1]):
             column = torch.zeros_like(roots)
             column[:, j] = roots[:, j]
             yield column.view(outputs.shape)
@@ -197,11 +189,6 @@ class ElementwiseLoss(ResolvedLoss):
             return self.scales
         return self.scales * flat.sigmoid() * (-flat).sigmoid()
 
-    def _counted(self) -> list[int]:
-        """Outputs where s > 0 in some datum."""
-        outputs: list[int] = self.scales.reshape(len(self.scales), -1).any(0).nonzero()[:, 0].tolist()
-        return outputs
-
 
 @final
 @dataclass(frozen=True)
@@ -213,9 +200,6 @@ class CustomLoss(ResolvedLoss):
     """
 
     targets: Tensor
-
-    def n_columns(self, outputs: Tensor) -> int:
-        return outputs[0].numel()
 
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
         """sqrt(lambda) v of each datum's output Hessian, largest lambda first."""

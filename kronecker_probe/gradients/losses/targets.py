@@ -44,7 +44,6 @@ def check_device_labels(loss_fn: LossFunction, outputs: Tensor, targets: Tensor)
     if found is None:
         return
     outside, classes = found
-    strange = targets[outside].unique().cpu()
     rows = outside.flatten(1).any(1) if outside.ndim > 1 else outside
     host = copy.deepcopy(loss_fn).cpu() if isinstance(loss_fn, nn.Module) else loss_fn
     try:
@@ -53,7 +52,7 @@ def check_device_labels(loss_fn: LossFunction, outputs: Tensor, targets: Tensor)
         raise outside_error(targets, classes, error) from error
     except Exception as error:
         ignored = getattr(loss_fn, "ignore_index", IGNORE_INDEX)
-        if bool((strange != ignored).any()):
+        if bool((targets[outside] != ignored).any()):
             raise outside_error(targets, classes, error) from error
 
 

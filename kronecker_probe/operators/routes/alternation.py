@@ -123,9 +123,14 @@ def _certified(spaces: _Spaces, v: Tensor, rounds: int) -> tuple[LeadingProduct,
 
 
 def _precisions(route: Route) -> list[torch.dtype]:
-    costs = route.kernels.costs()
-    large = costs.left.flops + costs.right.flops >= SINGLE_FLOPS
-    return [*([torch.float32] if large and _at_most_single(route.samples) else []), torch.float64]
+    single = iterates_in_float32(route.kernels, route.samples)
+    return [torch.float32, torch.float64] if single else [torch.float64]
+
+
+def iterates_in_float32(kernels: Kernels, samples: GradientSamples) -> bool:
+    """Whether half steps are large, and the draws known to no more than float32."""
+    costs = kernels.costs()
+    return costs.left.flops + costs.right.flops >= SINGLE_FLOPS and _at_most_single(samples)
 
 
 def _at_most_single(samples: GradientSamples) -> bool:

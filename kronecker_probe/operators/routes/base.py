@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
@@ -91,6 +92,21 @@ class Route(abc.ABC):
         matrix = None if left is None else left.matrix
         parts = (kernels_for(self.samples.subset(group)) for group in groups)
         return [MatrixFactor(part.right_step(matrix)) for part in parts]
+
+    def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
+        """sum_{i in group} w_i sum_c <G_ic, A_b G_ic C_e>, float64 [groups, B, E].
+
+        Args:
+            lefts: A, PSD, float64 [B, m, m].
+            rights: C, PSD, float64 [E, n, n].
+            groups: Data of each group.
+        """
+        columns = []
+        for right in rights:
+            images = self.grouped_left_step(MatrixFactor(right), groups)
+            stacked = torch.stack([image.matrix.flatten() for image in images])
+            columns.append(stacked @ lefts.flatten(1).T)
+        return torch.stack(columns, dim=2)
 
     def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
         """sum_c <G_ic, A G_ic C> of each datum, without its weight, float64 [N]."""

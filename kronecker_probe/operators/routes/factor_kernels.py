@@ -38,10 +38,12 @@ class FactorKernels(Kernels):
         # elements of one datum in float64, with the images of d and a and the T x T products
         self._datum = 2 * c * t * m + 2 * t * n + (2 * t * t if t > 1 else 2)
 
-    def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, ...]]:
-        """(w [k, 1, 1], d [k, C, T, m], a [k, T, n])."""
+    def _chunks(
+        self, dtype: torch.dtype = torch.float64, extra: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """(w [k, 1, 1], d [k, C, T, m], a [k, T, n]), with room for ``extra`` elements a datum."""
         s = self.samples
-        step = chunk_rows(self._datum * (CACHED if dtype == torch.float64 else 1))
+        step = chunk_rows((self._datum + extra) * (CACHED if dtype == torch.float64 else 1))
         for i in range(0, s.n_data, step):
             part = slice(i, i + step)
             weights = self.weights[part, None, None].to(dtype)
@@ -78,6 +80,23 @@ class FactorKernels(Kernels):
                 for _, d, a in self._chunks()
             ]
         )
+
+    def many_forms(self, lefts: Tensor, rights: Tensor) -> Tensor:
+        """sum_c <G_ic, A_b G_ic C_e> of each datum and pair of matrices, float64 [N, B, E].
+
+        Args:
+            lefts: A, symmetric [B, m, m]; the products run in its dtype, float64 or float32.
+            rights: C, symmetric [E, n, n], of the same dtype.
+        """
+        on_left = [half_of(matrix) for matrix in lefts]
+        on_right = [half_of(matrix) for matrix in rights]
+        t = self.samples.n_positions
+        parts = []
+        for _, d, a in self._chunks(lefts.dtype, (len(lefts) + len(rights)) * t * t):
+            outputs = torch.stack([_products(d, half).flatten(1) for half in on_left], dim=1)
+            inputs = torch.stack([_products(a[:, None], h).flatten(1) for h in on_right], dim=1)
+            parts.append((outputs @ inputs.mT).double())
+        return torch.cat(parts)
 
     def projected_diagonal(self, left_basis: Tensor | None, right_basis: Tensor | None) -> Tensor:
         total: Tensor | None = None

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
 from kronecker_probe.operators.factors import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.routes import alternation
+from kronecker_probe.operators.routes.alternation import iterates_in_float32
 from kronecker_probe.operators.routes.base import (
     DEFAULT_LEADING,
+    Group,
     LeadingProduct,
     Route,
 )
+from kronecker_probe.operators.routes.factor_kernels import FactorKernels
+from kronecker_probe.operators.routes.registry import ways_of
 
+TINY = torch.finfo(torch.float64).tiny
 # Images of half steps that are kept: inner products of other products with the same factor, and
 # the next iteration, ask for them again.
 KEPT_IMAGES = 4
@@ -69,6 +76,27 @@ class ParameterSpace(Route):
         if (image := _known(left, self._right_images)) is not None:
             return image.inner(right)
         return self.left_step(right).inner(left)
+
+    def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
+        """As on every route; large layers of float32 draws multiply in float32.
+
+        PSD factors make every term nonnegative, so that the sums keep seven digits.
+        """
+        if ways_of(self.kernels)["forms"] != "factors" or not isinstance(
+            self.samples, FactoredSamples
+        ):
+            return super().grouped_forms(lefts, rights, groups)
+        single = iterates_in_float32(self.kernels, self.samples)
+        dtype = torch.float32 if single else torch.float64
+        # factors of unit size, for float32 holds squares of small gradients only
+        sizes = [x.flatten(1).abs().amax(dim=1).clamp_min(TINY) for x in (lefts, rights)]
+        scaled = [
+            (x / s[:, None, None]).to(dtype) for x, s in zip((lefts, rights), sizes, strict=True)
+        ]
+        forms = FactorKernels(self.samples).many_forms(*scaled)
+        weighted = forms * self.weights[:, None, None]
+        summed = torch.stack([weighted[group].sum(dim=0) for group in groups])
+        return summed * sizes[0][:, None] * sizes[1]
 
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
         return self.kernels.projected_diagonal(left.vectors, right.vectors)

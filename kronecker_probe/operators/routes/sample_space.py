@@ -80,6 +80,12 @@ class SampleSpace(Route):
             part[group] = weighted[group]
             yield part
 
+    def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
+        on_left = torch.stack([self.outputs.quadratic_forms(left) for left in lefts], dim=1)
+        on_right = torch.stack([self.inputs.quadratic_forms(right) for right in rights], dim=1)
+        on_right = on_right * self.weights[:, None]
+        return torch.stack([on_left[group].T @ on_right[group] for group in groups])
+
     def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
         on_left, on_right = (
             rows.squared_norms if factor is None else factor.quadratic_forms(rows)

@@ -1,0 +1,1 @@
+"""Estimates with error bars: of the sample, of held-out factors, and of the population."""

@@ -1,0 +1,146 @@
+"""``kp.estimate`` and ``kp.samples_needed``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kronecker_probe.approximations import approximate, resolve
+from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.quality.estimates.estimate import MIN_N_EFF, Estimate, check_kinds
+from kronecker_probe.quality.estimates.estimator import TARGET_METRICS, Estimator
+from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
+
+
+def estimate(
+    H: SecondMoment,
+    approximation: str | Operator | None = None,
+    metric: str = "cosine",
+    kind: str = "population",
+    *,
+    refits: int | None = None,
+    **options: Any,
+) -> Estimate:
+    """A quality number with its standard error.
+
+    "population" is the limit of infinitely many draws. Approximations with closed forms in sample
+    means (Shampoo^2, K-FAC, TKFAC, left-only, right-only, diagonal, identity) have U-statistics
+    over distinct draws, from which all coincident-index terms are removed; for shared positions
+    these are incomplete, over 16 groups. Fitted ones (optimal, Shampoo's roots, the trace-power
+    family, eigenvalue-corrected) are scored in sample against |H|^2 over distinct draws. The
+    jackknife over independent draws (over refits without a group of them for the fitted ones)
+    corrects the bias and gives the standard error. "held-out" is the quality of factors fitted to
+    half of the draws, scored on the other half, cross-fitted. "plugin" is the sample matrix
+    itself, without an error bar.
+
+    Under about 30 effective draws nothing is estimated: the value is NaN and the note says why.
+
+    Args:
+        H: The target.
+        approximation: A name or spec, as for ``kp.approximate``; or an operator that was not
+            fitted to these draws (kinds "plugin" and "population"); None for the metrics "norm"
+            and "trace" of H itself.
+        metric: "cosine", "relative_error", "best_scale_error" or "best_scale"; or "norm", "trace".
+            The errors are estimated as squares.
+        kind: "plugin", "held-out" or "population".
+        refits: For fitted approximations, the groups of draws of their jackknife, at least 4; 0
+            for a bracket from two halves, [held-out, in-sample]; None for 8, or a bracket where
+            shared positions make refits expensive.
+        options: Options of the approximation (``q``, ``rank``, ``block_size``).
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UnknownNameError: No such approximation, option, metric or kind.
+        UnsupportedError: The samples lack what the approximation needs.
+        InvalidInputError: H is no SecondMoment, or the arguments do not fit each other.
+
+    Example:
+        >>> kp.estimate(H, "shampoo-squared")  # doctest: +SKIP
+        Estimate(population cosine of shampoo-squared: 0.912 ± 0.008; N=512, N_eff=301)
+    """
+    (kind,) = check_kinds([kind])
+    if metric not in (*QUALITY_METRICS, *TARGET_METRICS):
+        raise unknown_name("metric of estimate", metric, (*QUALITY_METRICS, *TARGET_METRICS))
+    estimator = Estimator(H, refits)
+    if metric in TARGET_METRICS:
+        return _of_target(estimator, approximation, metric, kind, options)
+    if approximation is None:
+        raise InvalidInputError(f"The metric {metric!r} needs an approximation; name one.")
+    if isinstance(approximation, Operator):
+        return _of_operator(estimator, approximation, metric, kind, options)
+    label = resolve(approximation, **options).label
+    if kind == "plugin":
+        return estimator.plugin(label, approximate(H, label), [metric])[0]
+    return estimator.estimates([label], [metric], kind)[label][0]
+
+
+def _of_target(
+    estimator: Estimator,
+    approximation: str | Operator | None,
+    metric: str,
+    kind: str,
+    options: dict[str, Any],
+) -> Estimate:
+    if approximation is not None or options:
+        raise InvalidInputError(
+            f"The metric {metric!r} is about H itself; leave out {approximation!r}."
+        )
+    if kind == "held-out":
+        raise InvalidInputError(f"The metric {metric!r} has no held-out kind; use 'population'.")
+    return estimator.of_target(metric, kind)
+
+
+def _of_operator(
+    estimator: Estimator, operator: Operator, metric: str, kind: str, options: dict[str, Any]
+) -> Estimate:
+    if options:
+        raise InvalidInputError(f"An operator takes no options; got {', '.join(options)}.")
+    if kind == "held-out":
+        raise InvalidInputError(
+            "An operator has no held-out kind, which fits factors; use 'population'."
+        )
+    label = type(operator).__name__
+    if kind == "plugin":
+        return estimator.plugin(label, operator, [metric])[0]
+    return estimator.of_operator(label, operator, [metric])[0]
+
+
+def samples_needed(
+    H: SecondMoment,
+    stderr: float = 0.01,
+    approximation: str = "shampoo-squared",
+    metric: str = "cosine",
+    **options: Any,
+) -> int:
+    """About how many data bring the standard error of a population estimate to ``stderr``.
+
+    It extrapolates the standard error of these draws as 1 / sqrt(N) and the effective number of
+    draws as N, of which at least 30 are needed. Where the quality is nearly perfect the error
+    falls faster, and fewer do.
+
+    Args:
+        H: The target, with at least 30 effective draws.
+        stderr: The standard error wanted; of the squared error for the errors.
+        approximation: A name or spec.
+        metric: As for :func:`estimate`.
+        options: As for :func:`estimate`.
+
+    Raises:
+        InvalidInputError: ``stderr`` is not positive.
+        UnsupportedError: There is no standard error to extrapolate; the message says why.
+    """
+    if isinstance(stderr, bool) or not isinstance(stderr, int | float) or not stderr > 0:
+        raise InvalidInputError(f"samples_needed got stderr={stderr!r}; give a positive number.")
+    of_target = metric in TARGET_METRICS
+    found = estimate(H, None if of_target else approximation, metric, "population", **options)
+    if math.isnan(found.stderr):
+        raise UnsupportedError(
+            f"samples_needed has no standard error of {found.approximation or 'H'} to extrapolate: "
+            f"{found.note}."
+        )
+    wanted = found.n * (found.stderr / stderr) ** 2
+    return math.ceil(max(wanted, found.n * MIN_N_EFF / found.n_eff))

@@ -1,0 +1,134 @@
+"""What an estimate is: a number that names its estimand, with its error bar or its abstention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+from scipy.special import stdtrit
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+
+KINDS = ("plugin", "held-out", "population")
+# Metrics that are estimated as squares, which may come out negative.
+SQUARED = frozenset({"relative_error", "best_scale_error"})
+# Effective draws under which no population or held-out number is given.
+MIN_N_EFF = 30.0
+LEVEL = 0.95
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """A quality number with its standard error.
+
+    The errors ("relative_error", "best_scale_error") are estimated as *squared* errors, because
+    only those have unbiased estimates: their ``value`` and ``stderr`` are those of the square, and
+    the value is negative about half of the time when the true error is 0. :attr:`display` takes
+    the root. Nothing is clipped: a cosine may exceed 1.
+
+    Attributes:
+        metric: "norm", "trace", "cosine", "relative_error", "best_scale_error", "best_scale".
+        approximation: Its label; None for the norm and the trace of H itself.
+        kind: What is estimated. "plugin": the sample matrix itself. "held-out": the quality of
+            factors fitted on half of the data. "population": the limit of infinitely many data.
+        value: The number, a squared error for the errors; NaN where it abstains or is undefined.
+        stderr: Its standard error; NaN for plug-in numbers, whose bias is the larger part.
+        n: Independent draws N (data of positive weight).
+        n_eff: (sum |G_i|^2)^2 / sum |G_i|^4, weights included: how many draws carry the numbers.
+        df: Degrees of freedom of Student's t in :meth:`interval`.
+        note: Why it abstains, or how it was found where that matters.
+        bracket: Bounds of a number that has no error bar: the held-out and the in-sample value.
+    """
+
+    metric: str
+    approximation: str | None
+    kind: str
+    value: float
+    stderr: float
+    n: int
+    n_eff: float
+    df: float = math.inf
+    note: str = ""
+    bracket: tuple[float, float] | None = None
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """The two-sided confidence interval, on the scale of ``value``.
+
+        Args:
+            level: Its coverage, between 0 and 1. A bracket has none, and is returned as it is.
+
+        Returns:
+            (low, high); NaN where there is no standard error.
+
+        Raises:
+            InvalidInputError: ``level`` is not between 0 and 1.
+        """
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+            raise InvalidInputError(f"interval got level={level!r}; give it between 0 and 1.")
+        if self.bracket is not None:
+            return self.bracket
+        if self.stderr == 0:
+            return self.value, self.value
+        half = float(stdtrit(self.df, 0.5 + level / 2)) * self.stderr
+        return self.value - half, self.value + half
+
+    @property
+    def display(self) -> float:
+        """The value as tables show it: an error is the root of its square, 0 where negative."""
+        return self._shown(self.value)
+
+    def display_interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """:meth:`interval` as tables show it: roots for the errors."""
+        low, high = self.interval(level)
+        return self._shown(low), self._shown(high)
+
+    def _shown(self, value: float) -> float:
+        if self.metric not in SQUARED or math.isnan(value):
+            return value
+        return math.sqrt(max(0.0, value))
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"undefined ({self.note})" if self.note else "undefined"
+        if self.bracket is not None:
+            low, high = self.display_interval()
+            return f"{self.display:.3f} in [{low:.3f}, {high:.3f}]"
+        if math.isnan(self.stderr):
+            return f"{self.display:.3f}"
+        if self.metric in SQUARED:
+            low, high = self.display_interval()
+            return f"{self.display:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{self.value:.3f} ± {self.stderr:.3f}"
+
+    def __repr__(self) -> str:
+        of = "" if self.approximation is None else f" of {self.approximation}"
+        counts = f"N={self.n}, N_eff={self.n_eff:.0f}"
+        note = f"; {self.note}" if self.note and not math.isnan(self.value) else ""
+        return f"Estimate({self.kind} {self.metric}{of}: {self}; {counts}{note})"
+
+
+def check_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:
+    """The kinds asked for, each once.
+
+    Raises:
+        UnknownNameError: No such kind of estimate.
+    """
+    named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in named:
+        if kind not in KINDS:
+            raise unknown_name("kind of estimate", kind, KINDS)
+    return tuple(dict.fromkeys(named))
+
+
+def abstention(n: int, n_eff: float) -> str:
+    """Why nothing is estimated from so few effective draws, and what to do; empty if it may be."""
+    if n_eff >= MIN_N_EFF:
+        return ""
+    needed = math.ceil(n * MIN_N_EFF / max(n_eff, 1.0) / 10) * 10
+    return (
+        f"N_eff = {n_eff:.0f} of N = {n}: a few data carry the numbers, and under "
+        f"{MIN_N_EFF:.0f} no estimate can be trusted; measure about {needed} data"
+    )

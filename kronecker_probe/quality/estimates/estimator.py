@@ -1,0 +1,304 @@
+"""All estimates about one target, with what they share computed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import final
+
+from torch import Tensor
+
+from kronecker_probe.approximations import Spec, resolve
+from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
+from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.block import spans
+from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.quality.estimates import closed_forms
+from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, Grams
+from kronecker_probe.quality.estimates.draws import Draws, pair_statistic
+from kronecker_probe.quality.estimates.estimate import Estimate, abstention
+from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fixed_operator
+from kronecker_probe.quality.estimates.forms import diagonal_pairs
+from kronecker_probe.quality.estimates.grouped import Grouped
+from kronecker_probe.quality.estimates.replicates import (
+    Jackknifed,
+    Replicates,
+    jackknife,
+)
+from kronecker_probe.quality.metrics import InnerProducts
+
+CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
+TARGET_METRICS = ("norm", "trace")
+NOT_INDEPENDENT = (
+    "these draws are not independent: their weighted sum is the target itself, and the plug-in "
+    "number has no sampling error"
+)
+# What the optimum maximizes, or a function of it.
+MAXIMIZED = ("cosine", "best_scale_error")
+FIRST_ORDER = "bias from two halves; first-order jackknife, the factors held fixed"
+BRACKET = "bracket: held-out factors and the in-sample fit on either side; no error bar"
+
+
+@final
+class Estimator:
+    """Estimates about one target.
+
+    Args:
+        target: H.
+        refits: For fitted approximations, the groups of the jackknife over refits, at least 4;
+            0 for a bracket from the two halves; None for 8 where draws have no shared positions
+            (or layers are small), else 0.
+        fits: Label -> operator fitted to all draws, for those known already.
+
+    Raises:
+        InvalidInputError: ``target`` is no SecondMoment, or ``refits`` is out of range.
+    """
+
+    def __init__(
+        self,
+        target: SecondMoment,
+        refits: int | None = None,
+        fits: Mapping[str, Operator] | None = None,
+    ) -> None:
+        if not isinstance(target, SecondMoment):
+            raise InvalidInputError(
+                f"estimate got a {type(target).__name__}; wrap the samples as kp.SecondMoment(...)."
+            )
+        check_refits(refits)
+        self._target = target
+        self._draws = Draws(target)
+        same = self._draws.target is target
+        self._fits = dict(fits or {})
+        self._refits = Refits(self._draws, self._fits if same else {})
+        self._count = refits if refits is not None else self._affordable()
+        self._grams: Grams | None = None
+        self._products: dict[str, Replicates] = {}
+
+    def _affordable(self) -> int:
+        shared = self._target.plan().route == "parameter" and self._target.samples.n_positions != 1
+        return 0 if shared else REFITS
+
+    @property
+    def n(self) -> int:
+        """N, data of positive weight."""
+        return self._draws.count
+
+    @property
+    def n_eff(self) -> float:
+        """The effective number of draws."""
+        return self._draws.n_eff
+
+    @cached_property
+    def _silence(self) -> str:
+        """Why nothing is estimated beyond the sample; empty if it may be."""
+        if not self._target.samples.independent:
+            return NOT_INDEPENDENT
+        unusable = InnerProducts(0.0, self._target.norm(), 0.0).unusable
+        return unusable or abstention(self.n, self.n_eff)
+
+    def noise_floor(self) -> float:
+        """The cosine of the sample matrix to the population's, |H| / |H_N|.
+
+        What the plug-in cosine of the true H itself would be, to first order: E <H_N, H> =
+        |H|^2. NaN where it is unknown.
+        """
+        if self._silence:
+            return math.nan
+        try:
+            squared = float(self._draws.target_squares[0])
+        except MemoryBudgetError:
+            return math.nan
+        return self._draws.scale * math.sqrt(squared) / self._target.norm()
+
+    def of_target(self, metric: str, kind: str) -> Estimate:
+        """|H| or Tr H."""
+        if kind == "plugin":
+            value = self._target.norm() if metric == "norm" else self._target.trace()
+            return self._estimate(metric, None, kind, Jackknifed(value, math.nan, math.nan))
+        if self._silence:
+            return self._undefined(metric, None, kind, self._silence)
+        try:
+            values = closed_forms.norm if metric == "norm" else closed_forms.trace
+            found = jackknife(values(self._draws), single=True)
+        except MemoryBudgetError as error:
+            return self._undefined(metric, None, kind, str(error))
+        return self._estimate(metric, None, kind, found)
+
+    def plugin(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
+        """The numbers of the sample matrix itself."""
+        products = InnerProducts.of(self._target, operator)
+        note = products.unusable or products.undefined
+        found = []
+        for metric in metrics:
+            value: float = getattr(products, metric)
+            square = value**2 if metric in ("relative_error", "best_scale_error") else value
+            one = self._estimate(metric, label, "plugin", Jackknifed(square, math.nan, math.nan))
+            found.append(replace(one, note=note) if math.isnan(value) else one)
+        return found
+
+    def estimates(
+        self, labels: Sequence[str], metrics: Sequence[str], kind: str
+    ) -> dict[str, list[Estimate]]:
+        """Held-out or population estimates of approximations, by label.
+
+        Args:
+            labels: Specs as ``resolve`` labels them.
+            metrics: Of :data:`QUALITY_METRICS`.
+            kind: "held-out" or "population".
+        """
+        if self._silence:
+            return {label: self._silent(label, metrics, kind) for label in labels}
+        outcomes: dict[str, Replicates | Bracket | str] = {}
+        if kind == "held-out":
+            outcomes |= {label: self._held_out(label) for label in labels}
+        else:
+            specs = {label: resolve(label) for label in labels}
+            closed = {k: spec for k, spec in specs.items() if spec.name in CLOSED_FORMS}
+            self._prepare([spec.name for spec in closed.values() if not spec.options])
+            outcomes |= {label: self._closed(spec) for label, spec in closed.items()}
+            outcomes |= self._fitted([label for label in labels if label not in closed])
+        return {
+            label: [self._of(label, metric, kind, outcomes[label]) for metric in metrics]
+            for label in labels
+        }
+
+    def of_operator(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
+        """Population estimates of an operator that was not fitted to these draws."""
+        if self._silence:
+            return self._silent(label, metrics, "population")
+        try:
+            found: Replicates | str = fixed_operator(self._draws, operator)
+        except MemoryBudgetError as error:
+            found = str(error)
+        return [self._of(label, metric, "population", found) for metric in metrics]
+
+    def _held_out(self, label: str) -> Replicates | str:
+        try:
+            return self._refits.held_out(label)
+        except MemoryBudgetError as error:
+            return str(error)
+
+    def _fitted(self, labels: Sequence[str]) -> dict[str, Replicates | Bracket | str]:
+        try:
+            if self._count:
+                return dict(self._refits.jackknifed(labels, self._count))
+            return {label: self._refits.bracket(label) for label in labels}
+        except (MemoryBudgetError, UnsupportedError) as error:
+            return dict.fromkeys(labels, str(error))
+
+    @property
+    def _whole_grams(self) -> Grams | None:
+        if self._grams is None:
+            self._grams = Grams.of(self._draws, self._draws.target)
+        return self._grams
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        """The products of two sample means together, in one pass over the Grams."""
+        wanted = [name for name in names if name in PRODUCTS and self._in_sample_space(name)]
+        grams = self._whole_grams if wanted else None
+        if grams is None:
+            return
+        try:
+            forms = list(dict.fromkeys(PRODUCTS[name] for name in wanted))
+            found = dict(zip(forms, grams.products(forms), strict=True))
+        except MemoryBudgetError:  # said when each is asked for
+            return
+        self._products |= {name: found[PRODUCTS[name]] for name in wanted}
+
+    def _in_sample_space(self, name: str) -> bool:
+        """Whether positions do not tell this approximation's factors from G's."""
+        samples = self._draws.target.samples
+        plain = isinstance(samples, FactoredSamples) and samples.n_positions == 1
+        return plain or name not in PRODUCTS or name == "shampoo-squared"
+
+    def _closed(self, spec: Spec) -> Replicates | str:
+        size = dict(spec.options).get("block_size")
+        target = self._draws.target
+        try:
+            if size is None:
+                return self._closed_of(spec.name, target, self._whole_grams)
+            m, n = target.shape
+            whole: Replicates | None = None
+            for rows in spans(m, int(size)):
+                for columns in spans(n, int(size)):
+                    block = target.block(rows, columns)
+                    one = self._closed_of(spec.name, block, Grams.of(self._draws, block))
+                    whole = one if whole is None else whole.plus(one)
+            assert whole is not None
+            return whole
+        except (MemoryBudgetError, UnsupportedError) as error:
+            return str(error)
+
+    def _closed_of(self, name: str, target: SecondMoment, grams: Grams | None) -> Replicates:
+        draws = self._draws
+        if name == "identity":
+            return closed_forms.identity(draws, target.quadratic_forms(None, None), target.shape)
+        if name == "diagonal":
+            forms, norms = diagonal_pairs(target, draws.shares)
+            rows = draws.shares * (forms - draws.shares * norms)
+            square = pair_statistic(rows, draws.pair_totals)
+            return Replicates(square, draws.target_squares, square, single=True)
+        if grams is None or not self._in_sample_space(name):
+            group = Grouped(draws, target)
+            return group.one_sided(ONE_SIDED[name]) if name in ONE_SIDED else group.product(name)
+        if name in ONE_SIDED:
+            return grams.one_sided(ONE_SIDED[name])
+        if target is draws.target and name in self._products:
+            return self._products[name]
+        return grams.products([PRODUCTS[name]])[0]
+
+    def _of(
+        self, label: str, metric: str, kind: str, outcome: Replicates | Bracket | str
+    ) -> Estimate:
+        if isinstance(outcome, str):
+            return self._undefined(metric, label, kind, outcome)
+        if isinstance(outcome, Bracket):
+            return self._bracketed(label, metric, kind, outcome)
+        return self._estimate(metric, label, kind, _jackknifed(outcome, metric))
+
+    def _bracketed(self, label: str, metric: str, kind: str, bracket: Bracket) -> Estimate:
+        inside = bracket.inside.values(metric)
+        ends = [float(inside[0]), float(bracket.held_out.values(metric)[0])]
+        value = _jackknifed(bracket.inside, metric).value  # 2 t - mean of the halves'
+        if resolve(label).name == "optimal" and metric in MAXIMIZED:
+            error = _jackknifed(bracket.fixed, metric)
+            found = Jackknifed(value, error.stderr, error.df)
+            return replace(self._estimate(metric, label, kind, found), note=FIRST_ORDER)
+        one = self._estimate(metric, label, kind, Jackknifed(value, math.nan, math.nan))
+        if math.isnan(value) or any(map(math.isnan, ends)):
+            return one
+        ends.append(value)
+        return replace(one, bracket=(min(ends), max(ends)), note=BRACKET)
+
+    def _silent(self, label: str, metrics: Sequence[str], kind: str) -> list[Estimate]:
+        return [self._undefined(metric, label, kind, self._silence) for metric in metrics]
+
+    def _undefined(self, metric: str, label: str | None, kind: str, why: str) -> Estimate:
+        return Estimate(metric, label, kind, math.nan, math.nan, self.n, self.n_eff, note=why)
+
+    def _estimate(self, metric: str, label: str | None, kind: str, found: Jackknifed) -> Estimate:
+        note = "P = 0, or a part of the draws with H = 0" if math.isnan(found.value) else ""
+        return Estimate(
+            metric, label, kind, found.value, found.stderr, self.n, self.n_eff, found.df, note
+        )
+
+
+def check_refits(refits: int | None) -> None:
+    """Refuse a number of refits that gives no error bar.
+
+    Raises:
+        InvalidInputError: It is neither 0 nor an integer of at least 4.
+    """
+    known = isinstance(refits, int) and not isinstance(refits, bool) and (refits == 0 or refits > 3)
+    if refits is not None and not known:
+        raise InvalidInputError(
+            f"refits={refits!r}; give at least 4 groups, 0 for a bracket, or None to choose."
+        )
+
+
+def _jackknifed(replicates: Replicates, metric: str) -> Jackknifed:
+    values: Tensor = replicates.values(metric)
+    return jackknife(values, replicates.single)
