@@ -69,7 +69,7 @@ class Preset:
 PRESETS = {
     "quick": Preset(1, (0, 100), (1, 16, 256, 4096), (1, 64), 256, 256, 8),
     "default": Preset(
-        3, (0, 100, 1600), tuple(4**k for k in range(7)), (1, 16, 256), 2048, 1024, 32
+        3, (0, 100, 1600), tuple(4**k for k in range(7)), (1, 16, 256), 512, 1024, 32
     ),
 }
 

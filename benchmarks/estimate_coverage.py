@@ -252,7 +252,10 @@ def report(table: pd.DataFrame) -> Iterator[str]:
 
 def _numbers(cell: pd.DataFrame) -> str:
     plugin, held_out, one = (row for _, row in cell.set_index("kind").loc[list(KINDS)].iterrows())
-    biases = f"{plugin['bias']:+7.3f} {held_out['bias']:+8.3f} {one['bias']:+7.3f}"
+    biases = " ".join(
+        f"{of['bias']:+{width}.{'3f' if abs(of['bias']) < 100 else '0e'}}"
+        for of, width in ((plugin, 7), (held_out, 8), (one, 7))
+    )
     bracket = "b" if one["bracketed"] > 0.5 else " "
     numbers = f"| {biases} {one['stderr_over_sd']:5.2f} {one['coverage']:4.2f}{bracket}"
     return numbers.replace("+nan", "   -").replace("nan", "  -")

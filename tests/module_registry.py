@@ -177,7 +177,7 @@ _LINEAR = (
     RegisteredModel("Bilinear", lambda: Lambda(
         lambda m, x: m.c(torch.tanh(m.b(x[:, 0], x[:, 1]))),
         b=nn.Bilinear(3, 3, 4), c=nn.Linear(4, CLASSES),
-    ), (2, 3), fallback=("b.*",)),
+    ), (2, 3), fallback=("b.weight",)),
 )  # fmt: skip
 
 _CONV = (
@@ -223,8 +223,7 @@ _EMBEDDING = (
     RegisteredModel("tiny GPT, tied embedding", TinyGpt, (4,), class_dim=2, vocabulary=6,
                     either=("token.weight", "position.weight")),
     RegisteredModel("tiny GPT, separate head, position parameter",
-                    lambda: TinyGpt(tied=False, table=True), (4,), class_dim=2, vocabulary=6,
-                    fallback=("position",)),
+                    lambda: TinyGpt(tied=False, table=True), (4,), class_dim=2, vocabulary=6),
 )  # fmt: skip
 
 _NORM = (

@@ -344,8 +344,7 @@ _MIXING = (
         skipped={"a.*": "mix in layer 'a'"}, coupled=True,
     ),
     SmallModel(
-        "table as long as the batch", lambda: three(position_table), (4, 3),
-        {"b.*": "mix in layer 'b'.*vmap"}, class_dim=2,
+        "table as long as the batch", lambda: three(position_table), (4, 3), class_dim=2,
     ),
     SmallModel(
         "part of the batch", lambda: three(routed), (3,),

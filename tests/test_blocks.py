@@ -77,11 +77,12 @@ def test_blocks_of_factored_approximations_see_their_part_of_d_and_a(case: Case,
 
 @pytest.mark.parametrize("name", [*BY_MATRIX, *FACTORED, "divergence:q=0"])
 @pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
-def test_one_block_is_the_unblocked_operator_exactly(route: str, name: str) -> None:
+def test_one_block_is_the_unblocked_operator(route: str, name: str) -> None:
     H = factors_case("", 20, 4, 3).operator(route)
     whole, single = kp.approximate(H, name), kp.approximate(H, with_block_size(name, 4))
     assert type(single) is type(whole)
-    np.testing.assert_array_equal(dense(single), dense(whole))
+    # the same sums, but a fit's rounds may add them in another order
+    assert_close(dense(single), dense(whole), ENTRIES)
 
 
 @pytest.mark.parametrize("name", ["shampoo-squared", "eigen-corrected", "diagonal", "kfac"])

@@ -349,6 +349,6 @@ def test_another_default_device_does_no_harm() -> None:
 def test_models_of_the_registry_are_varied() -> None:
     """A registry that lost its skipped or shared cases would leave the tests above hollow."""
     assert sum(bool(small.skipped) for small in SMALL_MODELS.values()) >= 10
-    assert sum(bool(small.fallback) for small in SMALL_MODELS.values()) >= 9
+    assert sum(bool(small.fallback) for small in SMALL_MODELS.values()) >= 8
     assert sum(small.coupled for small in SMALL_MODELS.values()) >= 4
     assert mlp()[0].weight.shape == (4, 3)

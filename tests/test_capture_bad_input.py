@@ -153,7 +153,7 @@ def test_a_named_tuple_or_a_list_is_a_batch() -> None:
     [
         ({"x": INPUTS, "y": LABELS}, ["dict", "pair (inputs, targets)"]),
         (INPUTS, ["Tensor", "pair"]),
-        ((INPUTS, LABELS, LABELS), ["tuple", "pair"]),
+        ((INPUTS, LABELS, LABELS), ["tuple of 3 parts", "pair"]),
         ((INPUTS.numpy(), LABELS), ["ndarray", "must be tensors"]),
         (({"ids": INPUTS}, LABELS), ["dict", "wrap a model"]),
         (((INPUTS, INPUTS), LABELS), ["tuple and Tensor", "wrap a model"]),
@@ -247,7 +247,42 @@ def test_layers_that_are_none() -> None:
     refused(UnknownNameError, "''", layers="")
 
 
-@pytest.mark.parametrize("label_draws", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("layers", [3, [1.5], None])
+def test_layers_that_are_no_names(layers: Any) -> None:
+    refused(InvalidInputError, f"layers={layers!r}", "glob", layers=layers)
+
+
+def test_a_name_with_brackets_stands_for_itself() -> None:
+    model = nn.ModuleDict({"[x]": nn.Linear(3, CLASSES), "x": nn.Linear(3, CLASSES)}).double()
+    model.forward = lambda x: model["[x]"](x) + model["x"](x)
+    samples = kp.capture(model, F.cross_entropy, (INPUTS, LABELS), layers="[x].weight")
+    assert list(samples) == ["[x].weight", "x.weight"]  # the name, and what the glob matches
+
+
+@pytest.mark.parametrize("seed", [2**70, -(2**63) - 1, "a", 1.5, None, True])
+def test_seeds_that_are_none(seed: Any) -> None:
+    refused(InvalidInputError, f"seed={seed!r}", "whole number", draws="fisher", seed=seed)
+    with pytest.raises(InvalidInputError, match="seed="):
+        kp.capture(MODEL, F.cross_entropy, [(INPUTS, LABELS)], seed=seed)
+    samples = kp.capture(MODEL, F.cross_entropy, (INPUTS, LABELS), draws="fisher")
+    with pytest.raises(InvalidInputError, match="seed="):
+        kp.batch_gradients(samples, 2, 3, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1])
+def test_seeds_at_the_ends(seed: int) -> None:
+    for data in ((INPUTS, LABELS), [(INPUTS, LABELS)]):
+        assert kp.capture(MODEL, F.cross_entropy, data, draws="fisher", seed=seed)
+
+
+@pytest.mark.parametrize("loss", [None, "ce"])
+def test_a_loss_that_is_no_function(loss: Any) -> None:
+    for data in ((INPUTS, LABELS), [(INPUTS, LABELS)]):
+        with pytest.raises(InvalidInputError, match=f"loss_fn is {loss!r}; give a function"):
+            kp.capture(MODEL, loss, data)
+
+
+@pytest.mark.parametrize("label_draws", [0, -1, 1.5, "2", True])
 def test_label_draws_that_are_no_count(label_draws: Any) -> None:
     refused(
         InvalidInputError, f"label_draws={label_draws!r}", "positive",

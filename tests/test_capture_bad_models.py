@@ -119,6 +119,13 @@ def test_outputs_that_are_one_number() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
+def test_a_model_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(3, CLASSES)
+    with pytest.raises(InvalidInputError, match=r"'weight' was made under torch.inference_mode"):
+        kp.capture(model, F.cross_entropy, (INPUTS, LABELS))
+
+
 def test_complex_weights_are_skipped() -> None:
     model = Lambda(
         lambda m, x: m.c(m.a(x.to(torch.complex128)).abs()),

@@ -95,7 +95,9 @@ def test_too_few_effective_draws_silence_everything_but_staleness() -> None:
 @pytest.mark.parametrize(("second", "told"), [(0.5, True), (0.1, False)])
 def test_rank_two_is_advised_where_a_second_product_pays(second: float, told: bool) -> None:
     norm = 1.2
-    rows = [cosine("optimal", 1 / norm), *spectrum([1.0, second], norm)]
+    rows = [cosine("optimal", 1 / norm), cosine("optimal", 1 / norm - 0.01, math.nan, "plugin")]
+    told_noise = {"parameter": "fc", "metric": "noise_floor", "value": 0.98}
+    rows += [told_noise, *spectrum([1.0, second], norm)]
     found = diagnose(rows)
     assert ("Kronecker rank" in found) == told
     if told:
@@ -129,11 +131,12 @@ def test_the_scale(scale: float, told: bool) -> None:
     assert ("scale" in diagnose(rows)) == told
 
 
-def run_of(lags: dict[int, float]) -> list[Row]:
+def run_of(lags: dict[int, float], draws: str = "trajectory") -> list[Row]:
     rows = []
     for step, lag in lags.items():
-        rows += [cosine("shampoo", 0.8, math.nan, "plugin", step=step),
-                 cosine("live", 0.8 - lag, math.nan, "plugin", step=step)]  # fmt: skip
+        more = {"step": step, "draws": draws}
+        rows += [cosine("shampoo", 0.8, math.nan, "plugin", **more),
+                 cosine("live", 0.8 - lag, math.nan, "plugin", **more)]  # fmt: skip
     return rows
 
 
@@ -143,6 +146,24 @@ def test_stale_live_factors_say_since_when() -> None:
     assert one.level == "warning"
     assert one.message == "the live factors lag by 0.20 since step 400"
     assert "adaptive tolerance" in one.advice
+
+
+def test_on_another_target_the_lag_is_not_called_staleness() -> None:
+    found = diagnose(run_of({0: 0.0, 400: 0.2}, draws="ggn"))
+    assert "staleness" not in found
+    assert found["live factors"].level == "notice"
+    assert "batches, labels, averaging" in found["live factors"].message
+
+
+def test_plugin_numbers_are_judged_by_their_noise_floor() -> None:
+    rows = [cosine("optimal", 0.9, math.nan, "plugin"), cosine("kfac", 0.7, math.nan, "plugin")]
+    assert diagnose(rows)["distance to the optimum"].level == "abstained"  # an old table
+    for floor, level in ((0.95, "notice"), (0.7, "abstained")):
+        told = {"parameter": "fc", "metric": "noise_floor", "value": floor}
+        assert diagnose([*rows, told])["distance to the optimum"].level == level
+    assert "Kronecker rank" not in diagnose([*rows, *spectrum([1.0, 0.9], 1.4)])
+    exact = [row | {"draws": "trajectory", "n_eff": 3.0} for row in rows]
+    assert diagnose(exact)["distance to the optimum"].level == "notice"
 
 
 def test_fresh_live_factors_say_nothing() -> None:

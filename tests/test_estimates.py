@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import kronecker_probe as kp
-from kronecker_probe.quality.estimates import estimate as estimate_module
 from kronecker_probe.quality.estimates import estimator as estimator_module
 from kronecker_probe.quality.estimates import grouped
 from kronecker_probe.quality.estimates.closed_forms import PRODUCTS, Grams
@@ -33,7 +32,7 @@ METRICS = QUALITY_METRICS
 @pytest.fixture
 def outspoken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates from few draws, too: the algebra holds for any number."""
-    monkeypatch.setattr(estimate_module, "MIN_N_EFF", 0.0)
+    monkeypatch.setattr(estimator_module, "abstention", lambda n, n_eff: "")
 
 
 def draw(n_data: int, columns: int, m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -278,6 +277,18 @@ def test_blocks_are_the_sum_of_their_products(name: str) -> None:
     torch.testing.assert_close(found.cross, cross.double(), rtol=SAME, atol=0)
     torch.testing.assert_close(found.approximation, square.double(), rtol=SAME, atol=0)
     torch.testing.assert_close(found.target, Draws(H).target_squares, rtol=SAME, atol=0)
+
+
+@pytest.mark.usefixtures("outspoken")
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_block_of_one_column_adds_up_with_the_others_of_a_shared_layer(name: str) -> None:
+    H = kp.SecondMoment(shared(40, 3))
+    found = kp.estimate(H, name, block_size=2)  # 3 x 2: one row is left
+    assert math.isfinite(found.value)
+    assert found.stderr > 0
+    d, a = H.samples.tensors
+    mirrored = kp.GradientSamples.from_factors(a[:, None], d[:, 0])  # 2 x 3: one column is left
+    assert kp.estimate(kp.SecondMoment(mirrored), name, block_size=2).stderr > 0
 
 
 # ---------------------------------------------------------------- shared positions

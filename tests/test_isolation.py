@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -294,6 +295,56 @@ def test_isolated_is_evaluation_mode_with_gradients() -> None:
         assert not torch.is_autocast_cache_enabled()
         assert not any(module.training for module in model.modules())
     assert [m.training for m in (model, model.a, model.b, model.c)] == [True, True, False, True]
+
+
+class Remembering(nn.Module):
+    """Adds to every kind of container among its attributes, and writes into a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, CLASSES)
+        self.seen: list[Tensor] = []
+        self.cache: dict[str, list[Tensor]] = {"keys": [torch.zeros(1)]}
+        self.sizes, self.last = {0}, deque([1, 2], maxlen=2)
+        self.order, self.scratch = [3, 1, 2], torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        self.seen.append(h)
+        self.cache["keys"].append(h)
+        self.cache["values"] = [h]
+        self.sizes.add(len(x))
+        self.last.append(len(x))
+        self.order.sort()
+        self.scratch.add_(h.detach().sum(0))
+        return self.b(h)
+
+
+@pytest.mark.parametrize("n_data", [6, 40])
+def test_containers_among_the_attributes_are_left_as_they_were(n_data: int) -> None:
+    model = Remembering()
+    held = (model.seen, model.cache, model.cache["keys"], model.sizes, model.last, model.order)
+    first = model.cache["keys"][0]
+    batch = torch.randn(n_data, 3), torch.randint(CLASSES, (n_data,))
+    kp.capture(model, F.cross_entropy, batch)
+    assert model.seen == []
+    assert list(model.cache) == ["keys"]
+    assert [id(t) for t in model.cache["keys"]] == [id(first)]
+    assert model.sizes == {0}
+    assert list(model.last) == [1, 2]
+    assert model.order == [3, 1, 2]
+    assert torch.equal(model.scratch, torch.zeros(4))
+    now = (model.seen, model.cache, model.cache["keys"], model.sizes, model.last, model.order)
+    assert all(one is other for one, other in zip(held, now, strict=True))
+
+
+def test_a_container_that_holds_itself() -> None:
+    model = Remembering()
+    model.seen.append(model.seen)
+    with isolated(model):
+        model.seen.append(1)
+    assert len(model.seen) == 1
+    assert model.seen[0] is model.seen
 
 
 def test_buffers_of_values_that_are_not_numbers_stay() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import MemoryBudgetError, UnknownNameError
@@ -173,6 +175,76 @@ def test_the_memory_of_the_fallback_is_counted(monkeypatch: pytest.MonkeyPatch) 
     kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
     with pytest.raises(MemoryBudgetError):
         kp.capture(model, F.mse_loss, batch, draws="fisher")
+
+
+# -- samples and the model ---------------------------------------------------------------------
+
+
+class Static(nn.Module):
+    """A layer whose input lies in memory that the model keeps."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where = nn.Linear(3, CLASSES), where
+        if where == "buffer":
+            self.register_buffer("kept", torch.zeros(2 * N, 3))
+        elif where == "parameter":
+            self.kept = nn.Parameter(torch.randn(2 * N, 3))
+        else:
+            self.kept = torch.zeros(2 * N, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.kept[: len(x)]
+        if self.where != "parameter":
+            inside.copy_(x)
+        return self.layer(inside) + 0 * x.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("where", ["buffer", "parameter", "attribute"])
+def test_samples_do_not_alias_what_the_model_keeps(where: str) -> None:
+    model = Static(where)
+    batch = torch.randn(N, 3), torch.randint(CLASSES, (N,))
+    expected = (model.kept.detach()[:N] if where == "parameter" else batch[0]).clone()
+    samples = kp.capture(model, F.cross_entropy, batch, draws="empirical-fisher")
+    with torch.no_grad():
+        model.kept.zero_()
+    model(torch.zeros(N, 3))
+    one = samples["layer.weight"]
+    assert isinstance(one, FactoredSamples)
+    assert torch.equal(one.inputs[:, 0], expected)
+
+
+def test_samples_do_not_alias_what_a_hook_keeps() -> None:
+    kept: list[Tensor] = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    model[1].register_forward_hook(lambda module, given, output: kept.append(output))
+    batch = torch.randn(N, 3), torch.randint(CLASSES, (N,))
+    one = kp.capture(model, F.cross_entropy, batch)["2.weight"]
+    assert isinstance(one, FactoredSamples)
+    expected = one.inputs.clone()
+    with torch.no_grad():
+        kept[0].zero_()
+    assert torch.equal(one.inputs, expected)
+
+
+def test_what_the_samples_alone_hold_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_module = sys.modules["kronecker_probe.gradients.capture"]
+    given: dict[str, tuple[Tensor, ...]] = {}
+    real = capture_module.owned
+
+    def spy(samples: dict[str, kp.GradientSamples]) -> dict[str, kp.GradientSamples]:
+        given.update({name: tuple(one.tensors) for name, one in samples.items()})
+        return real(samples)
+
+    monkeypatch.setattr(capture_module, "owned", spy)
+    for name in ("2-D", "3-D", "conv default", "called twice", "attention"):
+        given.clear()
+        small = SMALL_MODELS[name]
+        samples = kp.capture(small.model(), F.mse_loss, small.batch("mse"))
+        assert given
+        for parameter, tensors in given.items():
+            for tensor, kept in zip(tensors, samples[parameter].tensors, strict=True):
+                assert tensor.data_ptr() == kept.data_ptr()
 
 
 # -- data --------------------------------------------------------------------------------------

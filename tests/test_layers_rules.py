@@ -213,7 +213,8 @@ def test_a_language_model_with_a_tied_head(functional_head: bool) -> None:
     assert isinstance(samples["wte.weight"].n_positions, type(None))
     assert samples["wte.weight"].shape == (V, 4)
     # the table of positions is looked up once for all data
-    assert list(samples.fallback) == ["wpe.weight"]
+    assert torch.equal(samples["wpe.weight"].tokens, torch.arange(T).expand(N, T))
+    assert not samples.fallback
 
 
 def test_two_tables_looked_up_together_and_one_twice() -> None:
@@ -224,6 +225,60 @@ def test_two_tables_looked_up_together_and_one_twice() -> None:
     samples = check(model, tokens(T))
     assert samples["a.weight"].tokens.shape == (N, T)
     assert samples["b.weight"].tokens.shape == (N, 2)
+
+
+def within(parameter: str, *shape: int) -> Callable[..., nn.Module]:
+    """A model with one parameter of its own, and a classifier."""
+
+    def build(forward: Callable[[nn.Module, Tensor], Tensor], width: int) -> nn.Module:
+        model = Lambda(forward, c=nn.Linear(width, CLASSES))
+        setattr(model, parameter, nn.Parameter(torch.randn(*shape)))
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("width", [1, 4, 9])
+def test_a_look_up_in_a_part_of_a_table(width: int) -> None:
+    model = within("w", 9, width)(lambda m, x: m.c(F.embedding(x, m.w[2:]).tanh().mean(1)), width)
+    samples = check(model, tokens(T))
+    assert samples["w"].shape == (9, width)
+    assert int(samples["w"].tokens.min()) >= 2
+
+
+def test_a_table_in_two_parts_with_padding() -> None:
+    model = within("w", 9, 3)(
+        lambda m, x: m.c((F.embedding(x % 4, m.w[5:], padding_idx=1) * F.embedding(x, m.w[:7]))
+                         .tanh().mean(1)), 3,
+    )  # fmt: skip
+    check(model, tokens(T))
+
+
+def test_a_tied_part_of_a_table() -> None:
+    model = within("w", 9, 3)(
+        lambda m, x: m.c(F.linear(F.embedding(x, m.w[2:]).tanh(), m.w[1:8])[..., :3].mean(1)), 3
+    )
+    check(model, tokens(T))
+
+
+PARTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "slice of a slice": lambda m, x: torch.cat([F.linear(x, m.w[:4][:2]), x @ m.w[2:4].T], 1),
+    "one slice, read twice": lambda m, x: (
+        lambda w: torch.cat([F.linear(x, w[:2]), x @ w[2:].T], 1))(m.w[:4]),
+    "slice of a view": lambda m, x: (
+        lambda w: torch.cat([F.linear(x, w[:2]), x @ w[2:].T], 1))(m.w.view(6, 5)[:4]),
+    "norm of the whole": lambda m, x: (
+        lambda w: torch.cat([F.linear(x, w[:2]), F.linear(x, w[:2])], 1) * w.norm())(m.w[:4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_also_used_elsewhere_goes_by_the_fallback(name: str) -> None:
+    forward = PARTS[name]
+    model = within("w", 6, 5)(lambda m, x: m.c(torch.tanh(forward(m, x))), 4)
+    samples = check(model, torch.randn(N, 5).double(), fallback=True)
+    assert list(samples.fallback) == ["w"]
+    assert "other operations" in samples.fallback["w"] or "no rule" in samples.fallback["w"]
 
 
 def test_a_convolution_and_a_linear_map_that_share_a_bias() -> None:

@@ -27,13 +27,13 @@ def _seeded() -> None:
 class Watched(nn.Module):
     """Notes the size of each batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, noted: list[int]) -> None:
         super().__init__()
         self.model = model
-        self.sizes: list[int] = []
+        self.note = noted.append  # a list among the attributes would be put back
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
+        self.note(len(x))
         return self.model(x)
 
 
@@ -41,19 +41,19 @@ def captured(
     forward: Callable[[nn.Module, Tensor], Tensor], *shape: int, n_data: int = N
 ) -> tuple[kp.Capture, list[int]]:
     """What rules alone measure, and the batches that the model has seen."""
-    model = Watched(three(forward).double().eval())
+    sizes: list[int] = []
+    model = Watched(three(forward).double().eval(), sizes)
     inputs = torch.randn(n_data, *shape).double()
     targets = torch.randn_like(model(inputs).detach())
-    model.sizes.clear()
+    sizes.clear()
     samples = kp.capture(
         model, F.mse_loss, (inputs, targets), draws="empirical-fisher", fallback=False
     )
     names = [name for name in samples if name.endswith("weight")]
     expected = oracle.share_gradients(model, F.mse_loss, inputs, targets, names)
-    sizes = model.sizes[:2]
     for name in names:
         assert_close(oracle.matrices(samples[name])[:, 0].flatten(1), expected[name].flatten(1))
-    return samples, sizes
+    return samples, sizes[:2]
 
 
 def plain(m: nn.Module, x: Tensor) -> Tensor:
@@ -140,6 +140,69 @@ def test_couplings_are_seen(
     assert rows[-2:] == [N, N]  # the whole batch has decided
 
 
+@pytest.mark.parametrize("n_data", [2, 6, 7, 16])
+def test_every_pair_of_data_is_told_apart(n_data: int) -> None:
+    """One group of two data, of all others each is alone; whichever they are."""
+    for one in range(n_data):
+        for other in range(one):
+            group = torch.arange(n_data)
+            group[one] = other
+            same = (group[:, None] == group).double()
+            model = three(lambda m, x, same=same: m.c(m.b(torch.tanh(same @ m.a(x))))).double()
+            batch = torch.randn(n_data, 3).double(), torch.randint(CLASSES, (n_data,))
+            samples = kp.capture(
+                model, F.cross_entropy, batch, draws="empirical-fisher", fallback=False
+            )
+            assert set(samples.skipped) == {"a.weight", "a.bias"}
+
+
+@pytest.mark.parametrize(
+    "last", [lambda z: 1e-36 * z, lambda z: z.half().float()], ids=["underflow", "half"]
+)
+def test_where_scaled_gradients_underflow_zeros_decide(
+    last: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = backward_rows(monkeypatch)
+    for forward, apart in ((plain, True), (rolled(1), False)):
+        model = three(lambda m, x, forward=forward: last(forward(m, x)))
+        batch = torch.randn(16, 3), torch.randn(16, CLASSES)
+        rows.clear()
+        samples = kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
+        assert ("a.weight" in samples) == apart
+        if apart:
+            assert rows == [16] * (2 + 2 * 4)  # both halves of each bit of the index
+
+
+def test_a_coupling_is_seen_in_half_precision() -> None:
+    """Powers of two below 2^-24 are zero there, and zeros would agree with anything."""
+    for forward, apart in ((plain, True), (rolled(N // 2), False)):
+        model = three(forward).half()
+        batch = torch.randn(N, 3).half(), torch.randn(N, CLASSES).half()
+        samples = kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
+        assert ("a.weight" in samples) == apart
+
+
+def test_an_expert_without_data() -> None:
+    def routed(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        first, out = x[:, 0] > 0, torch.zeros_like(h)
+        out[first], out[~first] = m.b(h[first]), m.d(h[~first])
+        return m.c(out)
+
+    model = three(routed).double()
+    model.d = nn.Linear(4, 4).double()
+    batch = torch.ones(1, 3).double(), torch.zeros(1, dtype=torch.int64)
+    samples = kp.capture(model, F.cross_entropy, batch, draws="empirical-fisher")
+    expected = oracle.share_gradients(
+        model, F.cross_entropy, *batch, [name for name, _ in model.named_parameters()]
+    )
+    assert "a.weight" not in samples.fallback
+    assert "gives [0, 4] for a batch of 1 data" in samples.fallback["d.weight"]
+    assert float(oracle.matrices(samples["d.weight"]).norm()) == 0
+    for name in ("a.weight", "b.weight", "c.bias"):
+        assert_close(oracle.matrices(samples[name]).flatten(), expected[name].flatten())
+
+
 def test_a_coupled_model_is_not_measured_by_the_fallback_either() -> None:
     model = three(mean_of_all).double()
     batch = torch.randn(N, 3).double(), torch.randint(CLASSES, (N,))
@@ -160,8 +223,8 @@ def test_sequences_first_of_any_length(length: int, monkeypatch: pytest.MonkeyPa
 def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
     model = three(position_table).double()
     model.b = nn.Linear(N, 4).double()
-    inner = lambda m, x: m.c(torch.tanh(m.a(x) + m.b(torch.eye(N, dtype=x.dtype))))  # noqa: E731
-    model.function = inner
+    table = torch.eye(N).double()
+    model.function = lambda m, x: m.c(torch.tanh(m.a(x) + 2 * m.b(table)))  # no plain sum
     batch = torch.randn(N, N, 3).double(), torch.randn(N, N, CLASSES).double()
     samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
     assert set(samples.skipped) == {"b.weight", "b.bias"}

@@ -220,6 +220,19 @@ def test_spectrum_of_no_values_is_refused(route: str, k: int) -> None:
 # ---------------------------------------------------------------- routes and plans
 
 
+@pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
+def test_half_steps_of_another_shape_are_refused(route: str) -> None:
+    H = factors_case("", 7, 5, 4).operator(route)
+    for given in (torch.eye(3), torch.randn(4, 5), torch.ones(4), H.left_factor):
+        for step in (H.left_step, lambda V: H.quadratic_forms(None, V)):
+            with pytest.raises(InvalidInputError, match=r"right matrix.*needs \[4, 4\]"):
+                step(given)
+    for given in (torch.eye(3), H.right_factor):
+        for step in (H.right_step, lambda U: H.quadratic_forms(U, None)):
+            with pytest.raises(InvalidInputError, match=r"left matrix.*needs \[5, 5\]"):
+                step(given)
+
+
 def test_sample_route_needs_unshared_factors() -> None:
     for case in (matrices_case("", 4, 3, 2), factors_case("", 4, 3, 2, positions=2)):
         with pytest.raises(UnsupportedError, match=r"'sample'.*T = 1.*'(auto|parameter)'"):

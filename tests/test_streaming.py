@@ -287,13 +287,14 @@ def test_bad_loaders(tmp_path: Path):
         ([], InvalidInputError, "yielded no batches"),
         (3, InvalidInputError, "The data are a int"),
         ([good, inputs], InvalidInputError, "Batch 1 of the loader: .* Tensor"),
-        ([good, (inputs,)], InvalidInputError, "Batch 1 of the loader"),
+        ([good, (inputs,)], InvalidInputError, "Batch 1 of the loader.*tuple of 1 parts"),
+        (iter([(inputs, targets, targets)]), InvalidInputError, "Batch 0.*tuple of 3 parts"),
         ([good, (inputs, targets[:3])], InvalidInputError, "Batch 1 of the loader"),
         ([good, (inputs[:0], targets[:0])], InvalidInputError, "Batch 1 of the loader.*empty"),
         ([good, nan], NonFiniteError, "Batch 1 of the loader"),
         ({"inputs": inputs}, InvalidInputError, "Batch 0 of the loader"),
     ]:
-        for spill in (None, tmp_path):
+        for spill in (None, tmp_path) if not isinstance(data, Iterator) else (None,):
             with pytest.raises(error, match=said):
                 kp.capture_loader(model, loss, data, spill_to=spill)
     for most in (0, -1, 1.5, True):
@@ -301,6 +302,8 @@ def test_bad_loaders(tmp_path: Path):
             kp.capture_loader(model, loss, [good], max_batches=most)
     with pytest.raises(UnknownNameError, match=r"^Unknown draws"):
         kp.capture_loader(model, loss, [good], draws="gnn")
+    with pytest.raises(UnknownNameError, match=r"option of a capture 'layer'.*mean 'layers'"):
+        kp.capture_loader(model, loss, [good], layer="*")
 
 
 def test_files_need_one_shape(tmp_path: Path):

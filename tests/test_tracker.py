@@ -334,7 +334,7 @@ def test_plot_draws_the_trajectory() -> None:
         (np.array([0, 6]), [0, 6]),
         (lambda step: step in (2, 3), [2, 3]),
     ],
-    ids=str,
+    ids=["1", "4", "100", "list", "tuple", "set", "range", "array", "predicate"],
 )
 def test_every_is_an_interval_steps_or_a_predicate(
     every: int | Collection[int] | Callable[[int], bool], probed: list[int]

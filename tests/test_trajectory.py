@@ -505,7 +505,7 @@ def test_what_may_be_given():
         ({"memory": 0}, InvalidInputError, "memory=0"),
         ({"memory": float("nan")}, InvalidInputError, "memory=nan"),
         ({"layers": "weights"}, UnknownNameError, "weights"),
-        ({"layers": []}, InvalidInputError, "no parameter to record"),
+        ({"layers": []}, InvalidInputError, "layers is empty"),
     ],
 )
 def test_bad_options(options: dict, error: type[Exception], said: str):

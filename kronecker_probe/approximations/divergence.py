@@ -40,8 +40,9 @@ TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-8
 SINGLE_TOLERANCE = 3e-6
 # A residual above this is told; at q = 0, where slow may mean never, the fit is refused.
 UNCONVERGED, UNCONVERGED_KL = 1e-6, 1e-9
-# Rounds without a smaller residual, once it is small, after which rounding is what remains.
-PATIENCE, SMALL = 20, 1e-7
+# Rounds without a smaller residual after which rounding is what remains, once it is small; and
+# after which nearly singular factors keep it from falling, where it is not.
+PATIENCE, STALLED, SMALL = 20, 60, 1e-7
 MAX_ROUNDS = 1000
 EPS = torch.finfo(torch.float64).eps
 
@@ -156,9 +157,10 @@ def _iterate(
         following = image.reduced * (len(right) / image.reduced.diagonal().sum())
         change = torch.linalg.vector_norm(following - right)
         residual = float(change / torch.linalg.vector_norm(following))
-        idle = idle + 1 if best <= min(residual, SMALL) else 0
+        idle = idle + 1 if best <= residual else 0
         best = min(best, residual)
-        if residual <= tolerance or idle >= PATIENCE or rounds >= MAX_ROUNDS:
+        patience = PATIENCE if best <= SMALL else STALLED
+        if residual <= tolerance or idle >= patience or rounds >= MAX_ROUNDS:
             return _FixedPoint(left, image, 1.0 / (right_size * left_size), rounds, residual)
         right = acceleration.step(right, following)
         if bool(torch.linalg.cholesky_ex(right).info):

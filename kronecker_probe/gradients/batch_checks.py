@@ -31,9 +31,10 @@ def check_batch(batch: object) -> Pair:
         InvalidInputError: Not a pair of tensors with the same, positive number of data.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        parts = f" of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
         raise InvalidInputError(
-            f"data is a {type(batch).__name__}; give a pair (inputs, targets) of tensors, or an "
-            "iterable of such pairs."
+            f"data is a {type(batch).__name__}{parts}; give a pair (inputs, targets) of tensors, "
+            "or an iterable of such pairs."
         )
     inputs, targets = batch
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):

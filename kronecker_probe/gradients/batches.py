@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
-from kronecker_probe.gradients.checks import check_count
+from kronecker_probe.gradients.checks import check_count, check_seed
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.embedding import EmbeddingSamples
 from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples, MatrixSamples
@@ -77,8 +77,9 @@ def batch_gradients(
 
     Returns:
         Samples, or a capture with draws "batch-gradient" whose note says which batches, held in
-        factors or as matrices, whichever takes less memory. Drawn batches weigh 1/batches each;
-        the N + 1 draws of the exact expectation are not ``independent``.
+        factors or as matrices, whichever takes less memory. Drawn batches weigh 1/batches each.
+        Neither they, which share the data, nor the N + 1 draws of the exact expectation are
+        ``independent``.
 
     Raises:
         InvalidInputError: A size out of range, unequal weights without replacement, or weights
@@ -88,6 +89,7 @@ def batch_gradients(
         MemoryBudgetError: The result would not fit.
     """
     check_count("batch_size", batch_size)
+    seed = check_seed(seed)
     if batches is not None:
         check_count("batches", batches)
     if isinstance(samples, GradientSamples):
@@ -180,7 +182,9 @@ class _Batches:
 
 def _of(samples: GradientSamples, batches: _Batches, zero_mean: bool) -> GradientSamples:
     if batches.members is not None:
-        return _drawn(samples, batches.members)
+        found = _drawn(samples, batches.members)
+        found.independent = False  # they share the data: their spread is not that of new data
+        return found
     shares = batches.shares.to(samples.device)
     if zero_mean:
         weights = shares / (batches.size * samples.n_columns)

@@ -92,13 +92,21 @@ def block_for(uses: Uses, shape: tuple[int, int], extent: Extent) -> Block:
 
 
 class _PositionBlock(Block):
-    """One row of d for every position of every call."""
+    """One row of d for every position of every call.
+
+    Attributes:
+        slices_outputs: Whether a slice of the parameter's rows is one of the entries of d.
+    """
+
+    slices_outputs = True
 
     def __init__(self, uses: Uses, shape: tuple[int, int], extent: Extent) -> None:
         super().__init__(uses, shape, extent)
         self.lengths = [call.positions for call, _ in uses]
         self.total = sum(self.lengths)
-        self.partial = any(call.reads[role].rows is not None for call, role in uses)
+        self.partial = self.slices_outputs and any(
+            call.reads[role].rows is not None for call, role in uses
+        )
         self.block: Tensor | None = None
 
     def _write(self, column: int, gradients: Mapping[Call, Tensor], width: int) -> None:
@@ -161,7 +169,9 @@ class FactorBlock(_PositionBlock):
 
 @final
 class TokenBlock(_PositionBlock):
-    """(tokens, d) of embeddings."""
+    """(tokens, d) of embeddings; a slice of the table moves its tokens."""
+
+    slices_outputs = False
 
     @property
     def nbytes(self) -> int:
@@ -173,8 +183,16 @@ class TokenBlock(_PositionBlock):
 
     def samples(self, weights: Tensor) -> EmbeddingSamples:
         assert self.block is not None
-        tokens = torch.cat([call.inputs()[..., 0].long() for call, _ in self.uses], dim=1)
+        tokens = torch.cat(
+            [call.inputs()[..., 0].long() + self._first(call, role) for call, role in self.uses],
+            dim=1,
+        )
         return EmbeddingSamples(tokens, self.block, self.shape[0], weights)
+
+    def _first(self, call: Call, role: str) -> int:
+        """The row of the table that is the call's token 0."""
+        rows = call.reads[role].rows
+        return 0 if rows is None else rows[0]
 
 
 @final

@@ -27,12 +27,14 @@ from kronecker_probe.gradients.blocks import (
     matrix_shape,
     share_outputs,
 )
+from kronecker_probe.gradients.checks import check_seed
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.draws import check_draws, n_columns, output_gradients
 from kronecker_probe.gradients.graph import account, pull_back
 from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.modes import mode_note
+from kronecker_probe.gradients.ownership import owned
 from kronecker_probe.gradients.per_sample import per_sample_gradients
 from kronecker_probe.gradients.recording import Recording, recording
 from kronecker_probe.gradients.rules.base import Call, all_finite, half_range
@@ -62,7 +64,8 @@ def capture(
 ) -> Capture:
     """Draw the gradients whose second moment is each layer's curvature matrix.
 
-    Model, random generators, ``.grad``, training mode, buffers and hooks are left as they were.
+    Model, random generators, ``.grad``, training mode, buffers, hooks and the contents of lists,
+    dicts and sets among the attributes are left as they were; the samples share no memory with it.
     Hooks of the model's own run with it, also in a second, small forward pass that checks on
     batches of more than 16 data that these do not mix (``gradients.separation`` says how).
     Dropout and batch normalization are measured in evaluation mode.
@@ -70,7 +73,8 @@ def capture(
     Linear maps, convolutions, embeddings, attention's projections, normalizations over one
     dimension and biases are measured from their inputs and output gradients, wherever the model
     calls the function that they end in (F.linear and so on), however often, and with whatever
-    weights it shares. A matrix takes its parameter's layout, shape[0] x the rest: out x (in k k)
+    weights it shares; so are they, and parameters, where they are computed once and added to every
+    datum, as a table of positions is. A matrix takes its parameter's layout, shape[0] x the rest: out x (in k k)
     for a convolution, V x D for an embedding, m x 1 for a bias or a normalization.
 
     Args:
@@ -94,7 +98,8 @@ def capture(
         batch loss times N (mean) or 1 (sum); ggn columns weigh 1/N, K label draws 1/(N K).
 
     Raises:
-        InvalidInputError: The batch is empty or malformed, or no parameter can be measured.
+        InvalidInputError: The batch is empty or malformed, an option is out of range, or no
+            parameter can be measured.
         NonFiniteError: NaN or infinity in parameters, loss, outputs, activations or gradients;
             the layer is named.
         UnsupportedError: The loss is none of the supported ones.
@@ -102,10 +107,16 @@ def capture(
         MemoryBudgetError: The samples would not fit; the message says the GB.
     """
     check_draws(draws, label_draws)
+    seed = check_seed(seed)
     if bias not in BIAS:
         raise unknown_name("bias", bias, BIAS)
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    if not callable(loss_fn):
+        raise InvalidInputError(
+            f"loss_fn is {loss_fn!r}; give a function of (outputs, targets), such as "
+            "torch.nn.functional.cross_entropy."
+        )
     if several_pairs(data):
         from kronecker_probe.gradients.streaming import capture_loader
 
@@ -130,14 +141,16 @@ def capture(
         loss = resolve_loss(loss_fn, outputs, targets)
         batch = _Batch(model, inputs.detach(), targets, outputs, loss)
         found = _measure(batch, record, chosen, request)
+        accuracy = loss.accuracy(outputs.detach(), targets)
+        del outputs, batch, record  # and with them the graph
+        samples = owned(found.samples)
     skipped |= found.skipped
     ordered = {name: reason for name in parameters if (reason := skipped.get(name))}
-    if not found.samples:
+    if not samples:
         raise InvalidInputError(f"No parameter can be measured. {_reasons(ordered)}")
     return Capture(
-        found.samples, ordered, draws, loss.value, loss.accuracy(outputs.detach(), targets), note,
-        loss.reduction, found.fallback,
-    )  # fmt: skip
+        samples, ordered, draws, loss.value, accuracy, note, loss.reduction, found.fallback
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,21 @@ def check_count(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidInputError(f"{name}={value!r}; give a positive whole number.")
+
+
+def check_seed(seed: object) -> int:
+    """The seed of a random generator.
+
+    Raises:
+        InvalidInputError: Not a whole number of 64 bits.
+    """
+    try:
+        value = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        value = None
+    if value is None or isinstance(seed, bool) or not -(2**63) <= value < 2**64:
+        raise InvalidInputError(f"seed={seed!r}; give a whole number of at most 64 bits.")
+    return value
 
 
 def dims(tensor: Tensor) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.gradients.checks import check_count
 from kronecker_probe.gradients.losses import ResolvedLoss
 
 DRAWS = ("ggn", "fisher", "empirical-fisher")
@@ -31,8 +32,7 @@ def check_draws(
     """
     if draws not in known:
         raise unknown_name(option, draws, known)
-    if not isinstance(label_draws, int) or label_draws < 1:
-        raise InvalidInputError(f"label_draws={label_draws!r}; give a positive whole number.")
+    check_count("label_draws", label_draws)
     if draws != "fisher" and label_draws != 1:
         raise InvalidInputError(
             f"label_draws={label_draws} with {option}={draws!r}: labels are sampled only by "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, final
@@ -206,9 +207,17 @@ class _Forward:
             stack.enter_context(isolated(self.model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if recurrent:
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(_without_mkldnn())
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
             torch.backends.mha.set_fastpath_enabled(False)
+            yield
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    with warnings.catch_warnings():  # of a precision that is left as it is
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False):
             yield
 
 
@@ -218,7 +227,7 @@ class _Products(abc.ABC):
     def __init__(self, forward: _Forward, selected: Tensors) -> None:
         self.forward = forward
         self.selected = selected
-        self._forward_mode: bool | None = None  # unknown before the first product
+        self._way: Callable[[list[Tensors]], list[Tensors]] | None = None
 
     def of(self, directions: Iterable[Tensors]) -> list[Tensors]:
         """The products, of the directions' names and shapes, in the parameters' dtypes.
@@ -242,37 +251,46 @@ class _Products(abc.ABC):
         return found
 
     def _differentiated(self, directions: list[Tensors]) -> list[Tensors]:
-        if self._forward_mode is None:
-            self._forward_mode = self._has_forward_mode()
-        if self._forward_mode:
-            return self._by_func(directions)
+        if self._way is None:
+            self._way = self._choose()
+        return self._way(directions)
+
+    def _choose(self) -> Callable[[list[Tensors]], list[Tensors]]:
+        """The first way that works and gives a symmetric matrix.
+
+        Forward mode does not where a backward pass is not that of its forward: the padding row of
+        an embedding, straight-through estimators. Gradients are those of the backward pass.
+        """
         try:
-            return self._by_autograd(directions)
+            if self._is_symmetric(self._by_func):
+                return self._by_func
+        except (RuntimeError, TypeError):  # an operation without forward mode, or torch.func
+            pass
+        name = type(self.forward.model).__name__
+        try:
+            symmetric = self._is_symmetric(self._by_autograd)
         except RuntimeError as error:
             raise UnsupportedError(
-                f"{type(self.forward.model).__name__} has no curvature products: an operation has "
-                f"neither a forward mode nor a second backward pass ({error}); kp.capture needs "
-                "neither."
+                f"{name} has no curvature products: an operation has neither a forward mode nor a "
+                f"second backward pass ({error}); kp.capture needs neither."
             ) from error
+        if not symmetric:
+            raise UnsupportedError(
+                f"Products of {name} are not symmetric: an operation's second derivative is not "
+                "that of its first, as with torch's fused weight_norm; kind='ggn' needs none."
+            )
+        return self._by_autograd
 
-    def _has_forward_mode(self) -> bool:
-        """Whether torch.func takes the model, and forward and reverse mode agree.
-
-        They differ where a backward pass is not that of its forward: the padding row of an
-        embedding, straight-through estimators. Gradients are those of the backward pass.
-        """
+    def _is_symmetric(self, way: Callable[[list[Tensors]], list[Tensors]]) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)
         one, other = (
             {name: _random_like(p, generator) for name, p in self.selected.items()} for _ in "12"
         )
-        try:
-            by_one, by_other = self._by_func([one, other])
-        except (RuntimeError, TypeError):
-            return False
+        by_one, by_other = way([one, other])
         here, there = _inner(other, by_one), _inner(one, by_other)
         size = (_inner(by_one, by_one) * _inner(other, other)).sqrt()
         eps = max(torch.finfo(p.dtype).eps for p in self.selected.values())
-        return bool((here - there).abs() <= 1e3 * eps * size)
+        return bool((here - there).abs() <= 1e3 * eps * size) or not bool(torch.isfinite(size))
 
     @abc.abstractmethod
     def _by_func(self, directions: list[Tensors]) -> list[Tensors]:
@@ -347,7 +365,8 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _inner(one: Tensors, other: Tensors) -> Tensor:
-    return torch.stack([(part * other[name]).sum() for name, part in one.items()]).sum()
+    products = [(part.double() * other[name].double()).sum() for name, part in one.items()]
+    return torch.stack(products).sum()
 
 
 def _gradients(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronecker_probe.gradients.broadcast import spread
 from kronecker_probe.gradients.recording import Recording
 from kronecker_probe.gradients.rules.base import Call
 
@@ -41,11 +42,13 @@ def account(
 
     Args:
         outputs: What the model returned, [N, ...].
-        record: The calls of that forward pass.
+        record: The calls of that forward pass; see ``broadcast.spread`` for what is changed.
         parameters: Parameter name to the parameter.
     """
+    nodes = _below([outputs.grad_fn])
+    spread(record, parameters, nodes, outputs.shape[0])
     recorded = record.by_parameter()
-    graph = _walk(outputs, parameters, recorded)
+    graph = _walk(nodes, parameters, recorded)
     result = Accounting({}, {}, {})
     for name in parameters:
         made = recorded.get(name, [])
@@ -91,6 +94,8 @@ class _Graph:
         behind_reentrant: Those below a reentrant checkpoint.
         reads: Edges into each parameter.
         sliced: Edges into each output of the recorded slices' nodes.
+        origins: Node of a recorded slice to the parameter that it reads; None if it reads
+            anything else, such as another slice.
     """
 
     nodes: set[Any]
@@ -98,31 +103,40 @@ class _Graph:
     behind_reentrant: set[Any]
     reads: Counter[str]
     sliced: Counter[tuple[Any, int]]
+    origins: Mapping[Any, str | None]
 
 
 def _walk(
-    outputs: Tensor, parameters: Mapping[str, nn.Parameter], recorded: Mapping[str, Uses]
+    nodes: set[Any], parameters: Mapping[str, nn.Parameter], recorded: Mapping[str, Uses]
 ) -> _Graph:
     names = {id(parameter): name for name, parameter in parameters.items()}
+
+    def read(node: Any) -> str | None:
+        """The parameter whose gradient the node accumulates."""
+        return names.get(id(getattr(node, "variable", None)))
+
     slices = {
         view[0]
         for made in recorded.values()
         for call, role in made
         if (view := call.reads[role].view) is not None
     }
-    nodes = _below([outputs.grad_fn])
     reads: Counter[str] = Counter()
     sliced: Counter[tuple[Any, int]] = Counter()
     for node in nodes:
         for following, output in node.next_functions:
-            name = names.get(id(getattr(following, "variable", None)))
+            name = read(following)
             if name is not None:
                 reads[name] += 1
             elif following in slices:
                 sliced[following, output] += 1
     checkpoints = [node for node in nodes if node.name() == _REENTRANT]
     behind = _below([child for node in checkpoints for child, _ in node.next_functions])
-    return _Graph(nodes, bool(checkpoints), behind, reads, sliced)
+    origins = {
+        node: read(node.next_functions[0][0]) if len(node.next_functions) == 1 else None
+        for node in slices
+    }
+    return _Graph(nodes, bool(checkpoints), behind, reads, sliced, origins)
 
 
 def _below(roots: Sequence[Any]) -> set[Any]:
@@ -164,14 +178,17 @@ def _unaccounted(name: str, reached: Uses, graph: _Graph) -> str:
     counted = Counter(views)
     whole = len(reached) - len(views) + len({node for node, _ in views})
     nodes = {node for node, _ in views}
-    # each slice must come straight from the parameter, and have no other reader
-    direct = all(len(node.next_functions) == 1 for node in nodes)
+    # each slice must come straight from the parameter (what it passes on the way may have other
+    # readers), and have no other reader itself
+    direct = all(graph.origins[node] == name for node in nodes)
     alone = all(counted[key] == n for key, n in graph.sliced.items() if key[0] in nodes)
     if graph.reads[name] == whole and direct and alone:
         return ""
     if not reached:
         return "it is read by operations that have no rule"
     layers = ", ".join(sorted({call.name for call, _ in reached}))
+    if graph.reads[name] == whole:
+        return f"its layers ({layers}) read a part of it that is also used in other operations"
     return (
         f"it is read {graph.reads[name]} times and its layers ({layers}) account for {whole}: it "
         "is also used in operations that have no rule"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.errors import InvalidInputError, UnsupportedError
+from kronecker_probe.gradients.selection import matching
 
 Parameters = (
     nn.Module | Optimizer | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -57,13 +57,10 @@ def chosen_parameters(
         UnsupportedError: A parameter that is not real floating point.
     """
     named = _named(parameters)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns if named else ():
-        if not fnmatch.filter(named, pattern):
-            raise unknown_name("layers pattern (no parameter matches)", pattern, named)
+    matched = matching(named, layers) if named else set()
     chosen: dict[str, nn.Parameter] = {}
     for name, parameter in named.items():
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if name not in matched:
             continue
         if not isinstance(parameter, Tensor):
             raise InvalidInputError(f"{name!r} is a {type(parameter).__name__}, no parameter.")

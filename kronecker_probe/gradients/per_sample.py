@@ -40,7 +40,7 @@ class PerSampleGradients(NamedTuple):
         gradients: Parameter name to G, [N, C, m, n], in the dtype of the parameter.
         reasons: Parameter name to the reason why it has no exact per-sample gradient.
         way: How they were computed: "vmap", or "loop over data (...)" with what vmap failed
-            with; empty where nothing was.
+            with, or both; empty where nothing was.
     """
 
     gradients: dict[str, Tensor]
@@ -90,8 +90,10 @@ def per_sample_gradients(
     way = ""
     gradients: dict[str, Tensor] = {}
     if expected:
-        values = {name: wanted[name].detach() for name in expected}
-        problem = Problem(model, inputs, outputs, columns, values, expected, mixture)
+        problem = Problem(
+            model, inputs, outputs, columns, {name: wanted[name] for name in expected},
+            {name: leaves[name] for name in expected if name in leaves}, expected, mixture,
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             gradients, refused, way = _differentiate(problem)
@@ -157,16 +159,27 @@ def _differentiate(problem: Problem) -> tuple[dict[str, Tensor], dict[str, str],
         if failure:
             way = f"loop over data (vmap fails with {failure})"
             gradients = by_loop(problem)
+        refused = _doubts(problem, gradients)
+        if refused and not failure:  # the loop reads the parameters themselves
+            way = f"vmap; loop over data for {', '.join(refused)}"
+            gradients = {name: G for name, G in gradients.items() if name not in refused}
+            again = by_loop(problem.part(refused))
+            refused = _doubts(problem, again)
+            gradients |= again
     except CoupledError:
-        return {}, dict.fromkeys(problem.values, _coupling(problem)), ""
-    except torch.OutOfMemoryError:
+        return {}, dict.fromkeys(problem.parameters, _coupling(problem)), ""
+    except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except Exception as error:  # the model's own, of any kind
         reason = f"the model does not run on one datum alone ({_first_line(error)})"
-        return {}, dict.fromkeys(problem.values, reason), ""
-    doubts = {name: _doubt(problem, name, G) for name, G in gradients.items()}
-    refused = {name: doubt for name, doubt in doubts.items() if doubt}
+        return {}, dict.fromkeys(problem.parameters, reason), ""
     return {name: G for name, G in gradients.items() if name not in refused}, refused, way
+
+
+def _doubts(problem: Problem, gradients: Mapping[str, Tensor]) -> dict[str, str]:
+    """Those that cannot be right, and why."""
+    doubts = {name: _doubt(problem, name, G) for name, G in gradients.items()}
+    return {name: doubt for name, doubt in doubts.items() if doubt}
 
 
 def _try_vmap(problem: Problem) -> tuple[dict[str, Tensor], str]:
@@ -213,9 +226,8 @@ def _doubt(problem: Problem, name: str, gradients: Tensor) -> str:
     if error <= problem.tolerance * scale + problem.noise:
         return ""
     return (
-        "its per-sample gradients do not add up to the gradient of the batch: it is read in a way "
-        "that torch.func.functional_call does not replace (a reference kept outside of the "
-        "module's parameters), or the model couples the data"
+        "its per-sample gradients do not add up to the gradient of the batch: the model couples "
+        "the data, or keeps what it computes from the parameter for one batch"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,7 +29,8 @@ class Problem:
         inputs: [N, ...].
         outputs: Of the whole batch, [N, ...], detached.
         cotangents: [N, C, ...], in the dtype of the outputs.
-        values: Name to the detached value of each parameter to differentiate.
+        parameters: Name to each parameter to differentiate.
+        stand_ins: Name to the leaf that is differentiated in place of the parameter.
         expected: Name to the gradient of <outputs, mixed cotangents> of the whole batch.
         mixture: [N, C], the weights of that mixture.
     """
@@ -38,9 +39,15 @@ class Problem:
     inputs: Tensor
     outputs: Tensor
     cotangents: Tensor
-    values: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    stand_ins: dict[str, Tensor]
     expected: dict[str, Tensor]
     mixture: Tensor
+
+    def part(self, names: Iterable[str]) -> Problem:
+        """The same of some of the parameters."""
+        chosen = {name: self.parameters[name] for name in names}
+        return replace(self, parameters=chosen)
 
     @property
     def n_data(self) -> int:
@@ -97,7 +104,7 @@ class Problem:
         No more rows than the batch has, so that activations take no more than in training, and
         no more than CHUNK_BYTES of gradients.
         """
-        matrix = sum(value.nbytes for value in self.values.values())
+        matrix = sum(value.nbytes for value in self.parameters.values())
         fit = max(1, CHUNK_BYTES // max(matrix, 1))
         columns = min(self.n_columns, self.n_data, fit)
         return max(1, min(self.n_data, fit) // columns), columns
@@ -124,9 +131,10 @@ def by_vmap(problem: Problem) -> dict[str, Tensor]:
         Exception: Of any kind, where an operation has no rule.
     """
     size, columns = problem.chunks()
+    parameters = {name: p.detach() for name, p in problem.parameters.items()}
 
     def one(x: Tensor, cotangents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs, pull_back, *_ = vjp(lambda values: problem.run_one(values, x), problem.values)
+        outputs, pull_back, *_ = vjp(lambda values: problem.run_one(values, x), parameters)
         return outputs, vmap(pull_back, chunk_size=columns)(cotangents)[0]
 
     result = _allocate(problem)
@@ -148,16 +156,20 @@ def by_vmap(problem: Problem) -> dict[str, Tensor]:
 def by_loop(problem: Problem) -> dict[str, Tensor]:
     """G, [N, C, m, n], through a forward pass a datum, whatever its operations.
 
+    The parameters themselves are differentiated, where they have no hooks: a weight that was
+    computed from them and kept, or a reference outside of the module, is differentiated, too.
+
     Raises:
         CoupledError: A datum alone gives other outputs than in the batch.
         Exception: Of any kind, where the model does not run on one datum.
     """
-    leaves = {name: v.clone().requires_grad_() for name, v in problem.values.items()}
+    leaves = {**problem.parameters, **problem.stand_ins}
+    leaves = {name: leaves[name] for name in problem.parameters}
     _, size = problem.chunks()
     result = _allocate(problem)
     for i in range(problem.n_data):
         one = slice(i, i + 1)
-        outputs = problem.run_one(leaves, problem.inputs[one])
+        outputs = problem.run_one(problem.stand_ins, problem.inputs[one])
         _check_outputs(problem, one, outputs.detach())
         for start in range(0, problem.n_columns, size):
             cotangents = problem.cotangents[i, start : start + size, None]
@@ -197,7 +209,7 @@ def _allocate(problem: Problem) -> dict[str, Tensor]:
     shape = problem.n_data, problem.n_columns
     return {
         name: value.new_empty(*shape, value.shape[0] if value.ndim else 1, _width(value))
-        for name, value in problem.values.items()
+        for name, value in problem.parameters.items()
     }
 
 

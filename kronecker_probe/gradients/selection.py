@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +12,30 @@ from kronecker_probe.errors import InvalidInputError, unknown_name
 
 # Weight and bias of one matrix product, by their local names.
 _PAIRS = (("weight", "bias"), ("in_proj_weight", "in_proj_bias"))
+
+
+def matching(names: Iterable[str], layers: str | Sequence[str]) -> set[str]:
+    """The names that are one of ``layers``, or match one of them as a glob.
+
+    Raises:
+        UnknownNameError: One that matches nothing.
+        InvalidInputError: No string or strings, or none at all.
+    """
+    known = list(names)
+    given = [layers] if isinstance(layers, str) else layers
+    if not isinstance(given, Iterable) or not all(isinstance(one, str) for one in given):
+        raise InvalidInputError(f"layers={layers!r}; give a glob of parameter names, or several.")
+    patterns = list(given)
+    if not patterns:
+        raise InvalidInputError("layers is empty; give a glob of parameter names, or '*' for all.")
+    found: set[str] = set()
+    for pattern in patterns:
+        # a name may hold brackets, which a glob would read as a choice of characters
+        matched = {name for name in known if name == pattern or fnmatch.fnmatchcase(name, pattern)}
+        if not matched:
+            raise unknown_name("layers pattern (no parameter matches)", pattern, known)
+        found |= matched
+    return found
 
 
 def select(
@@ -25,17 +49,13 @@ def select(
 
     Raises:
         UnknownNameError: A glob that matches nothing.
-        InvalidInputError: The model has no parameters, or some that are not initialized.
+        InvalidInputError: The model has no parameters, or some that are not initialized or that
+            were made under torch.inference_mode(); or ``layers`` are no strings.
     """
     parameters = dict(model.named_parameters())
     if not parameters:
         raise InvalidInputError(f"The model {type(model).__name__} has no parameters to measure.")
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    if not patterns:
-        raise InvalidInputError("layers is empty; give a glob of parameter names, or '*' for all.")
-    for pattern in patterns:
-        if not fnmatch.filter(parameters, pattern):
-            raise unknown_name("layers pattern (no parameter matches)", pattern, parameters)
+    matched = matching(parameters, layers)
     chosen: dict[str, nn.Parameter] = {}
     skipped: dict[str, str] = {}
     for name, parameter in parameters.items():
@@ -43,7 +63,12 @@ def select(
             raise InvalidInputError(
                 f"Parameter {name!r} is not initialized yet; run the model once on a batch."
             )
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if parameter.is_inference():
+            raise InvalidInputError(
+                f"Parameter {name!r} was made under torch.inference_mode(), which gives it no "
+                "gradient; make the model outside of it."
+            )
+        if name not in matched:
             skipped[name] = f"not selected by layers={layers!r}"
         elif reason := _unmeasured(parameter):
             skipped[name] = reason

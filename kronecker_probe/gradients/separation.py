@@ -18,6 +18,9 @@ from kronecker_probe.gradients.rules.base import Call, Layout, all_finite, layou
 PART = 16
 SMALLEST_PART = 8
 
+# Powers of two by which output gradients are scaled, far from underflow in single precision.
+_POWERS = 64
+
 Candidates = list[list[Layout]]  # for each call
 
 
@@ -55,20 +58,22 @@ def separate(
     exact: Mapping[str, Uses],
     parameters: Mapping[str, nn.Parameter],
 ) -> Separation:
-    """Find the batch in every call by gradients that are exactly zero where they must be.
+    """Find the batch in every call by what its rows do as single data's output gradients change.
 
-    Output gradients of half of the data are set to zero, once for either half of a random split
-    (couplings have periods, and directions); rows of that half must then be exactly zero in every
-    call. A batch of more than 2 SMALLEST_PART data is tested on a forward pass of a random part,
-    about a tenth and at most PART data, which must also reproduce the outputs of the whole up to
-    rounding (sqrt(eps) of the largest). This can miss a coupling among other data than those, or
-    one that changes no output by that much. Where the part differs in any way, the whole batch
-    is tested.
+    If the output gradients of the data are scaled by different powers of two, then so must be
+    their rows in every call, to the bit; or rows must vanish with the output gradients of their
+    datum. Every pair of data is told apart. A batch of more than 2 SMALLEST_PART data is tested
+    on a forward pass of a random part, about a tenth and at most PART data, which must also
+    reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss a
+    coupling among other data than those, or one that changes no output by that much. Where the
+    part differs in any way, the whole batch is tested.
     """
     calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
     n_data = outputs.shape[0]
     if n_data == 1:
-        return Separation({call: Layout(1, math.prod(call.lead)) for call in calls})
+        # a call without rows, as of an expert without data, has no datum
+        whole = {call: math.prod(call.lead) for call in calls}
+        return Separation({call: Layout(1, rows) for call, rows in whole.items() if rows})
     possible = [layouts(call.lead, n_data) for call in calls]
     if n_data > 2 * SMALLEST_PART:
         found = _by_a_part(model, inputs, outputs, exact, parameters, possible)
@@ -126,33 +131,87 @@ def _by_a_part(
 
 
 def _apart(outputs: Tensor, calls: Sequence[Call], possible: Candidates) -> Candidates:
-    """The layouts under which gradients of zeroed data stay zero, for both halves of the data."""
-    n_data = outputs.shape[0]
+    """The layouts under which each datum's rows depend on its own output gradients alone.
+
+    Scaled output gradients tell for all pairs of data in two or three passes. What they refuse
+    may have been refused for rounding (underflow, or kernels that add in no fixed order), and is
+    asked again by zeros.
+    """
     if not calls:
         return []
     generator = torch.Generator("cpu").manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs.device)
-    half = torch.rand(n_data, generator=generator, device="cpu") < 0.5
-    half[0], half[1] = True, False
-    for zeroed in (half.to(outputs.device), ~half.to(outputs.device)):
-        masked = cotangent.clone()
-        masked[zeroed] = 0
-        gradients = pull_back(outputs, masked, calls, last=False)
-        for call, gradient in zip(calls, gradients, strict=True):
-            if not all_finite(gradient) and bool(gradient.isnan().any()):
-                raise NonFiniteError(
-                    f"The gradient in the output of layer {call.name!r} is NaN; check the "
-                    "layers behind it for a root or a division at zero."
-                )
+    found = _by_scales(outputs, cotangent, calls, possible)
+    open_ = [k for k, left in enumerate(found) if possible[k] and not left]
+    if open_:
+        asked = [calls[k] for k in open_]
+        again = _by_zeros(outputs, cotangent, asked, [possible[k] for k in open_])
+        for k, left in zip(open_, again, strict=True):
+            found[k] = left
+    return found
+
+
+def _by_scales(
+    outputs: Tensor, cotangent: Tensor, calls: Sequence[Call], possible: Candidates
+) -> Candidates:
+    """Layouts whose rows scale exactly as the output gradients of their datum do.
+
+    Powers of two commute with rounding. Data k and l get different powers in one of the passes,
+    in which k's rows would show what they get from l.
+    """
+    plain = _gradients(outputs, cotangent, calls)
+    index, rest = torch.arange(len(outputs), device=outputs.device), len(outputs) - 1
+    while rest:
+        scales = torch.ldexp(torch.ones(len(outputs), device=outputs.device), -(index % _POWERS))
+        shape = (len(outputs), *[1] * (outputs.ndim - 1))
+        scaled = _gradients(outputs, cotangent * scales.view(shape), calls)
         possible = [
-            [
-                layout
-                for layout in candidates
-                if not bool(call.foreign(gradient, layout, zeroed).count_nonzero())
-            ]
-            for call, gradient, candidates in zip(calls, gradients, possible, strict=True)
+            [one for one in candidates if call.scales_as(g, with_scales, one, scales)]
+            for call, g, with_scales, candidates in zip(calls, plain, scaled, possible, strict=True)
         ]
+        index, rest = index // _POWERS, rest // _POWERS
     return possible
+
+
+def _by_zeros(
+    outputs: Tensor, cotangent: Tensor, calls: Sequence[Call], possible: Candidates
+) -> Candidates:
+    """Layouts whose rows are exactly zero where the output gradients of their datum are.
+
+    The data are split by each bit of their index, which parts every pair once, and either half is
+    set to zero, because couplings have directions.
+    """
+    index = torch.arange(len(outputs), device=outputs.device)
+    for bit in range((len(outputs) - 1).bit_length()):
+        half = (index >> bit) % 2 == 1
+        for zeroed in (half, ~half):
+            if not any(possible):
+                return possible
+            masked = cotangent.clone()
+            masked[zeroed] = 0
+            possible = [
+                [one for one in left if not bool(call.foreign(g, one, zeroed).count_nonzero())]
+                for call, g, left in zip(
+                    calls, _gradients(outputs, masked, calls), possible, strict=True
+                )
+            ]
+    return possible
+
+
+def _gradients(outputs: Tensor, cotangent: Tensor, calls: Sequence[Call]) -> list[Tensor]:
+    """Gradients in each call's output.
+
+    Raises:
+        NonFiniteError: One is NaN.
+    """
+    gradients = pull_back(outputs, cotangent, calls, last=False)
+    for call, gradient in zip(calls, gradients, strict=True):
+        if not all_finite(gradient) and bool(gradient.isnan().any()):
+            raise NonFiniteError(
+                f"The gradient in the output of layer {call.name!r} is NaN; check the "
+                "layers behind it for a root or a division at zero."
+            )
+    return gradients
 
 
 def _draw(n_data: int, size: int, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import math
 import shutil
@@ -23,9 +24,10 @@ from kronecker_probe.errors import (
     RunDirectoryError,
     UnknownNameError,
     UnsupportedError,
+    unknown_name,
 )
 from kronecker_probe.gradients.capture import capture
-from kronecker_probe.gradients.checks import check_count
+from kronecker_probe.gradients.checks import check_count, check_seed
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.samples import GradientSamples
@@ -73,10 +75,16 @@ def capture_loader(
 
     Raises:
         InvalidInputError: No batches, or one that is malformed; the message says which.
+        UnknownNameError: An option that ``kp.capture`` does not have.
         MemoryBudgetError: The next batch would not fit in memory.
         UnsupportedError: Batches of different positions or columns with ``spill_to``.
         RunDirectoryError: The directory cannot be written, or the disk is full.
     """
+    seed = check_seed(seed)
+    known = inspect.signature(capture).parameters
+    for name in options:
+        if name not in known:
+            raise unknown_name("option of a capture", name, [*known, "spill_to", "max_batches"])
     batches = _batches(loader, max_batches)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     held: _Memory | _Files = _Memory(device) if spill_to is None else _Files(Path(spill_to))

@@ -102,12 +102,17 @@ class SecondMoment(Operator):
 
         Args:
             right: V, a symmetric factor or matrix [n, n]; None is the identity, which gives L.
+
+        Raises:
+            InvalidInputError: V has another shape.
         """
-        return self.left_factor if right is None else self._route.left_step(_factor(right))
+        V = self._right(right)
+        return self.left_factor if V is None else self._route.left_step(V)
 
     def right_step(self, left: Factor | Tensor | None) -> Factor:
         """E[G^T U G] of symmetric U [m, m]; None is the identity, which gives R."""
-        return self.right_factor if left is None else self._route.right_step(_factor(left))
+        U = self._left(left)
+        return self.right_factor if U is None else self._route.right_step(U)
 
     def grouped_left_step(
         self, right: Factor | Tensor | None, groups: Sequence[Group]
@@ -118,13 +123,13 @@ class SecondMoment(Operator):
             right: V, as for :meth:`left_step`.
             groups: Data of each group, as slices or indices; weights stay as they are.
         """
-        return self._route.grouped_left_step(None if right is None else _factor(right), groups)
+        return self._route.grouped_left_step(self._right(right), groups)
 
     def grouped_right_step(
         self, left: Factor | Tensor | None, groups: Sequence[Group]
     ) -> list[Factor]:
         """:meth:`right_step` of each group of data by itself."""
-        return self._route.grouped_right_step(None if left is None else _factor(left), groups)
+        return self._route.grouped_right_step(self._left(left), groups)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
         """sum_{i in group} w_i sum_c <G_ic, A_b G_ic C_e>, float64 [groups, B, E].
@@ -145,9 +150,7 @@ class SecondMoment(Operator):
             left: A, symmetric [m, m]; None is the identity.
             right: C, symmetric [n, n]; None is the identity.
         """
-        return self._route.quadratic_forms(
-            None if left is None else _factor(left), None if right is None else _factor(right)
-        )
+        return self._route.quadratic_forms(self._left(left), self._right(right))
 
     def pair_products(self) -> Tensor:
         """K_ij = sum_cd <G_ic, G_jd>^2 of all pairs of data, float64 [N, N]; |H|^2 = w^T K w."""
@@ -268,10 +271,29 @@ class SecondMoment(Operator):
         route = self._route if isinstance(self._route, DenseSpace) else DenseSpace(self.samples)
         return route.to_dense()
 
+    def _left(self, given: Factor | Tensor | None) -> Factor | None:
+        """U [m, m]; None for the identity.
+
+        Raises:
+            InvalidInputError: It has another shape.
+        """
+        return _factor(given, self.shape[0], "left")
+
+    def _right(self, given: Factor | Tensor | None) -> Factor | None:
+        """V [n, n], as :meth:`_left`."""
+        return _factor(given, self.shape[1], "right")
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"SecondMoment({m} x {n}, {self.samples!r}, route={self._plan.route!r})"
 
 
-def _factor(given: Factor | Tensor) -> Factor:
+def _factor(given: Factor | Tensor | None, size: int, side: str) -> Factor | None:
+    if given is None:
+        return None
+    shape = (given.size, given.size) if isinstance(given, Factor) else tuple(given.shape)
+    if shape != (size, size):
+        raise InvalidInputError(
+            f"The {side} matrix of a half step is {list(shape)}; this layer needs [{size}, {size}]."
+        )
     return given if isinstance(given, Factor) else MatrixFactor(given)

@@ -34,11 +34,14 @@ def diagnose(scores: Any) -> Diagnosis:
         InvalidInputError: ``scores`` is no such table.
     """
     table = getattr(scores, "table", scores)
-    if not isinstance(table, pd.DataFrame) or not {"metric", "parameter", "value"} <= set(table):
+    needed = {"metric", "parameter", "approximation", "value"}
+    if not isinstance(table, pd.DataFrame) or not needed <= set(table):
         raise InvalidInputError(
             f"diagnose got a {type(scores).__name__}; give the Scores of kp.compare, or the "
             "measurement table of a run."
         )
+    if "index" not in table:  # of singular values, which a table may lack
+        table = table.assign(index=pd.NA)
     found = _training(table)
     rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
     for name in rows["parameter"].dropna().unique():
@@ -70,7 +73,8 @@ def _skipped(table: pd.DataFrame) -> list[Finding]:
     rows = table[table["metric"] == "skipped"]
     if "note" in rows:  # what nobody asked for is no news
         rows = rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
-    skipped = rows["parameter"].dropna().unique()
+    measured = table.loc[table["approximation"].notna(), "parameter"]
+    skipped = rows.loc[~rows["parameter"].isin(measured), "parameter"].dropna().unique()
     if not len(skipped):
         return []
     shown = ", ".join(str(name) for name in skipped[:5]) + (", ..." if len(skipped) > 5 else "")

@@ -22,6 +22,8 @@ FEWEST_DRAWS = 30
 SCALES = (0.5, 2.0)
 
 _PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
+# Draws that are the matrix itself and no sample of it.
+_EXACT = ("batch-gradient", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class LayerFindings:
         self.last = int(quality["step"].max()) if self.stepwise else 0
         now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.now = now
-        self.cosines = _numbers(now, "cosine")
+        self.draws = _first(now, "draws")
+        self.noise = self._sampling_noise()
+        self.cosines = _numbers(now, "cosine", self.noise)
         self.n_eff = _least(now, "n_eff")
         self.n_data = _least(now, "n_data")
 
@@ -70,13 +74,25 @@ class LayerFindings:
     ) -> Finding:
         return Finding(level, self.name, subject, message, advice, evidence)
 
+    def _sampling_noise(self) -> float:
+        """How far off a plug-in cosine may be: what an exact product of so many draws would lose.
+
+        Without that row nothing is known of it. Closed forms and gradients along a run are the
+        matrix itself.
+        """
+        if self.draws in _EXACT:
+            return 0.0
+        at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
+        floor = at.loc[at["metric"] == "noise_floor", "value"].dropna()
+        return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
+
     def _undefined(self) -> Finding:
         notes = self.now["note"].dropna().tolist() if "note" in self.now else []
         why = str(notes[0]) if notes else "no reason noted"
         return self._finding("abstained", "undefined", f"no cosine is defined ({why})")
 
     def _too_few(self) -> Finding | None:
-        if math.isnan(self.n_eff) or self.n_eff >= FEWEST_DRAWS:
+        if self.draws in _EXACT or math.isnan(self.n_eff) or self.n_eff >= FEWEST_DRAWS:
             return None
         return self._finding(
             "abstained",
@@ -109,7 +125,7 @@ class LayerFindings:
             message = f"{label(name)}, the closest rule, is {shown} short of {best} (cosine {top})"
             advice = "a few power iterations on the factors would recover it"
             return [self._finding("notice", subject, message, advice, **evidence)]
-        message = f"{label(name)} is {shown} from {best}, too uncertain to judge"
+        message = f"how far {label(name)} is from {best} is too uncertain to judge (cosine {top})"
         return [self._finding("abstained", subject, message, self._settling(error), **evidence)]
 
     def _settling(self, error: float) -> str:
@@ -153,11 +169,14 @@ class LayerFindings:
         return share * (math.hypot(1.0, values[1] / values[0]) - 1.0)
 
     def _noise(self) -> float:
-        """How far plug-in numbers are off here: the optimum's, against its population estimate."""
+        """What the plug-in gain of a second product must exceed to be more than sampling noise."""
+        if self.draws in _EXACT:
+            return 0.0
         kinds = _by_kind(self.now, "cosine", "optimal")
-        if {"plugin", "population"} <= kinds.keys():
-            return abs(kinds["plugin"] - kinds["population"])
-        return 0.0
+        if not {"plugin", "population"} <= kinds.keys():
+            return math.inf
+        error = self.cosines["optimal"].stderr
+        return max(self.noise, abs(kinds["plugin"] - kinds["population"]), 2 * error)
 
     def _roots(self) -> list[Finding]:
         """Whether the exponent of Shampoo costs accuracy."""
@@ -180,11 +199,14 @@ class LayerFindings:
 
     def _scale(self) -> list[Finding]:
         """Whether the magnitude is wrong where the direction is right."""
-        rows = _numbers(self.now, "best_scale")
+        rows = _numbers(self.now, "best_scale", math.inf if self.noise else 0.0)
         found = []
         for name in ("shampoo-squared", "kfac"):
             number = rows.get(name)
-            if number is None or SCALES[0] <= number.value <= SCALES[1]:
+            if number is None or not math.isfinite(number.stderr) or number.value <= 0:
+                continue
+            slack = 2 * number.stderr
+            if number.value - slack <= SCALES[1] and number.value + slack >= SCALES[0]:
                 continue
             message = f"{label(name)} is closest to H when multiplied by {number.value:.3g}"
             found.append(
@@ -208,16 +230,20 @@ class LayerFindings:
         steps = lag.index.tolist()
         late = [step for step in steps if not lag[step] > STALE]
         since = next(step for step in steps if not late or step > late[-1])
-        return [
-            self._finding(
-                "warning",
-                "staleness",
-                f"the live factors lag by {last:.2f} since step {since}",
-                "refresh about twice as often, or use an adaptive tolerance of .1",
-                lag=last,
-                since=float(since),
+        evidence = {"lag": last, "since": float(since)}
+        if self.draws == "trajectory":  # fresh factors of the same gradients: age and damping
+            message = f"the live factors lag by {last:.2f} since step {since}"
+            advice = (
+                "refresh about twice as often, or use an adaptive tolerance of .1; where the "
+                "gradients vanish, lower epsilon"
             )
-        ]
+            return [self._finding("warning", "staleness", message, advice, **evidence)]
+        message = (
+            f"the live factors are {last:.2f} from fresh ones of this target since step {since}: "
+            "batches, labels, averaging, damping and age together"
+        )
+        advice = "draws='trajectory' shows age and damping alone"
+        return [self._finding("notice", "live factors", message, advice, **evidence)]
 
     def _lag(self) -> pd.Series[Any]:
         """Cosine of the fresh Shampoo minus that of the live operator, a value a step."""
@@ -229,8 +255,14 @@ class LayerFindings:
         return (fresh - live).dropna().sort_index()
 
 
-def _numbers(rows: pd.DataFrame, metric: str) -> dict[str, _Number]:
-    """The best estimate of a metric a approximation: population where it stands, else plug-in."""
+def _numbers(rows: pd.DataFrame, metric: str, noise: float) -> dict[str, _Number]:
+    """The best estimate of a metric an approximation: population where it stands, else plug-in.
+
+    Args:
+        rows: Of one layer and step.
+        metric: Which.
+        noise: How far off a plug-in number may be, counted as two standard errors.
+    """
     chosen: dict[str, _Number] = {}
     of = rows[(rows["metric"] == metric) & rows["value"].notna()]
     for row in of.to_dict("records"):
@@ -238,7 +270,7 @@ def _numbers(rows: pd.DataFrame, metric: str) -> dict[str, _Number]:
         kind = "plugin" if pd.isna(kind) else str(kind)
         if kind not in ("plugin", "population"):
             continue
-        error = _error(row)
+        error = _error(row) if kind == "population" else noise / 2
         name = str(row["approximation"])
         if name not in chosen or kind == "population":
             chosen[name] = _Number(float(row["value"]), error, kind)
@@ -246,13 +278,13 @@ def _numbers(rows: pd.DataFrame, metric: str) -> dict[str, _Number]:
 
 
 def _error(row: dict[Any, Any]) -> float:
-    """Its standard error; of a bracket, a quarter of its width, so that two of them span it."""
+    """Its standard error; of a bracket, half of its width, so that two of them span it."""
     stderr, low, high = (row.get(name) for name in ("stderr", "low", "high"))
     if stderr is not None and not pd.isna(stderr):
         return float(stderr)
     if low is None or high is None or pd.isna(low) or pd.isna(high):
         return math.nan
-    return (float(high) - float(low)) / 4
+    return (float(high) - float(low)) / 2
 
 
 def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, float]:
@@ -274,8 +306,13 @@ def _difference(first: _Number, second: _Number) -> tuple[float, float]:
     gap = first.value - second.value
     if first.kind != second.kind:
         return gap, math.inf
-    errors = [error for error in (first.stderr, second.stderr) if math.isfinite(error)]
-    return gap, max(errors, default=0.0)
+    errors = (first.stderr, second.stderr)
+    return gap, math.inf if any(map(math.isnan, errors)) else max(errors)
+
+
+def _first(rows: pd.DataFrame, column: str) -> str:
+    values = rows[column].dropna() if column in rows else pd.Series(dtype=str)
+    return str(values.iloc[0]) if len(values) else ""
 
 
 def _least(rows: pd.DataFrame, column: str) -> float:

@@ -89,10 +89,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, T, width] to the same."""
         x = x + self.out(self._attention(self.qkv(self.norm1(x))))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        added: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + added
 
     def _attention(self, qkv: Tensor) -> Tensor:
         count, length, _ = qkv.shape
         split = qkv.view(count, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*split, is_causal=True)
+        queries, keys, values = split.unbind()
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return mixed.transpose(1, 2).reshape(count, length, WIDTH)

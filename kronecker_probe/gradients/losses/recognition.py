@@ -131,7 +131,7 @@ def _recognized(
         return None
     here = (outputs, gradient)
     for family in families(outputs, targets):
-        if family.fit(probes.few, evaluator.tolerance) is None:
+        if probes.few and family.fit(probes.few, evaluator.tolerance) is None:
             continue
         scales = family.fit([*probes.all_data, here], evaluator.tolerance)
         if scales is not None:
@@ -141,7 +141,7 @@ def _recognized(
 
 @dataclass(frozen=True)
 class _Probes:
-    """Gradients at random outputs: two of all data, three of a few."""
+    """Gradients at random outputs: two of all data and three of a few, or three of all."""
 
     reduction: str
     all_data: list[Point]
@@ -163,10 +163,11 @@ def _probe(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | 
     if reduction is None:
         return None
     factor = copies if reduction == "mean" else 1
-    few_points = [(f, factor * g) for f, g in zip(few, gradients, strict=True)]
-    whole = len(rows) == len(first)
-    second = few_points[1][1] if whole else evaluator.gradient(other, targets)
-    return _Probes(reduction, [(one, first), (other, second)], few_points)
+    points = [(f, factor * g) for f, g in zip(few, gradients, strict=True)]
+    if len(rows) == len(first):
+        return _Probes(reduction, points, [])
+    second = evaluator.gradient(other, targets)
+    return _Probes(reduction, [(one, first), (other, second)], points)
 
 
 def _places(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

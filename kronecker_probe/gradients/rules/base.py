@@ -148,6 +148,19 @@ class Call:
         """The rows of ``gradient`` that belong to the ``data`` (a mask) if laid out so."""
         return layout.split(gradient.reshape(self.output_shape), len(self.lead))[:, data]
 
+    def scales_as(self, gradient: Tensor, scaled: Tensor, layout: Layout, scales: Tensor) -> bool:
+        """Whether ``scaled`` is ``gradient`` times the [N] ``scales`` of the data if laid out so.
+
+        False where an entry underflows, of which the bits would tell nothing.
+        """
+        n_lead = len(self.lead)
+        rows = layout.split(gradient.reshape(self.output_shape), n_lead)
+        expected = rows * scales.to(rows.dtype).view(-1, *[1] * (rows.ndim - 2))
+        small = expected.abs() < torch.finfo(rows.dtype).tiny
+        if bool((small & (rows != 0)).any()):
+            return False
+        return torch.equal(expected, layout.split(scaled.reshape(self.output_shape), n_lead))
+
     def check(self) -> None:
         """Refuse an input that is not finite, or that was overwritten after the call.
 

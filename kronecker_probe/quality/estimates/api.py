@@ -46,8 +46,10 @@ def estimate(
             The errors are estimated as squares.
         kind: "plugin", "held-out" or "population".
         refits: For fitted approximations, the groups of draws of their jackknife, at least 4; 0
-            for a bracket from two halves, [held-out, in-sample]; None for 8, or a bracket where
-            shared positions make refits expensive.
+            for a bracket from two halves, held-out to in-sample; None for 8, or a bracket where
+            shared positions make refits expensive, and for a sum of r products where fewer than
+            30 r draws are effective. KL (``q`` < 1/2) abstains where an eigenvector of its
+            factors rests on fewer than 5.
         options: Options of the approximation (``q``, ``rank``, ``block_size``).
 
     Returns:

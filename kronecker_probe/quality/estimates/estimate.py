@@ -21,6 +21,26 @@ LEVEL = 0.95
 
 @final
 @dataclass(frozen=True)
+class Bound:
+    """One side of a bracket: a number that is biased to that side.
+
+    Attributes:
+        value: The held-out or the in-sample number.
+        stderr: Its standard error.
+        df: Degrees of freedom of that.
+    """
+
+    value: float
+    stderr: float
+    df: float
+
+    def reach(self, level: float) -> float:
+        """Half the width of its confidence interval."""
+        return _half_width(self.stderr, self.df, level)
+
+
+@final
+@dataclass(frozen=True)
 class Estimate:
     """A quality number with its standard error.
 
@@ -40,7 +60,9 @@ class Estimate:
         n_eff: (sum |G_i|^2)^2 / sum |G_i|^4, weights included: how many draws carry the numbers.
         df: Degrees of freedom of Student's t in :meth:`interval`.
         note: Why it abstains, or how it was found where that matters.
-        bracket: Bounds of a number that has no error bar: the held-out and the in-sample value.
+        bracket: For a number without a standard error, the held-out and the in-sample number,
+            one too pessimistic and one too optimistic; :meth:`interval` reaches from the one's
+            confidence interval to the other's.
     """
 
     metric: str
@@ -52,13 +74,13 @@ class Estimate:
     n_eff: float
     df: float = math.inf
     note: str = ""
-    bracket: tuple[float, float] | None = None
+    bracket: tuple[Bound, Bound] | None = None
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """The two-sided confidence interval, on the scale of ``value``.
 
         Args:
-            level: Its coverage, between 0 and 1. A bracket has none, and is returned as it is.
+            level: Its coverage, between 0 and 1; of a bracket, that of either of its sides.
 
         Returns:
             (low, high); NaN where there is no standard error.
@@ -69,10 +91,10 @@ class Estimate:
         if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
             raise InvalidInputError(f"interval got level={level!r}; give it between 0 and 1.")
         if self.bracket is not None:
-            return self.bracket
-        if self.stderr == 0:
-            return self.value, self.value
-        half = float(stdtrit(self.df, 0.5 + level / 2)) * self.stderr
+            ends = [bound.value - bound.reach(level) for bound in self.bracket]
+            ends += [bound.value + bound.reach(level) for bound in self.bracket]
+            return min(*ends, self.value), max(*ends, self.value)
+        half = _half_width(self.stderr, self.df, level)
         return self.value - half, self.value + half
 
     @property
@@ -108,6 +130,10 @@ class Estimate:
         counts = f"N={self.n}, N_eff={self.n_eff:.0f}"
         note = f"; {self.note}" if self.note and not math.isnan(self.value) else ""
         return f"Estimate({self.kind} {self.metric}{of}: {self}; {counts}{note})"
+
+
+def _half_width(stderr: float, df: float, level: float) -> float:
+    return 0.0 if stderr == 0 else float(stdtrit(df, 0.5 + level / 2)) * stderr
 
 
 def check_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:

@@ -15,13 +15,14 @@ from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, Unsuppo
 from kronecker_probe.gradients.samples import FactoredSamples
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.block import spans
+from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.operators.second_moment import SecondMoment
 from kronecker_probe.quality.estimates import closed_forms
 from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, Grams
 from kronecker_probe.quality.estimates.draws import Draws, pair_statistic
-from kronecker_probe.quality.estimates.estimate import Estimate, abstention
+from kronecker_probe.quality.estimates.estimate import Bound, Estimate, abstention
 from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fixed_operator
-from kronecker_probe.quality.estimates.forms import diagonal_pairs
+from kronecker_probe.quality.estimates.forms import diagonal_pairs, weakest_direction
 from kronecker_probe.quality.estimates.grouped import Grouped
 from kronecker_probe.quality.estimates.replicates import (
     Jackknifed,
@@ -36,10 +37,12 @@ NOT_INDEPENDENT = (
     "these draws are not independent: their weighted sum is the target itself, and the plug-in "
     "number has no sampling error"
 )
-# What the optimum maximizes, or a function of it.
-MAXIMIZED = ("cosine", "best_scale_error")
-FIRST_ORDER = "bias from two halves; first-order jackknife, the factors held fixed"
-BRACKET = "bracket: held-out factors and the in-sample fit on either side; no error bar"
+# Effective draws for each product of a sum under which refits are too uneven: a bracket instead.
+MIN_REFITTED = 30.0
+# Effective draws along each eigenvector that a fit with q < MILD_Q needs.
+MIN_DIRECTION, MILD_Q = 5.0, 0.5
+UNDEFINED = "P = 0, or a part of the draws with H = 0"
+BRACKET = "bracket: from held-out factors to the in-sample fit, each with its error"
 
 
 @final
@@ -50,7 +53,8 @@ class Estimator:
         target: H.
         refits: For fitted approximations, the groups of the jackknife over refits, at least 4;
             0 for a bracket from the two halves; None for 8 where draws have no shared positions
-            (or layers are small), else 0.
+            (or layers are small), 0 elsewhere, and for a sum of r products where fewer than
+            30 r draws are effective.
         fits: Label -> operator fitted to all draws, for those known already.
 
     Raises:
@@ -73,13 +77,22 @@ class Estimator:
         same = self._draws.target is target
         self._fits = dict(fits or {})
         self._refits = Refits(self._draws, self._fits if same else {})
-        self._count = refits if refits is not None else self._affordable()
+        self._given_count = refits
         self._grams: Grams | None = None
         self._products: dict[str, Replicates] = {}
+        self._weaknesses: dict[str, str] = {}
 
-    def _affordable(self) -> int:
+    @cached_property
+    def _count(self) -> int:
+        """Groups of the jackknife over refits where they are affordable; 0 for a bracket."""
         shared = self._target.plan().route == "parameter" and self._target.samples.n_positions != 1
         return 0 if shared else REFITS
+
+    def _groups_for(self, label: str) -> int:
+        if self._given_count is not None:
+            return self._given_count
+        rank = dict(resolve(label).options).get("rank", 1)
+        return self._count if self.n_eff >= rank * MIN_REFITTED else 0
 
     @property
     def n(self) -> int:
@@ -177,17 +190,46 @@ class Estimator:
 
     def _held_out(self, label: str) -> Replicates | str:
         try:
-            return self._refits.held_out(label)
-        except MemoryBudgetError as error:
+            return self._ill_founded(label) or self._refits.held_out(label)
+        except (MemoryBudgetError, UnsupportedError) as error:
             return str(error)
 
     def _fitted(self, labels: Sequence[str]) -> dict[str, Replicates | Bracket | str]:
         try:
-            if self._count:
-                return dict(self._refits.jackknifed(labels, self._count))
-            return {label: self._refits.bracket(label) for label in labels}
+            found: dict[str, Replicates | Bracket | str] = {
+                label: weak for label in labels if (weak := self._ill_founded(label))
+            }
+            counts = {label: self._groups_for(label) for label in labels if label not in found}
+            bracketed = [label for label, count in counts.items() if not count]
+            refitted = [label for label in counts if label not in bracketed]
+            found |= {label: self._refits.bracket(label) for label in bracketed}
+            if refitted:
+                found |= self._refits.jackknifed(refitted, counts[refitted[0]])
+            return found
         except (MemoryBudgetError, UnsupportedError) as error:
             return dict.fromkeys(labels, str(error))
+
+    def _ill_founded(self, label: str) -> str:
+        """Why an inverse of the factors rests on too few draws; empty if it does not."""
+        if label not in self._weaknesses:
+            self._weaknesses[label] = self._weakness(label)
+        return self._weaknesses[label]
+
+    def _weakness(self, label: str) -> str:
+        spec = resolve(label)
+        options = dict(spec.options)
+        if spec.name != "divergence" or options["q"] >= MILD_Q or "block_size" in options:
+            return ""
+        operator = self._refits.whole(label)
+        assert isinstance(operator, KroneckerOperator)
+        weakest = weakest_direction(self._draws.target, operator)
+        if weakest >= MIN_DIRECTION:
+            return ""
+        return (
+            f"it divides by the eigenvalues of both factors, and one eigenvector rests on "
+            f"{weakest:.1f} effective draws of {self.n}, under {MIN_DIRECTION:g}; measure more "
+            "data, or use q = 1/2"
+        )
 
     @property
     def _whole_grams(self) -> Grams | None:
@@ -225,7 +267,10 @@ class Estimator:
             for rows in spans(m, int(size)):
                 for columns in spans(n, int(size)):
                     block = target.block(rows, columns)
-                    one = self._closed_of(spec.name, block, Grams.of(self._draws, block))
+                    # all blocks in one way: replicates of draws and of groups do not add up
+                    single = self._whole_grams is not None
+                    grams = Grams.of(self._draws, block) if single else None
+                    one = self._closed_of(spec.name, block, grams)
                     whole = one if whole is None else whole.plus(one)
             assert whole is not None
             return whole
@@ -260,18 +305,16 @@ class Estimator:
         return self._estimate(metric, label, kind, _jackknifed(outcome, metric))
 
     def _bracketed(self, label: str, metric: str, kind: str, bracket: Bracket) -> Estimate:
-        inside = bracket.inside.values(metric)
-        ends = [float(inside[0]), float(bracket.held_out.values(metric)[0])]
         value = _jackknifed(bracket.inside, metric).value  # 2 t - mean of the halves'
-        if resolve(label).name == "optimal" and metric in MAXIMIZED:
-            error = _jackknifed(bracket.fixed, metric)
-            found = Jackknifed(value, error.stderr, error.df)
-            return replace(self._estimate(metric, label, kind, found), note=FIRST_ORDER)
+        bounds = []
+        for replicates in (bracket.held_out, bracket.fixed):
+            error = _jackknifed(replicates, metric)
+            whole = float(replicates.values(metric)[0])
+            bounds.append(Bound(whole, error.stderr, error.df))
         one = self._estimate(metric, label, kind, Jackknifed(value, math.nan, math.nan))
-        if math.isnan(value) or any(map(math.isnan, ends)):
-            return one
-        ends.append(value)
-        return replace(one, bracket=(min(ends), max(ends)), note=BRACKET)
+        if any(math.isnan(x) for x in (value, *(b.stderr for b in bounds))):
+            return replace(one, value=math.nan, note=one.note or UNDEFINED)
+        return replace(one, bracket=(bounds[0], bounds[1]), note=BRACKET)
 
     def _silent(self, label: str, metrics: Sequence[str], kind: str) -> list[Estimate]:
         return [self._undefined(metric, label, kind, self._silence) for metric in metrics]
@@ -280,7 +323,7 @@ class Estimator:
         return Estimate(metric, label, kind, math.nan, math.nan, self.n, self.n_eff, note=why)
 
     def _estimate(self, metric: str, label: str | None, kind: str, found: Jackknifed) -> Estimate:
-        note = "P = 0, or a part of the draws with H = 0" if math.isnan(found.value) else ""
+        note = UNDEFINED if math.isnan(found.value) else ""
         return Estimate(
             metric, label, kind, found.value, found.stderr, self.n, self.n_eff, found.df, note
         )

@@ -60,10 +60,20 @@ class Refits:
         whole: Label -> operator fitted to all of them, for those known already.
     """
 
-    def __init__(self, draws: Draws, whole: Mapping[str, Operator]) -> None:
+    def __init__(self, draws: Draws, whole: dict[str, Operator]) -> None:
         self._draws = draws
         self._whole = whole
         self._half_fits: dict[str, list[Operator] | str] = {}
+
+    def whole(self, name: str) -> Operator:
+        """The fit to all draws.
+
+        Raises:
+            UnsupportedError: There is none.
+        """
+        if name not in self._whole:
+            self._whole[name] = fit(self._draws.target, name)
+        return self._whole[name]
 
     def jackknifed(self, names: Sequence[str], count: int) -> dict[str, Replicates | str]:
         """In-sample replicates of each name, of all draws and without each of ``count`` groups.
@@ -94,7 +104,8 @@ class Refits:
             if name in reasons:
                 continue
             try:
-                pairs.append(_pair(target, known[name] if name in known else fit(target, name)))
+                one = known[name] if name in known else fit(target, name)
+                pairs.append(_pair(target, one))
             except UnsupportedError as error:
                 reasons[name] = f"not for every part of the draws: {error}"
 
@@ -104,7 +115,7 @@ class Refits:
         if isinstance(fits, str):
             return fits
         halves = list(zip([half for _, half in self._halves], fits, strict=True))
-        whole = self._whole[name] if name in self._whole else fit(d.target, name)
+        whole = self.whole(name)
         squares = [float(d.target_squares[0])]
         squares += [d.subset_square(group) for group, _ in self._halves]
         pairs = [_pair(d.target, whole), *(_pair(half, one) for half, one in halves)]

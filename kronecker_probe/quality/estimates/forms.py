@@ -16,6 +16,9 @@ from kronecker_probe.operators.eigen import EigenOperator
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.operators.second_moment import SecondMoment
 
+# Eigenvalues below this share of the largest span no range to whiten.
+NULL = 1e-12
+
 
 def draw_forms(target: SecondMoment, operator: Operator) -> Tensor:
     """sum_c <G_ic, P G_ic> of each datum, without its weight, float64 [N].
@@ -56,6 +59,34 @@ def diagonal_pairs(target: SecondMoment, weights: Tensor) -> tuple[Tensor, Tenso
         mean += (squares * weights[start : start + step, None, None]).sum(dim=0)
     norms = _over_matrices(target, lambda g: g.square().sum(dim=1).square().sum(dim=(1, 2)))
     return _elementwise(target, mean, None, None), norms
+
+
+def weakest_direction(target: SecondMoment, operator: KroneckerOperator) -> float:
+    """The fewest effective draws of any eigenvector of P's factors, after whitening by P.
+
+    With x_i the size of draw i along an eigenvector u of L, sum_c |u^T G_ic R^{-1/2}|^2 (and the
+    same on the right), it is the least of (sum x_i)^2 / sum x_i^2 with the weights inside. What
+    divides by the spectra of L and R rests on all of these alike.
+    """
+    samples = target.samples
+    bases = []
+    for factor in (operator.left_factor, operator.right_factor):
+        eigen = factor.eigen()
+        kept = eigen.values > NULL * eigen.values[0]
+        bases.append(eigen.basis.vectors[:, kept] / eigen.values[kept].sqrt())
+    if isinstance(samples, FactoredSamples) and samples.n_positions == 1:
+        d, a = _squares(samples, *bases)
+        sizes = [d * a.sum(dim=1, keepdim=True), a * d.sum(dim=1, keepdim=True)]
+    else:
+
+        def of_sides(g: Tensor) -> Tensor:
+            squares = (bases[0].T @ g @ bases[1]).square().sum(dim=1)
+            return torch.cat([squares.sum(dim=2), squares.sum(dim=1)], dim=1)
+
+        sizes = [_over_matrices(target, of_sides)]
+    weighted = torch.cat(sizes, dim=1) * samples.weights[:, None]
+    counts = weighted.sum(dim=0).square() / weighted.square().sum(dim=0)
+    return float(counts.min())
 
 
 def _elementwise(
