@@ -197,7 +197,10 @@ def test_sampled_labels_follow_the_model_and_not_the_targets() -> None:
     other = (targets + 1) % CLASSES
     one = kp.capture(model, F.cross_entropy, (inputs, targets), draws="fisher", seed=3)
     two = kp.capture(model, F.cross_entropy, (inputs, other), draws="fisher", seed=3)
-    assert torch.equal(one["0.weight"].output_grads, two["0.weight"].output_grads)
+    # the scale of the loss is solved for, hence the rounding
+    torch.testing.assert_close(
+        one["0.weight"].output_grads, two["0.weight"].output_grads, rtol=1e-5, atol=0.0
+    )
     assert one.loss != two.loss
 
 

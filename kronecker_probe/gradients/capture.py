@@ -74,8 +74,8 @@ def capture(
     dimension and biases are measured from their inputs and output gradients, wherever the model
     calls the function that they end in (F.linear and so on), however often, and with whatever
     weights it shares; so are they, and parameters, where they are computed once and added to every
-    datum, as a table of positions is. A matrix takes its parameter's layout, shape[0] x the rest: out x (in k k)
-    for a convolution, V x D for an embedding, m x 1 for a bias or a normalization.
+    datum, as a table of positions is. A matrix takes its parameter's layout, shape[0] x the rest:
+    out x (in k k) for a convolution, V x D for an embedding, m x 1 for a bias or a normalization.
 
     Args:
         model: Any module.

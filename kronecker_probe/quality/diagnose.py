@@ -41,7 +41,7 @@ def diagnose(scores: Any) -> Diagnosis:
             "measurement table of a run."
         )
     if "index" not in table:  # of singular values, which a table may lack
-        table = table.assign(index=pd.NA)
+        table = table.assign(index=math.nan)
     found = _training(table)
     rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
     for name in rows["parameter"].dropna().unique():
