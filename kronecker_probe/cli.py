@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -45,12 +45,10 @@ from kronecker_probe.errors import (
     RunDirectoryError,
     unknown_name,
 )
-from kronecker_probe.terminal import console, errors, progress_bar, show_run, show_table
+from kronecker_probe.interruption import ending, resumable, terminable
+from kronecker_probe.terminal import console, errors, progress_shown, show_run, show_table
 
-if TYPE_CHECKING:
-    from kronecker_probe.tracking.training import Training
-
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE = 0, 1, 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="How good is the Kronecker approximation of each layer's curvature, along your run?",
     epilog="Exit codes: 0 done, 1 failed (what is on disk is intact), 2 bad usage, "
-    "130 interrupted (resume with --resume).",
+    "130 interrupted, 143 terminated (resume with --resume).",
 )
 
 
@@ -66,10 +64,11 @@ app = typer.Typer(
 def _exit_codes() -> Iterator[None]:
     """Errors on purpose become one line and an exit code; others keep their traceback."""
     try:
-        yield
-    except KeyboardInterrupt:
-        errors.print("[yellow]Interrupted.[/] What was measured is stored.")
-        raise typer.Exit(INTERRUPTED) from None
+        with terminable():
+            yield
+    except KeyboardInterrupt as stop:
+        errors.print("[yellow]Interrupted.[/] What had been stored is intact.")
+        raise typer.Exit(ending(stop)) from None
     except KroneckerProbeError as error:
         errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from None
@@ -89,25 +88,38 @@ def _usage() -> Iterator[None]:
 def track(
     workload: WorkloadName,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory. Default: runs/WORKLOAD.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Run directory. Default: runs/WORKLOAD.", show_default=False
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimizer steps. Default: the workload's.", show_default=False),
+        typer.Option(
+            metavar="N", min=1, help="Optimizer steps. Default: the workload's.", show_default=False
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Data a step. Default: the workload's.", show_default=False),
+        typer.Option(
+            metavar="N", min=1, help="Data a step. Default: the workload's.", show_default=False
+        ),
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Learning rate. Default: the workload's.", show_default=False),
+        typer.Option(
+            metavar="X", min=0.0, help="Learning rate. Default: the workload's.", show_default=False
+        ),
     ] = None,
     precondition_frequency: Annotated[
-        int, typer.Option(min=1, help="Steps between refreshes of Shampoo's inverse roots.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Steps between refreshes of Shampoo's inverse roots."
+        ),
     ] = 10,
     probes: Annotated[
-        int, typer.Option(min=2, help="Number of probed steps, first and last included.")
+        int,
+        typer.Option(metavar="N", min=2, help="Number of probed steps, first and last included."),
     ] = 21,
     spacing: Annotated[
         Spacing, typer.Option(help="Probed steps: more of them early in the run, or even.")
@@ -180,22 +192,9 @@ def track(
                 overwrite=overwrite,
                 keep_checkpoints=keep_checkpoints.value,
             )
-        with _resumable(training), progress_bar(options.steps) as show:
+        with resumable(training), progress_shown(options.steps) as show:
             training.run(show)
         show_run(directory)
-
-
-@contextmanager
-def _resumable(training: Training) -> Iterator[None]:
-    """On Ctrl-C, say where the run stands and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print(
-            f"[yellow]Interrupted[/] at step {training.tracker.steps_taken}. Nothing measured is "
-            "lost; go on with the same command and [bold]--resume[/]."
-        )
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _names(given: list[str] | None) -> tuple[str, ...] | None:
@@ -215,7 +214,8 @@ def measure(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Weights from a run (checkpoints/step-*.safetensors). Default: freshly "
+            metavar="FILE",
+            help="Weights from a run, one of its checkpoints/*.safetensors. Default: freshly "
             "initialized.",
             show_default=False,
         ),
@@ -223,7 +223,9 @@ def measure(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Also write a run directory with table, figures and report.", show_default=False
+            metavar="DIR",
+            help="Also write a run directory with table, figures and report.",
+            show_default=False,
         ),
     ] = None,
     probe_size: ProbeSizeOption = 200,
@@ -296,7 +298,7 @@ def measure(
         if out is not None:
             show_run(out)
         else:
-            show_table(tracker.table)
+            show_table(tracker.table, asked=metrics is not None)
 
 
 @app.command()
@@ -333,9 +335,9 @@ def analyze(
     preset: Annotated[
         Preset, typer.Option(help="quick: under a minute; default: what figures/ shows.")
     ] = Preset.DEFAULT,
-    out: Annotated[Path, typer.Option(help="Folder for the table and the figure.")] = Path(
-        "figures"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the table and the figure.")
+    ] = Path("figures"),
 ) -> None:
     """Run an analysis: one question, one table, one figure."""
     with _exit_codes():

@@ -39,6 +39,13 @@ class Preset(StrEnum):
     DEFAULT = "default"
 
 
+def _seed(value: int) -> int:
+    """Seeds as torch takes them; no ``max=``, whose nineteen digits the help would print."""
+    if value >= 2**63:
+        raise typer.BadParameter(f"{value} is not below 2**63.")
+    return value
+
+
 WorkloadName = Annotated[
     str,
     typer.Argument(
@@ -48,6 +55,7 @@ WorkloadName = Annotated[
 DrawsOption = Annotated[
     Draws | None,
     typer.Option(
+        metavar="TARGET",
         help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
         "model), empirical-fisher (true labels), batch-gradient (means over batches, true "
         "labels), trajectory (the run's own gradients; track only). Default: the workload's.",
@@ -55,11 +63,12 @@ DrawsOption = Annotated[
     ),
 ]
 LabelDrawsOption = Annotated[
-    int, typer.Option(min=1, help="Sampled labels a datum, for --draws fisher.")
+    int, typer.Option(metavar="N", min=1, help="Sampled labels a datum, for --draws fisher.")
 ]
 TargetBatchSizeOption = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         min=1,
         help="Data of a batch, for --draws batch-gradient. Default: the training's batch size.",
         show_default=False,
@@ -68,12 +77,16 @@ TargetBatchSizeOption = Annotated[
 WindowOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Gradients to keep, for --draws trajectory. Default: 200.", show_default=False
+        metavar="N",
+        min=1,
+        help="Gradients to keep, for --draws trajectory. Default: 200.",
+        show_default=False,
     ),
 ]
 DecayOption = Annotated[
     float | None,
     typer.Option(
+        metavar="X",
         help="Average the gradients of --draws trajectory with this decay, the optimizer's beta2. "
         "Default: their sum, as in AdaGrad.",
         show_default=False,
@@ -82,6 +95,7 @@ DecayOption = Annotated[
 WindowToleranceOption = Annotated[
     float | None,
     typer.Option(
+        metavar="X",
         min=0.0,
         help="Share of the gradients' energy that --draws trajectory may drop, to be faster; the "
         "table says how much it is. 0 for exact. Default: 0.001.",
@@ -91,6 +105,7 @@ WindowToleranceOption = Annotated[
 WindowMemoryOption = Annotated[
     str | None,
     typer.Option(
+        metavar="SIZE",
         help="What the window of --draws trajectory may take; beyond, it keeps low-rank factors "
         "and says what they drop. Default: 1GB.",
         show_default=False,
@@ -100,6 +115,7 @@ LayersOption = Annotated[
     list[str] | None,
     typer.Option(
         "--layers",
+        metavar="GLOB",
         help="Glob of parameter names; may be repeated. Default: the workload's.",
         show_default=False,
     ),
@@ -108,8 +124,9 @@ ApproximationsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--approximations",
+        metavar="SPEC",
         help="Name or spec to score, as 'divergence:q=0' or 'optimal:rank=2' "
-        "(docs/approximations.md); may be repeated. Default: the usual six.",
+        "(see docs/approximations.md); may be repeated. Default: the usual six.",
         show_default=False,
     ),
 ]
@@ -117,6 +134,7 @@ MetricsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--metrics",
+        metavar="SPEC",
         help="Metric, as 'cosine' or 'kl_divergence:damping=0.01' (docs/metrics.md); may be "
         "repeated. Default: cosine and the errors.",
         show_default=False,
@@ -126,6 +144,7 @@ EstimatesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--estimates",
+        metavar="KIND",
         help="plugin (the sample matrix itself), held-out (factors of half of the data on the "
         "rest), population (the limit of many data, with error bars); may be repeated. Default: "
         "plugin and population.",
@@ -135,18 +154,25 @@ EstimatesOption = Annotated[
 SeedOption = Annotated[
     int,
     typer.Option(
-        min=0, max=2**63 - 1, help="Seed of model, batches, probe set and sampled labels."
+        metavar="N",
+        min=0,
+        callback=_seed,
+        help="Seed of model, batches, probe set and sampled labels.",
     ),
 ]
 ProbeSizeOption = Annotated[
-    int, typer.Option(min=1, help="Data in the fixed probe set (training data are used).")
+    int,
+    typer.Option(metavar="N", min=1, help="Data in the fixed probe set (training data are used)."),
 ]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         min=1,
         help="CPU threads of torch. Default: the workload's, else torch's own choice.",
         show_default=False,
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Torch device: cpu, cuda, cuda:1, ...")
+]

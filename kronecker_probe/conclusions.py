@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from kronecker_probe.tables import (
     METRICS,
+    NUMBERS,
+    as_float,
+    error_told,
     first_shares,
+    is_bracket,
     kind_remark,
     label,
+    number_told,
     of_best_kind,
     scores,
+    steps_told,
 )
 
 __all__ = [
@@ -47,15 +53,41 @@ class Gap:
 
     Attributes:
         approximation: its name in the table.
-        worst: the largest difference in cosine (or in an error) over the rows of the table.
+        worst: the largest difference in cosine (or in an error) over the rows of the table. Of
+            estimates it may be negative: an approximation whose number lies above the optimum's.
+        stderr: its standard error, the larger one of the two numbers'; NaN without.
+        estimated: whether it is a difference of estimates, which have an error, and not of
+            numbers of the sample, which the optimum bounds.
         parameter: where it is largest.
         step: when it is largest; None for a table of one shot.
     """
 
     approximation: str
     worst: float
+    stderr: float
+    estimated: bool
     parameter: str
     step: int | None
+
+    def __str__(self) -> str:
+        """Three decimals, rounded up so that "within" is true, or with ± the error's own."""
+        if math.isnan(self.stderr):
+            return _within(self.worst)
+        return f"{self.worst:.3f} ± {error_told(self.stderr)}"
+
+    @property
+    def indistinguishable(self) -> bool:
+        """Whether an estimate lies at or above the optimum, which is possible by its error only."""
+        return self.estimated and self.worst < _EQUAL
+
+    @property
+    def excuse(self) -> str:
+        """How an estimate that is :attr:`indistinguishable` stands to the optimum."""
+        if math.isnan(self.stderr):
+            return "gap within error"
+        if -self.worst <= 2 * self.stderr:
+            return f"gap within its error of {error_told(self.stderr)}"
+        return f"estimated {-self.worst:.3f} ± {error_told(self.stderr)} above it, which is noise"
 
 
 def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
@@ -67,6 +99,7 @@ def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
     wide = scores(table, metric)
     if "optimal" not in wide:
         return []
+    errors, lows = scores(table, metric, "stderr"), scores(table, metric, "low")
     found = []
     for name in _CHOICES:
         if name not in wide:
@@ -74,8 +107,13 @@ def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
         gap = (wide["optimal"] - wide[name]) * (1 if metric == "cosine" else -1)
         if gap.notna().any():
             place: Any = gap.idxmax()  # (step, parameter)
+            pair = ["optimal", name]
+            # two cosines of one sample move together: the larger error bounds that of the gap
+            stderr = float(errors.loc[place, pair].max(skipna=False))
             step = int(place[0]) if "step" in table else None
-            found.append(Gap(name, max(float(gap.max()), 0.0), str(place[1]), step))
+            estimated = bool(lows.loc[place, pair].notna().any())
+            worst = float(gap.max())
+            found.append(Gap(name, worst, stderr, estimated, str(place[1]), step))
     return sorted(found, key=lambda found_gap: found_gap.worst)
 
 
@@ -90,6 +128,8 @@ def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
 
 def _headline(table: pd.DataFrame, metric: str) -> str:
     wide = scores(table, metric)
+    if wide.empty and table["approximation"].notna().any():
+        return f"The {METRICS[metric]} was not measured"
     if not wide.notna().any(axis=None):
         return f"No {METRICS[metric]} is defined in this table; its notes say why"
     if metric == "best_scale":
@@ -105,14 +145,15 @@ def _headline(table: pd.DataFrame, metric: str) -> str:
         where = " in every layer where it is defined" if undefined else " in every layer"
     verb = "stays" if steps.nunique() > 1 else "is"
     of = "the optimal Kronecker product" if metric == "cosine" else "the optimal product's error"
-    within = f"{verb} within {_within(closest.worst)} of {of}"
+    within = f"{verb} within {closest} of {of}"
+    if closest.indistinguishable:
+        within = f"{verb} indistinguishable from {of} ({closest.excuse})"
     sentence = f"{label(closest.approximation)} {within}{where}"
     if farthest.worst > closest.worst + _EQUAL:
         place = [farthest.parameter] if layers.nunique() > 1 else []
         place += [f"step {farthest.step}"] if steps.nunique() > 1 else []
-        lag = (
-            f"up to {farthest.worst:.3f} ({', '.join(place)})" if place else f"{farthest.worst:.3f}"
-        )
+        far = f"{farthest.worst:.3f}" if math.isnan(farthest.stderr) else str(farthest)
+        lag = f"up to {far} ({', '.join(place)})" if place else far
         sentence += f"; {label(farthest.approximation)} lags by {lag}"
     return sentence
 
@@ -134,7 +175,9 @@ def _scale_headline(wide: pd.DataFrame) -> str:
 
 
 def conclusions(table: pd.DataFrame) -> list[str]:
-    """One sentence per measured parameter, about its last measured step.
+    """One sentence per measured parameter, about the last step with a defined cosine.
+
+    Estimates are told with their standard error, or as a bracket where they are one.
 
     Args:
         table: a measurement table; ``step`` may be missing (one shot), and any of the
@@ -143,45 +186,81 @@ def conclusions(table: pd.DataFrame) -> list[str]:
     Returns:
         The sentences, in the table's order of parameters.
     """
+    if table.empty:
+        return []
     wide = scores(table)
-    rows = (table["metric"] == "cosine") & table["approximation"].notna()
-    names = table.loc[rows, "parameter"].unique()
+    told = _told(table)
     return [
-        _conclusion(table, pd.DataFrame(wide.xs(name, level="parameter")), str(name))
-        for name in names
+        _conclusion(table, told, pd.DataFrame(wide.xs(name, level="parameter")), str(name))
+        for name in wide.index.get_level_values("parameter").unique()
     ]
 
 
-def _conclusion(table: pd.DataFrame, wide: pd.DataFrame, parameter: str) -> str:
+_Told: TypeAlias = dict[tuple[int, str, str], str]  # (step, parameter, approximation) -> text
+
+
+def _told(table: pd.DataFrame) -> _Told:
+    """Every cosine that :func:`~kronecker_probe.tables.scores` shows, with its error."""
+    texts = {}
+    for row in of_best_kind(table).to_dict("records"):
+        value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+        plain = math.isnan(stderr) and math.isnan(low)  # three decimals suffice in a sentence
+        text = f"{value:.3f}" if plain else number_told(value, stderr, low, high, is_bracket(row))
+        step = int(row["step"]) if "step" in row else 0
+        texts[step, str(row["parameter"]), str(row["approximation"])] = text
+    return texts
+
+
+def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter: str) -> str:
     """The sentence about one parameter; ``wide`` has a row per step."""
-    step = int(wide.index[-1])
-    last = wide.iloc[-1].dropna()
+    defined = wide.notna().any(axis=1)
+    undefined = [int(step) for step in wide.index[~defined]]
+    why = f"every cosine is undefined ({_why(table, parameter, undefined)})"
+    place = f"at {steps_told(undefined, wide.index)}" if undefined and "step" in table else ""
+    if not defined.any():
+        return f"{parameter}: {place}{' ' if place else ''}{why}."
+    step = int(wide.index[defined.to_numpy()][-1])
+    last = wide[defined.to_numpy()].iloc[-1].dropna()
+    texts = {str(name): told[step, parameter, str(name)] for name in last.index}
     when = f"at step {step} " if "step" in table else ""
-    if last.empty:
-        return f"{parameter}: {when}every cosine is undefined ({_why(table, parameter)})."
     if "optimal" not in last:
-        parts = [f"{label(str(name))} has cosine {value:.3f}" for name, value in last.items()]
-        return f"{parameter}: {when}{', '.join(parts)}."
-    top = float(last["optimal"])
-    first = wide["optimal"].dropna()
-    trend = f"; {first.iloc[0]:.3f} at step {first.index[0]}" if len(first) > 1 else ""
-    best, reached = "the best Kronecker product", f"cosine {top:.3f}{trend}"
-    behind = {name: max(top - float(last[name]), 0.0) for name in _CHOICES if name in last}
-    if behind:
-        closest, *others = sorted(behind, key=lambda name: behind[name])
-        also = "".join(f", {label(name)} within {_within(behind[name])}" for name in others)
-        within = f"comes within {_within(behind[closest])} of {best} ({reached})"
-        clauses = [f"{when}{label(closest)} {within}{also}"]
+        parts = [f"{label(name)} has cosine {text}" for name, text in texts.items()]
+        clauses = [when + ", ".join(parts)]
     else:
-        clauses = [f"{when}{best} has {reached}"]
-    if "eigen-corrected" in last:
-        corrected = float(last["eigen-corrected"])
-        clear = corrected > top + max(_EQUAL, _uncertainty(table, parameter, step))
-        beyond = ", beyond any Kronecker product" if clear else ""
-        clauses.append(f"correcting the eigenvalues gives {corrected:.3f}{beyond}")
-    if "live" in last:
-        clauses.append(f"the optimizer's live preconditioner is at {float(last['live']):.3f}")
+        first = wide["optimal"].dropna()
+        start = told[int(first.index[0]), parameter, "optimal"]
+        trend = f"; {start} at step {first.index[0]}" if len(first) > 1 else ""
+        rows = of_best_kind(table)  # of the whole table, so that no step has a kind of its own
+        rows = rows[rows["parameter"] == parameter]
+        now = rows[rows["step"] == step] if "step" in rows else rows
+        clauses = [when + _ranking(gaps(now), f"cosine {texts['optimal']}{trend}")]
+        if "eigen-corrected" in last:
+            above = float(last["eigen-corrected"]) - float(last["optimal"])
+            clear = above > max(_EQUAL, _uncertainty(table, parameter, step))
+            beyond = ", beyond any Kronecker product" if clear else ""
+            clauses.append(f"correcting the eigenvalues gives {texts['eigen-corrected']}{beyond}")
+        if "live" in last:
+            clauses.append(f"the optimizer's live preconditioner is at {texts['live']}")
+    if undefined:
+        clauses.append(f"{place} {why}")
     return f"{parameter}: {'; '.join(clauses)}."
+
+
+def _ranking(ranked: list[Gap], reached: str) -> str:
+    """The rules of one layer and step by their distance from the optimum."""
+    best = "the best Kronecker product"
+    if not ranked:
+        return f"{best} has {reached}"
+    closest, *others = ranked
+    if closest.indistinguishable:
+        sentence = f"{label(closest.approximation)} is indistinguishable from {best} "
+        sentence += f"({closest.excuse}; {reached})"
+    else:
+        sentence = f"{label(closest.approximation)} comes within {closest} of {best} ({reached})"
+    for gap in others:
+        near = "indistinguishable too" if gap.indistinguishable else f"within {gap}"
+        sentence += f", {label(gap.approximation)} {near}"
+    return sentence
 
 
 def spectrum_headline(table: pd.DataFrame) -> str:
@@ -236,9 +315,11 @@ def _uncertainty(table: pd.DataFrame, parameter: str, step: int) -> float:
     return float(widths.max()) / 2 if len(widths) else 0.0
 
 
-def _why(table: pd.DataFrame, parameter: str) -> str:
-    """The last note beside an undefined cosine of ``parameter``, the optimum's by preference."""
+def _why(table: pd.DataFrame, parameter: str, steps: list[int]) -> str:
+    """The last note beside a cosine that is undefined at one of ``steps``, the optimum's first."""
     rows = table[(table["parameter"] == parameter) & (table["metric"] == "cosine")]
+    if "step" in rows:
+        rows = rows[rows["step"].isin(steps)]
     if "note" in rows:
         told = rows[rows["value"].isna() & rows["note"].notna()]
         preferred = told[told["approximation"] != "live"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.panels import GREY, Panels
-from kronecker_probe.tables import shape, short
+from kronecker_probe.tables import PLUGIN, shape, short
 
 # in the order of the chain; colours of Okabe & Ito (2008), neighbours far apart in lightness too
 COMPONENTS = {
@@ -38,7 +38,7 @@ def plot_gap(
     """What each cause adds to the squared error 1 - cos² of a layer: a stacked bar a layer.
 
     Positive contributions are stacked to the right of zero, negative ones to the left; the
-    diamond is their sum.
+    diamond is their sum. All are plug-in numbers, as the title says.
 
     Args:
         table: the table of ``kp.decompose_gap(...)``.
@@ -74,7 +74,7 @@ def plot_gap(
     cut = table["parameter"].nunique() - len(names)
     more = f" (the first {len(names)} layers are drawn)" if parameters is None and cut else ""
     squared = "squared error at the best scale, 1 − cos²(H, P)"
-    panels.finish(gap_headline(shown) + more, squared, "", legend=False)
+    panels.finish(f"{gap_headline(shown)}{more} ({PLUGIN})", squared, "", legend=False)
     ax.grid(visible=False, axis="y")
     _draw_legend(ax, panels.figure)
     return ax  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from kronecker_probe.tables import short
 
 GREY = "#666666"
 SHADE = "#ececec"
+TICKS = [1, 2, 5, 10]  # steps between ticks, times a power of 10
 _DECADE = 10.0
 
 
@@ -118,7 +119,7 @@ class Panels:
         if self.figure is not None:
             across = int(self.figure.get_size_inches()[0] * 10)
             self.figure.suptitle(
-                textwrap.fill(title, across),
+                textwrap.fill(title, across, break_on_hyphens=False),
                 x=0.01,
                 ha="left",
                 fontsize=11,
@@ -182,14 +183,30 @@ def limits(values: NDArray[np.float64], metric: str) -> View:
     return View(low - pad, high + pad, False)
 
 
-def in_view(shown: pd.DataFrame, metric: str) -> NDArray[np.float64]:
-    """The values that set the limits: no diagonal where its cosine would take half the axis."""
+def in_view(
+    shown: pd.DataFrame, metric: str, ends: Sequence[pd.DataFrame] = ()
+) -> NDArray[np.float64]:
+    """The values that set the limits: no diagonal where its cosine would take half the axis.
+
+    With the ends of their error bars, as far as these do not more than triple the span.
+    """
+    columns = list(shown.columns)
     others = shown.drop(columns="diagonal", errors="ignore").to_numpy()
     values = shown.to_numpy()
-    if metric != "cosine" or not np.isfinite(others).any():
+    if metric == "cosine" and np.isfinite(others).any():
+        low, high = np.nanmin(values), np.nanmax(values)
+        if np.nanmin(others) - low > 0.5 * (high - low):
+            values = others
+            columns.remove("diagonal")
+    found = values[np.isfinite(values)]
+    if not len(found):
         return values
-    low, high = np.nanmin(values), np.nanmax(values)
-    return others if np.nanmin(others) - low > 0.5 * (high - low) else values
+    low, high = float(found.min()), float(found.max())
+    span = (high - low) or 0.1
+    # an error's bar may reach 0, which no log scale shows
+    least = low - span if metric == "cosine" else max(low - span, low / 2)
+    bars = [np.clip(end[columns].to_numpy(), least, high + span).ravel() for end in ends]
+    return np.concatenate([values.ravel(), *bars])
 
 
 def label_ends(ax: Axes, lines: pd.DataFrame) -> None:

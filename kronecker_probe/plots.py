@@ -19,16 +19,27 @@ from matplotlib.ticker import (
     FuncFormatter,
     MaxNLocator,
     NullLocator,
-    PercentFormatter,
 )
 from numpy.typing import NDArray
 
 from kronecker_probe import conclusions
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.gap_figure import plot_gap as plot_gap  # noqa: PLC0414
-from kronecker_probe.panels import GREY, SHADE, Panels, in_view, label_ends, limits, say, style
+from kronecker_probe.panels import (
+    GREY,
+    SHADE,
+    TICKS,
+    Panels,
+    in_view,
+    label_ends,
+    limits,
+    say,
+    style,
+)
 from kronecker_probe.tables import (
     METRICS,
+    PLUGIN,
+    abstentions,
     at_step,
     check_metric,
     first_shares,
@@ -37,13 +48,12 @@ from kronecker_probe.tables import (
     shape,
     short,
 )
+from kronecker_probe.training_figure import plot_training as plot_training  # noqa: PLC0414
 
-_TICKS = [1, 2, 5, 10]
 # last gap between probed steps over the first, above which a linear axis hides the early ones
 _UNEVEN = 10
 MAX_PANELS = 24  # unless parameters= asks for more
 _ROUNDING = 1e-9  # singular values below this share of the first are not resolved
-_LOG_LOSS = 30.0  # a loss that falls by more is drawn on a log scale
 _DIRECT_LABELS = 6  # beyond so many panels, one legend takes the place of labels at the lines
 
 
@@ -58,7 +68,9 @@ def plot_trajectory(
     """A quality number against the step: a panel per parameter, a line per approximation.
 
     The optimal Kronecker product is the ceiling (for errors, the floor) of every Kronecker
-    product, and the region beyond it is shaded; only other structures can enter it.
+    product, and the region beyond it is shaded; only other structures can enter it. Whiskers are
+    the 95 % intervals of estimates, at the steps that have a marker. A parameter whose estimates
+    abstain at some step is drawn in plug-in numbers at all of them, and its title says so.
 
     Args:
         table: a measurement table with a ``step`` column.
@@ -85,14 +97,17 @@ def plot_trajectory(
         len(names), axes, figure, width=3.6, height=3.2 if len(names) <= 6 else 2.7
     )
     shown = wide[wide.index.get_level_values("parameter").isin(names)]
-    view = limits(in_view(shown, metric), metric)
+    ends = _ends(table, metric, shown)
+    view = limits(in_view(shown, metric, ends), metric)
+    why = abstentions(table, metric)
     for ax, name in zip(panels.axes, names, strict=True):
         lines = pd.DataFrame(shown.xs(name, level="parameter"))
-        ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
+        bars = [pd.DataFrame(end.xs(name, level="parameter")) for end in ends]
+        _set_title(ax, shape(table, name), why.get(name))
         ax.set_yscale("log" if view.log else "linear")
         ax.set_ylim(view.low, view.high)
         _set_step_axis(ax, lines.index.to_numpy())
-        _draw_lines(ax, lines, metric)
+        _draw_lines(ax, lines, bars, metric)
         if len(names) <= _DIRECT_LABELS:
             label_ends(ax, lines)
     panels.finish(
@@ -108,7 +123,7 @@ def _set_step_axis(ax: Axes, steps: NDArray[np.int64]) -> None:
     """A linear axis, or a logarithmic one with room for step 0 where early steps are denser."""
     gaps = np.diff(steps)
     if len(gaps) < 4 or gaps[-1] < _UNEVEN * gaps[0]:
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
         return
     first = float(steps[steps > 0][0])
     ax.set_xscale("symlog", linthresh=first, linscale=0.4)
@@ -118,7 +133,20 @@ def _set_step_axis(ax: Axes, steps: NDArray[np.int64]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:
+def _ends(table: pd.DataFrame, metric: str, shown: pd.DataFrame) -> list[pd.DataFrame]:
+    """The lower and the upper ends of the intervals, for the rows and columns of ``shown``."""
+    return [
+        scores(table, metric, end).reindex(index=shown.index, columns=shown.columns)
+        for end in ("low", "high")
+    ]
+
+
+def _set_title(ax: Axes, name: str, why: str | None) -> None:
+    text = f"{name}\n({why})" if why else name
+    ax.set_title(text, fontsize=9, loc="left", parse_math=False)
+
+
+def _draw_lines(ax: Axes, lines: pd.DataFrame, bars: Sequence[pd.DataFrame], metric: str) -> None:
     steps = lines.index.to_numpy()
     low, high = ax.get_ylim()
     if "optimal" in lines and metric != "best_scale":
@@ -130,6 +158,17 @@ def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:
         if defined.empty:
             continue
         look, every = style(name), max(1, len(defined) // 7)
+        # staggered, so that lines which coincide still show both their markers
+        start = number * every // len(lines.columns)
+        lower, upper = (end[name].to_numpy()[start::every] for end in bars)
+        ax.vlines(
+            steps[start::every],
+            lower,
+            upper,
+            color=look.color,
+            linewidth=1.4,
+            zorder=2.5,
+        )
         ax.plot(
             steps,
             lines[name].to_numpy(),
@@ -138,8 +177,7 @@ def _draw_lines(ax: Axes, lines: pd.DataFrame, metric: str) -> None:
             linewidth=2.4 if name == "optimal" else 1.5,
             marker="o" if name == "optimal" and len(steps) == 1 else look.marker,
             markersize=5,
-            # staggered, so that lines which coincide still show both their markers
-            markevery=(number * every // len(lines.columns), every),
+            markevery=(start, every),
             label=label(name),
             zorder=2 if name == "optimal" else 3,
         )
@@ -163,6 +201,8 @@ def plot_ladder(
 ) -> NDArray[Any]:
     """All approximations at one step, best first: a panel per parameter, a rung each.
 
+    A pale bar under a marker is the 95 % interval of an estimate.
+
     Args:
         table: a measurement table; ``step`` may be missing (one shot).
         step: a probed step; by default the last.
@@ -184,20 +224,22 @@ def plot_ladder(
     wide = _scores(table, metric)
     names = _chosen(wide.index.get_level_values("parameter").unique(), parameters)
     panels = Panels.make(len(names), axes, figure, width=3.9, height=2.1, columns=3)
-    shown = wide.droplevel("step").loc[names]
-    view = limits(in_view(shown, metric), metric)
+    shown, *ends = (one.droplevel("step").loc[names] for one in (wide, *_ends(table, metric, wide)))
+    view = limits(in_view(shown, metric, ends), metric)
+    why = abstentions(table, metric)
     for ax, name in zip(panels.axes, names, strict=True):
         ax.set_xscale("log" if view.log else "linear")
         ax.set_xlim(view.low, view.high)
-        _draw_rungs(ax, pd.Series(shown.loc[name]), metric)
-        ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
+        bars = pd.concat([end.loc[name] for end in ends], axis=1, keys=["low", "high"])
+        _draw_rungs(ax, pd.Series(shown.loc[name]), bars, metric)
+        _set_title(ax, shape(table, name), why.get(name))
     when = f"At step {wide.index[0][0]}: " if "step" in table else ""
     title = when + _title(table, wide, names, parameters, metric)
     panels.finish(title, METRICS[metric], "", legend=False)
     return panels.axes
 
 
-def _draw_rungs(ax: Axes, values: pd.Series[Any], metric: str) -> None:
+def _draw_rungs(ax: Axes, values: pd.Series[Any], bars: pd.DataFrame, metric: str) -> None:
     ranked = values.sort_values(ascending=metric != "cosine", na_position="last", kind="stable")
     bound = float(values.get("optimal", np.nan)) if metric != "best_scale" else np.nan
     bounded = np.isfinite(bound)
@@ -216,6 +258,8 @@ def _draw_rungs(ax: Axes, values: pd.Series[Any], metric: str) -> None:
         )
         if not defined:
             continue
+        left, right = (float(bars[end].loc[str(name)]) for end in bars)
+        ax.hlines(rung, left, right, color=look.color, linewidth=7, alpha=0.35, zorder=1.5)
         if bounded:
             ax.plot([bound, value], [rung, rung], color=look.color, linewidth=1.5, zorder=2)
         at, marker = float(value), "o" if name == "optimal" else look.marker
@@ -241,8 +285,9 @@ def plot_spectrum(
 ) -> NDArray[Any]:
     """Kronecker singular values relative to the largest: a panel per parameter, log scale.
 
-    The first over ||H|| is the cosine of the optimal Kronecker product; the slower the others
-    fall, the less any one product can capture.
+    They are those of the sample matrix (plug-in numbers), as the title says. The first over
+    ||H|| is the cosine of the optimal Kronecker product; the slower the others fall, the less any
+    one product can capture.
 
     Args:
         table: a measurement table; ``step`` may be missing (one shot).
@@ -280,7 +325,7 @@ def plot_spectrum(
         _draw_spectrum(ax, spectra[name], shares.get(name))
     when = f"At step {step}: " if step is not None else ""
     title = when + conclusions.spectrum_headline(table[table["parameter"].isin(names)])
-    panels.finish(title, "k (rank of the singular value)", "σₖ / σ₁", legend=False)
+    panels.finish(f"{title} ({PLUGIN})", "k (rank of the singular value)", "σₖ / σ₁", legend=False)
     return panels.axes
 
 
@@ -305,81 +350,10 @@ def _draw_spectrum(ax: Axes, relative: NDArray[np.float64], share: float | None)
         marker="o" if len(relative) <= 64 else "",
         markersize=3.5,
     )
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICKS))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     if share is not None:
         text = f"σ₁/‖H‖ = {share:.3f}\n{100 * share**2:.0f}% of ‖H‖²"
         ax.text(0.96, 0.93, text, transform=ax.transAxes, fontsize=8, ha="right", va="top")
-
-
-def plot_training(
-    table: pd.DataFrame,
-    *,
-    axes: Axes | Iterable[Axes] | None = None,
-    figure: Figure | None = None,
-) -> NDArray[Any]:
-    """Loss and, where it was logged, accuracy against the step, with the probed steps marked.
-
-    Args:
-        table: a measurement table with a ``step`` column.
-        axes: one Axes for the loss, and one for the accuracy where there is any.
-        figure: an empty figure to draw into; it is resized to fit.
-
-    Returns:
-        The Axes: loss, then accuracy.
-
-    Raises:
-        InvalidInputError: the table has no losses, or ``axes`` are too few or too many.
-    """
-    logged = table[table["parameter"].isna() & table["value"].notna()]
-    kinds = [k for k in ("loss", "accuracy") if logged["metric"].str.endswith(k).any()]
-    if "loss" not in kinds or "step" not in table:
-        raise InvalidInputError(
-            "The table has no losses along steps, so there is no training to draw."
-        )
-    about_probe = table["approximation"].notna() | table["metric"].str.startswith("probe_")
-    probed = np.unique(table.loc[about_probe, "step"].to_numpy())
-    panels = Panels.make(len(kinds), axes, figure, width=4.6, height=3.0)
-    for ax, kind in zip(panels.axes, kinds, strict=True):
-        _draw_training(ax, logged[logged["metric"].str.endswith(kind)], probed)
-        ax.set_title(kind, fontsize=9, loc="left")
-    losses = logged.loc[logged["metric"].str.endswith("loss"), "value"]
-    if losses.min() > 0 and losses.max() / losses.min() > _LOG_LOSS:
-        panels.axes[0].set_yscale("log")
-    elif losses.min() >= 0:
-        panels.axes[0].set_ylim(bottom=0)
-    if len(kinds) > 1:
-        panels.axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels.finish(conclusions.training_headline(table), "optimizer step", "", legend=False)
-    return panels.axes
-
-
-def _draw_training(ax: Axes, logged: pd.DataFrame, probed: NDArray[np.int64]) -> None:
-    palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-    # train first: its dense line lies under the sparse markers of the probe set
-    for number, metric in enumerate(sorted(logged["metric"].unique(), reverse=True)):
-        rows = logged[logged["metric"] == metric].sort_values("step")
-        at_probes = len(rows) <= len(probed)
-        ax.plot(
-            rows["step"].to_numpy(),
-            rows["value"].to_numpy(),
-            color=palette[number % len(palette)],
-            linewidth=1.2,
-            marker="o" if at_probes else "",
-            markersize=4,
-            label=_logged_name(str(metric)),
-        )
-    ax.plot(
-        probed,
-        np.full(len(probed), 0.015),
-        transform=ax.get_xaxis_transform(),
-        linestyle="",
-        marker="|",
-        markersize=9,
-        color=GREY,
-        label="probed step",
-    )
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_TICKS))
-    ax.legend(fontsize=8, frameon=False)
 
 
 def _scores(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -414,7 +388,3 @@ def _title(
         return conclusions.headline(table[table["parameter"].isin(names)], metric)
     cut = f" (the first {len(names)} of {count} layers are drawn)" if count > len(names) else ""
     return conclusions.headline(table, metric) + cut
-
-
-def _logged_name(metric: str) -> str:
-    return metric.replace("_", " ").replace("train ", "training ").replace("probe ", "probe set ")

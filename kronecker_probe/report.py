@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,26 @@ from kronecker_probe import plots
 from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.quality.diagnose import diagnose
-from kronecker_probe.tables import METRICS, at_step, label, last_step, ordered, scores, shape
+from kronecker_probe.tables import (
+    KIND_NAMES,
+    METRICS,
+    at_step,
+    kinds,
+    label,
+    last_step,
+    of_best_kind,
+    ordered,
+    row_told,
+    shape,
+    steps_told,
+)
 from kronecker_probe.tracking.files import naming, write_atomically
 from kronecker_probe.tracking.store import RunStore
 
 _COLUMNS = ("cosine", "relative_error", "best_scale_error", "best_scale")
+# what a note says of the place where it stands, and of how much
+_OF_PARAMETER = r" \(parameter '[^']*'\)"
+_NUMBER = r"(?<![\w.])\d[\d.e+-]*"
 _TARGETS = {
     "ggn": "the exact Gauss-Newton matrix",
     "fisher": "the Fisher matrix (labels sampled from the model)",
@@ -39,13 +53,14 @@ _FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
         "Along the run",
         "Cosine similarity to H against the optimizer step. The optimal Kronecker product is the "
         "ceiling of all Kronecker products; only other structures reach the shaded region. "
-        "A name with ↓ lies below the panel, at the value given.",
+        "A name with ↓ lies below the panel, at the value given. Whiskers are 95% intervals.",
     ),
     "ladder": (
         plots.plot_ladder,
         "At the last probed step",
         "All approximations, best first; each bar is the distance to the optimal Kronecker "
-        "product (vertical line). An arrowhead at the edge stands for a value beyond it.",
+        "product (vertical line). An arrowhead at the edge stands for a value beyond it; the pale "
+        "bar under a marker is the 95% interval of an estimate.",
     ),
     "spectrum": (
         plots.plot_spectrum,
@@ -178,7 +193,7 @@ def _render(
         targets=[_TARGETS.get(draws, draws) for draws in table["draws"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
         step=last_step(table),
-        metrics=[METRICS[metric] for metric in _COLUMNS],
+        metrics=[METRICS.get(metric, metric) for metric in _metrics(table)],
         layers=_layers(table),
         figures=drawn,
         skipped=_skipped(table),
@@ -192,10 +207,23 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _metrics(table: pd.DataFrame) -> list[str]:
+    """What the table of numbers has columns for: all that was measured, the usual ones first."""
+    scored = table[table["approximation"].notna()]
+    defined = scored.loc[scored["value"].notna(), "metric"]
+    there = (defined if len(defined) else scored["metric"]).unique().tolist()
+    return [m for m in _COLUMNS if m in there] + [m for m in there if m not in _COLUMNS]
+
+
 def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Per parameter at the last step: its name and sizes, and a row of cells per approximation."""
-    last = at_step(table, None)
-    wide = {metric: scores(last, metric).droplevel("step") for metric in _COLUMNS}
+    last, metrics = at_step(table, None), _metrics(table)
+    told = {
+        (row["parameter"], row["approximation"], metric): _cell(row)
+        for metric in metrics
+        for row in of_best_kind(last, metric).to_dict("records")
+    }
+    shown = {name: KIND_NAMES[kind] for name, kind in kinds(last).items() if kind}
     layers = []
     for name in last.loc[last["approximation"].notna(), "parameter"].unique():
         rows = last[last["parameter"] == name]
@@ -206,22 +234,20 @@ def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
             cells.append(
                 {
                     "label": label(approximation),
-                    "values": [_cell(wide[m], name, approximation) for m in _COLUMNS],
+                    "values": [told.get((name, approximation, m), "–") for m in metrics],
                     "note": undefined.iloc[0] if len(undefined) else "",
                 }
             )
-        layers.append({"name": shape(last, name), "sizes": _sizes(rows), "rows": cells})
+        about = [_sizes(rows), f"{shown[name]} numbers" if name in shown else ""]
+        sizes = ", ".join(part for part in about if part)
+        layers.append({"name": shape(last, name), "sizes": sizes, "rows": cells})
     return layers
 
 
-def _cell(wide: pd.DataFrame, parameter: str, approximation: str) -> str:
-    """The number, "undefined" for NaN, and a dash where nothing was to be measured."""
-    if approximation not in wide or parameter not in wide.index:
-        return "–"
-    value = float(wide.loc[parameter, approximation])  # type: ignore[arg-type]
-    if math.isnan(value):
-        return "undefined"
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+def _cell(row: dict[Any, Any]) -> str:
+    """The number with its error, and "undefined" for NaN."""
+    told = row_told(row)
+    return "undefined" if told == "-" else told
 
 
 def _sizes(rows: pd.DataFrame) -> str:
@@ -244,15 +270,22 @@ def _skipped(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _notes(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Every other note once, with the parameters and the steps that it is about."""
+    """Notes that differ in no more than numbers and the parameter, each kind once.
+
+    With how often there is one, for how many parameters and steps that is, and which.
+    """
     noted = table[table["note"].notna() & (table["metric"] != "skipped")]
+    noted = noted.assign(text=noted["note"].str.replace(_OF_PARAMETER, "", regex=True))
+    probed = table.loc[table["note"].notna() | table["approximation"].notna(), "step"].unique()
     notes = []
-    for note, rows in noted.groupby("note", sort=False):
-        steps = sorted(rows["step"].unique().tolist())
-        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    for _, rows in noted.groupby(noted["text"].str.replace(_NUMBER, "#", regex=True), sort=False):
         about = rows["parameter"].dropna().unique().tolist() or ["the run"]
         about += [] if rows["approximation"].isna().any() else [
             label(name) for name in ordered(rows["approximation"])
         ]  # fmt: skip
-        notes.append({"text": note, "where": ", ".join(about), "steps": span})
+        count = len(rows[["step", "parameter"]].drop_duplicates())
+        alike = ", with other numbers elsewhere" if rows["text"].nunique() > 1 else ""
+        where = f"{', '.join(about)}; {steps_told(rows['step'], probed)}{alike}"
+        times = f"{count} times: " if count > 1 else ""
+        notes.append({"text": rows["text"].iloc[0], "where": times + where})
     return notes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -34,6 +36,10 @@ METRICS = {
     "best_scale_error": "relative error at the best scale",
     "best_scale": "best scale c of c·P",
 }
+# kinds of estimate, the one to show first, with their names in sentences
+KIND_NAMES = {"population": "population", "held-out": "held-out", "plugin": "plug-in"}
+PLUGIN = "plug-in numbers, of the sample matrix itself"  # a remark in titles
+NUMBERS = ("value", "stderr", "low", "high")  # the columns of a number and its error
 
 
 def label(approximation: str) -> str:
@@ -69,19 +75,28 @@ def check_metric(metric: str) -> None:
         raise unknown_name("metric", metric, METRICS)
 
 
-def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
+def scores(table: pd.DataFrame, metric: str = "cosine", column: str = "value") -> pd.DataFrame:
     """One metric in wide form: a row per (step, parameter), a column per approximation.
 
     Rows keep the table's order of parameters within a step. A table without a ``step`` column
     (one shot) gets step 0. Each parameter is shown in one kind (:func:`kinds`).
 
+    Args:
+        table: a measurement table.
+        metric: one of :data:`METRICS`.
+        column: "value", or "stderr", "low" or "high" of the same numbers; NaN where the table
+            has no such column.
+
     Raises:
         UnknownNameError: ``metric`` is none of :data:`METRICS`.
         InvalidInputError: the table holds two values for one step, parameter and approximation.
     """
+    check_metric(metric)
     chosen = of_best_kind(table, metric)
     if "step" not in chosen:
         chosen = chosen.assign(step=0)
+    if column not in chosen:
+        chosen = chosen.assign(**{column: math.nan})
     key = ["step", "parameter", "approximation"]
     twice = chosen[chosen.duplicated(key)]
     if len(twice):
@@ -90,7 +105,7 @@ def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
             f"The table holds several values of {metric!r} for {where}; "
             "filter it, for example by its draws or kind column."
         )
-    wide = chosen.set_index(key)["value"].unstack("approximation").astype("float64")
+    wide = chosen.set_index(key)[column].unstack("approximation").astype("float64")
     order = {name: number for number, name in enumerate(chosen["parameter"].unique())}
     ranks = [(step, order[parameter]) for step, parameter in wide.index]
     return wide.iloc[sorted(range(len(ranks)), key=ranks.__getitem__)][ordered(wide.columns)]
@@ -99,55 +114,155 @@ def scores(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
 def kinds(table: pd.DataFrame, metric: str = "cosine") -> dict[str, str]:
     """The kind of estimate to show of each parameter, at all of its steps: "" if there is one.
 
-    "population" where each number that is defined for the sample has its population estimate;
-    "plugin" where some abstain, because numbers of different kinds are not comparable.
-
-    Raises:
-        UnknownNameError: ``metric`` is none of :data:`METRICS`.
+    "population" (or "held-out" in a table without) where each number that is defined for the
+    sample has that estimate; "plugin" where some abstain, because numbers of different kinds are
+    not comparable.
     """
-    check_metric(metric)
-    rows = table[(table["metric"] == metric) & table["approximation"].notna()]
+    rows = _scored(table, metric)
     names = [str(name) for name in rows["parameter"].unique()]
-    if "kind" not in rows or not (rows["kind"] == "population").any():
+    best = _best_kind(rows)
+    if not best:
         return dict.fromkeys(names, "")
+    sampled = set(rows.loc[(rows["kind"] == "plugin") & rows["value"].notna(), "parameter"])
+    abstained = set(_abstained(rows, best).get_level_values("parameter"))
+    return {name: "plugin" if name in sampled and name in abstained else best for name in names}
+
+
+def _scored(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return table[(table["metric"] == metric) & table["approximation"].notna()]
+
+
+def _best_kind(rows: pd.DataFrame) -> str:
+    """The first of the kinds that have values, "" where only one could be shown anyway."""
+    if "kind" not in rows:
+        return ""
+    there = set(rows.loc[rows["value"].notna(), "kind"].dropna())
+    return next((kind for kind in KIND_NAMES if kind in there and kind != "plugin"), "")
+
+
+def _abstained(rows: pd.DataFrame, kind: str) -> pd.Index[Any]:
+    """Places that have a number for the sample and none of ``kind``."""
     key = [name for name in ("step", "parameter", "approximation") if name in rows]
     defined = rows[rows["value"].notna()]
-    plugin = defined[defined["kind"] == "plugin"].set_index(key).index
-    population = defined[defined["kind"] == "population"].set_index(key).index
-    abstained = set(plugin.difference(population).get_level_values("parameter"))
-    there = set(population.get_level_values("parameter"))
-    return {
-        name: "population" if name in there and name not in abstained else "plugin"
-        for name in names
-    }
+    sample, estimate = (
+        defined[defined["kind"] == one].set_index(key).index for one in ("plugin", kind)
+    )
+    return sample.difference(estimate, sort=False)
+
+
+def abstentions(table: pd.DataFrame, metric: str = "cosine") -> dict[str, str]:
+    """Why a parameter is shown in plug-in numbers where others have estimates, with the steps.
+
+    Returns:
+        parameter -> "plug-in: estimates abstain at step 0"; none for a table of one kind.
+    """
+    rows = _scored(table, metric)
+    chosen = kinds(table, metric)
+    best = _best_kind(rows)
+    told = {}
+    for name in [name for name, kind in chosen.items() if kind == "plugin"]:
+        of = rows[rows["parameter"] == name]
+        when = ""
+        if "step" in of:
+            steps = set(_abstained(of, best).get_level_values("step"))
+            when = f" at {steps_told(steps, of['step'].unique())}"
+        told[name] = f"plug-in: estimates abstain{when}"
+    return told
+
+
+def steps_told(steps: Iterable[int], probed: Iterable[int]) -> str:
+    """Some of the probed steps in words: "step 4", "steps 0 and 4", "steps 0 to 40", "every step".
+
+    "to" stands between neighbours among the probed steps only; scattered steps are counted
+    beyond three.
+    """
+    found, every = sorted({int(s) for s in steps}), sorted({int(s) for s in probed})
+    if len(found) == 1:
+        return f"step {found[0]}"
+    if found == every:
+        return "every step"
+    first = every.index(found[0])
+    if len(found) > 2 and every[first : first + len(found)] == found:
+        return f"steps {found[0]} to {found[-1]}"
+    if len(found) <= 3:
+        return f"steps {', '.join(map(str, found[:-1]))} and {found[-1]}"
+    return f"{len(found)} of {len(every)} steps, {found[0]} to {found[-1]}"
 
 
 def of_best_kind(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
-    """The rows of one metric with the kind that :func:`kinds` chooses for their parameter.
-
-    Raises:
-        UnknownNameError: ``metric`` is none of :data:`METRICS`.
-    """
+    """The rows of one metric with the kind that :func:`kinds` chooses for their parameter."""
     wanted = kinds(table, metric)
-    rows = table[(table["metric"] == metric) & table["approximation"].notna()]
+    rows = _scored(table, metric)
     if "kind" not in rows:
         return rows
-    rows = rows[~rows["kind"].isin(["held-out"])]
     chosen = rows["parameter"].map(wanted)
-    # what has no estimates at all ("live" before the first refresh) keeps its note
-    return rows[(chosen == "") | (rows["kind"] == chosen)]
+    # in a table of plug-in numbers, what has no estimates at all ("live" before the first
+    # refresh) keeps its note, and so do estimates that all abstain beside no plug-in number
+    sample = rows["kind"].isin(["plugin"]) | rows["kind"].isna()
+    plain = sample if sample.any() else rows["kind"] == rows["kind"].min()
+    return rows[((chosen == "") & plain) | (rows["kind"] == chosen)]
 
 
 def kind_remark(table: pd.DataFrame, metric: str = "cosine") -> str:
     """Which kind of numbers :func:`scores` shows, in words; "" for a table of one kind."""
     found = kinds(table, metric)
     plugin = [name for name, kind in found.items() if kind == "plugin"]
-    if "population" not in found.values():
-        return "plug-in numbers: population estimates abstain" if plugin else ""
+    estimated = [kind for kind in found.values() if kind not in ("", "plugin")]
+    if not estimated:
+        rows = _scored(table, metric)
+        told = "kind" in rows and rows["kind"].isin(["population", "held-out"]).any()
+        return "plug-in numbers: the estimates abstain" if found and told else ""
     if plugin:
         few = ", ".join(plugin) if len(plugin) <= 3 else f"{len(plugin)} layers"
-        return f"population estimates, but plug-in numbers in {few}"
-    return "population estimates"
+        return f"{estimated[0]} estimates, but plug-in numbers in {few}"
+    return f"{estimated[0]} estimates"
+
+
+def number(value: float, places: int = 3) -> str:
+    """Fixed decimals in the range where they tell something, else three digits."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.{places}f}"
+    return f"{value:.3g}"
+
+
+def error_told(stderr: float) -> str:
+    """Three decimals, or the first digit of what they would hide; rounding is no error."""
+    return f"{stderr:.3f}" if stderr < 1e-9 or 5e-4 <= stderr < 1e4 else f"{stderr:.1g}"
+
+
+def number_told(value: float, stderr: float, low: float, high: float, bracket: bool) -> str:
+    """A number with what is known of its error.
+
+    Returns:
+        "0.912 ± 0.008" with a standard error, "0.412 [0.380, 0.441]" with an interval only,
+        "0.412 (bracket 0.380 to 0.441)" for a bracket, "0.9123" for a number of the sample.
+    """
+    if not math.isnan(stderr):
+        return f"{number(value)} ± {error_told(stderr)}"
+    if math.isnan(low) or math.isnan(high):
+        return number(value, 4)
+    if bracket:
+        return f"{number(value)} (bracket {number(low)} to {number(high)})"
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def row_told(row: Mapping[Any, Any]) -> str:
+    """:func:`number_told` of one row of a table; "-" for what is undefined."""
+    value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+    if math.isnan(value):
+        return "-"
+    return number_told(value, stderr, low, high, is_bracket(row))
+
+
+def is_bracket(row: Mapping[Any, Any]) -> bool:
+    """Whether a row of a table is a bracket: between held-out and in-sample numbers."""
+    note = row.get("note")
+    return isinstance(note, str) and note.startswith("bracket")
+
+
+def as_float(value: Any) -> float:
+    """A cell of a table as a float: NaN where it is missing."""
+    return math.nan if value is None or pd.isna(value) else float(value)
 
 
 def last_step(table: pd.DataFrame) -> int | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import progress
@@ -14,6 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from kronecker_probe.tables import KIND_NAMES, NUMBERS, as_float, error_told, is_bracket, number
 
 if TYPE_CHECKING:
     from kronecker_probe.tracking.training import Progress
@@ -25,8 +28,15 @@ HEADS = {"optimal": "optimal", "eigen-corrected": "eigen-corr."}
 
 
 @contextmanager
-def progress_bar(steps: int) -> Iterator[Callable[[Progress], None]]:
-    """A bar with loss, accuracy and time left; yields the function that moves it."""
+def progress_shown(steps: int) -> Iterator[Callable[[Progress], None]]:
+    """Shows how far a training is; yields the function to call after every step.
+
+    In a terminal a bar with loss, accuracy and time left; elsewhere, about every tenth of the
+    steps, a plain line on standard error.
+    """
+    if not console.is_terminal:
+        yield _lines(steps)
+        return
     columns = (
         progress.TextColumn("training"),
         progress.BarColumn(),
@@ -41,45 +51,167 @@ def progress_bar(steps: int) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("", total=steps, loss="-", accuracy="-")
 
         def show(state: Progress) -> None:
-            accuracy = "-" if math.isnan(state.accuracy) else f"{state.accuracy:.3f}"
-            bar.update(task, completed=state.step, loss=f"{state.loss:.4f}", accuracy=accuracy)
+            bar.update(task, completed=state.step, loss=f"{state.loss:.4f}", accuracy=_share(state))
 
         yield show
 
 
+def _lines(steps: int) -> Callable[[Progress], None]:
+    started, told = time.monotonic(), -1
+
+    def show(state: Progress) -> None:
+        nonlocal told
+        tenth = state.step * 10 // steps
+        if tenth > told:
+            told = tenth
+            errors.print(
+                f"step {state.step} of {steps}, loss {state.loss:.4f}, accuracy {_share(state)}, "
+                f"{time.monotonic() - started:.0f} s",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    return show
+
+
+def _share(state: Progress) -> str:
+    return "-" if math.isnan(state.accuracy) else f"{state.accuracy:.3f}"
+
+
 def show_run(directory: Path) -> None:
-    """Write figures and report of a stored run, and print table, conclusions and paths."""
+    """Write figures and report of a stored run, and print tables, conclusions and paths."""
     from kronecker_probe.report import write_report
     from kronecker_probe.tracking.store import RunStore
 
     paths = write_report(directory)
-    show_table(RunStore.open(directory).read(strict=False))
+    store = RunStore.open(directory)
+    show_table(store.read(strict=False), asked="metrics" in store.config)
     for figure in paths.figures:
         console.print(f"figure  {escape(str(figure))}", soft_wrap=True, highlight=False)
     console.print(f"report  {escape(str(paths.report))}", soft_wrap=True, highlight=False)
 
 
-def show_table(table: pd.DataFrame) -> None:
-    """The cosines at the last probed step, a line a layer, and a sentence for each."""
-    from kronecker_probe.conclusions import conclusions
-    from kronecker_probe.tables import kind_remark, last_step, ordered, scores, short
+def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
+    """The numbers at the last probed step, a table a metric, and a sentence for each layer.
 
-    step = last_step(table)
-    now = table if step is None else table[table["step"] == step]
-    wide, remark = scores(now), kind_remark(now)
-    if "step" in wide.index.names:
-        wide = wide.droplevel("step")
-    names = ordered(wide.columns)
-    title = f"Cosine to H{'' if step is None else f' at step {step}'}"
-    title += f"; {remark}" if remark else ""
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    Args:
+        table: a measurement table.
+        asked: whether the metrics were asked for by name: then all of them are printed, and
+            otherwise the cosine alone.
+    """
+    from kronecker_probe.conclusions import conclusions
+    from kronecker_probe.tables import at_step
+
+    now = at_step(table, None)
+    scored = now[now["approximation"].notna()]
+    defined = scored.loc[scored["value"].notna(), "metric"].unique().tolist()
+    metrics = defined if asked or "cosine" not in defined else ["cosine"]
+    for place, metric in enumerate(metrics or scored["metric"].unique()[:1]):
+        if place:
+            console.print()
+        title, shown, legend = _table(now, str(metric))
+        # never narrower than its numbers need: rich would cut their last digits without a mark
+        needed = Console(width=1000).measure(shown).minimum
+        wide = Console(width=max(console.width, 80, needed))
+        # not as rich's title and caption, which wrap at the width of a narrow table
+        wide.print(title, shown, *legend, sep="\n", highlight=False)
+    for sentence in conclusions(table):
+        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+
+
+def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
+    """One metric at one step: a row for each layer and kind, with the errors under the numbers.
+
+    Returns:
+        The title, the table, and the lines that say what its signs mean.
+    """
+    from kronecker_probe.tables import METRICS, last_step, ordered, short
+
+    rows = now[(now["metric"] == metric) & now["approximation"].notna()]
+    if "kind" not in rows:
+        rows = rows.assign(kind="plugin")
+    records = rows.to_dict("records")
+    names = ordered(rows["approximation"])
+    kinds = _kinds(rows)
+    floors = _floors(now) if metric == "cosine" else {}
+    step = last_step(now)
+    what = "cosine to H" if metric == "cosine" else METRICS.get(metric, "")
+    what = f"{what[:1].upper()}{what[1:]}" or metric
+    title = f"{what}{'' if step is None else f' at step {step}'}"
+    title = f"[bold]{escape(f'{title}: {_kinds_told(rows, kinds)}')}[/]"
+    shown = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:
         shown.add_column(HEADS.get(name) or short(name), justify="right", no_wrap=True)
-    for parameter, values in wide.iterrows():
-        cells = ["-" if math.isnan(values[name]) else f"{values[name]:.3f}" for name in names]
-        shown.add_row(escape(str(parameter)), *cells)
-    # never narrower than its numbers need: rich would cut their last digits without a mark
-    Console(width=max(console.width, 80)).print(shown)
-    for sentence in conclusions(table):
-        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+    if floors:
+        shown.add_column("floor", justify="right", no_wrap=True)
+    for parameter in rows["parameter"].unique():
+        of = [row for row in records if row["parameter"] == parameter]
+        floor = [floors.get(parameter, "-")] if floors else []
+        if len(kinds) > 1:
+            shown.add_row(escape(str(parameter)))
+        for kind in kinds:
+            cells = {row["approximation"]: _cell(row) for row in of if row["kind"] == kind}
+            if len(kinds) > 1 and set(cells.values()) <= {"-"}:
+                continue  # all abstain
+            head = KIND_NAMES[kind] if len(kinds) > 1 else escape(str(parameter))
+            beside = floor if kind == "plugin" else [""] * len(floor)
+            shown.add_row(head, *(cells.get(name, "-") for name in names), *beside)
+    return title, shown, [escape(line) for line in _legend(records, kinds, bool(floors))]
+
+
+def _kinds(rows: pd.DataFrame) -> list[str]:
+    """The kinds with values, the best first; all kinds where nothing is defined."""
+    for some in (rows[rows["value"].notna()], rows):
+        found = [kind for kind in KIND_NAMES if (some["kind"] == kind).any()]
+        if found:
+            return found
+    return ["plugin"]
+
+
+def _kinds_told(rows: pd.DataFrame, kinds: list[str]) -> str:
+    names = [KIND_NAMES[kind] for kind in kinds]
+    told = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    silent = [k for k in KIND_NAMES if k not in kinds and (rows["kind"] == k).any()]
+    abstain = ", ".join(KIND_NAMES[kind] for kind in silent)
+    return told + (f" numbers ({abstain} estimates abstain)" if silent else " numbers")
+
+
+def _floors(now: pd.DataFrame) -> dict[str, str]:
+    rows = now[(now["metric"] == "noise_floor") & now["value"].notna()]
+    return {str(row["parameter"]): f"{row['value']:.3f}" for row in rows.to_dict("records")}
+
+
+def _legend(records: list[dict[Any, Any]], kinds: list[str], floors: bool) -> list[str]:
+    """What the signs in the cells mean, as far as there are any."""
+    shown = [row for row in records if not math.isnan(row["value"])]
+    bars = [row for row in shown if math.isnan(as_float(row.get("stderr")))]
+    bars = [row for row in bars if not math.isnan(as_float(row.get("low")))]
+    told = []
+    if any(not math.isnan(as_float(row.get("stderr"))) for row in shown):
+        told.append("±: standard error")
+    if any(is_bracket(row) for row in bars):
+        told.append("[ ] b: bracket, held-out to in-sample")
+    if any(not is_bracket(row) for row in bars):
+        told.append("[ ]: 95% interval")
+    if floors and "plugin" in kinds:
+        told.append("floor: the plug-in cosine that H itself would get at this number of draws")
+    return told
+
+
+def _cell(row: dict[Any, Any]) -> str:
+    """A number, and under it its error, without the zeros before the points."""
+    value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+    if math.isnan(value):
+        return "-"
+    if not math.isnan(stderr):
+        return f"{number(value)}\n±{_bare(error_told(stderr))}"
+    if math.isnan(low):
+        return number(value)
+    # on two lines, so that seven of them fit 80 columns
+    mark = "b" if is_bracket(row) else ""
+    return f"{number(value)}\n\\[{_bare(number(low))},\n{_bare(number(high))}]{mark}"
+
+
+def _bare(text: str) -> str:
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text

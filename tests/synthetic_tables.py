@@ -51,6 +51,21 @@ def quality(
     return rows
 
 
+def estimated(
+    parameter: str, cosines: dict[str, float], stderr: float, step: int = 0, less: float = 0.02
+) -> list[dict[str, object]]:
+    """Cosines with population estimates, each plug-in number ``less`` below its estimate."""
+    common: dict[str, object] = {"step": step, "parameter": parameter, "m": 64, "n": 128,
+                                 "n_data": 512, "draws": "ggn", "metric": "cosine"}  # fmt: skip
+    rows: list[dict[str, object]] = []
+    for name, value in cosines.items():
+        row = common | {"approximation": name}
+        bar = {"stderr": stderr, "low": value - 2 * stderr, "high": value + 2 * stderr}
+        rows += [row | {"kind": "plugin", "value": value - less},
+                 row | {"kind": "population", "value": value} | bar]  # fmt: skip
+    return rows
+
+
 def spectrum(
     step: int, parameter: str, values: Sequence[float], norm: float
 ) -> list[dict[str, object]]:

@@ -355,3 +355,18 @@ def test_models_of_the_registry_are_varied() -> None:
     assert sum(bool(small.fallback) for small in SMALL_MODELS.values()) >= 8
     assert sum(small.coupled for small in SMALL_MODELS.values()) >= 4
     assert mlp()[0].weight.shape == (4, 3)
+
+
+def test_the_printed_coverage_folds_long_reasons() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.25)) for _ in range(8)))
+    model[0][0].bias.requires_grad = False
+    samples = kp.capture(model, F.mse_loss, (torch.randn(6, 4), torch.randn(6, 4)))
+    frame, text = samples.coverage, str(samples)
+    assert frame["reason"].str.len().max() > 200
+    lines = text.splitlines()
+    assert max(map(len, lines)) < 110
+    assert len(lines) > len(frame) + 1
+    shown = " ".join(text.split())
+    note = samples.note
+    assert shown.count(note) == len(samples)
+    assert "0.0.bias skipped frozen (requires_grad=False)" in shown

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from kronecker_probe.tracking.store import RunStore
 from kronecker_probe.tracking.training import Training, TrainingOptions
 from kronecker_probe.workloads import load_workload
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 ROOT = Path(__file__).parents[1]
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 FIGURES = {f"{name}.{kind}" for name in ("trajectory", "ladder", "spectrum", "training")
@@ -188,6 +189,20 @@ def test_help_says_what_each_option_means_and_its_default(command: str) -> None:
         assert meaning in found[option], option
     for option, default in DEFAULTS.get(command, {}).items():
         assert f"[default: {default}]" in found[f"--{option}"]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_fits_80_columns_and_cuts_no_word(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", None)
+    lines = invoke(command, "--help").output.splitlines()
+    assert lines
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if "…" in line]
+    for option in OPTIONS[command]:
+        assert any(f" {option} " in line for line in lines), option
 
 
 # ---------------------------------------------------------------- track
@@ -517,6 +532,33 @@ def test_a_measurement_that_fails_is_noted_in_its_run(
     assert RunStore.open(tmp_path / "one").status == "failed"
 
 
+@pytest.mark.parametrize(
+    ("options", "titles", "row"),
+    [
+        (["--metrics", "trace_ratio"], ["trace_ratio at step 0: plug-in numbers"], "0.weight"),
+        (
+            ["--metrics", "best_scale", "--metrics", "relative_error"],
+            [
+                "Best scale c of c·P at step 0: population and plug-in numbers",
+                "Relative error ‖H − P‖ / ‖H‖ at step 0: population and plug-in numbers",
+            ],
+            "population",
+        ),
+        (["--estimates", "held-out"], ["Cosine to H at step 0: held-out numbers"], "0.weight"),
+    ],
+)
+def test_measure_prints_whatever_was_asked_for(
+    options: list[str], titles: list[str], row: str
+) -> None:
+    layers = ("--layers", "0.weight")
+    result = invoke("measure", "digits-mlp", "--probe-size", 64, *layers, *options)
+    assert result.exit_code == DONE, result.output
+    lines = result.output.splitlines()
+    assert [line for line in lines if " at step 0: " in line] == titles
+    numbers = [line.split()[1:] for line in lines if line.startswith(row)]
+    assert [len([float(cell) for cell in cells]) for cells in numbers] == [6] * len(titles)
+
+
 # ---------------------------------------------------------------- report, workloads, analyze
 
 
@@ -606,29 +648,36 @@ def command(*arguments: object, before: str = "", **environment: str) -> subproc
     )
 
 
-def test_ctrl_c_ends_with_130_and_resume_completes(module: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)]
+)
+def test_ctrl_c_and_sigterm_name_the_command_that_completes_the_run(
+    module: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "a run"
     arguments = ("track", f"{module}:workload", "--out", out)
     arguments += ("--probes", 16, "--spacing", "even")
-    process = command(*arguments, SLOW="0.05")
+    process = command(*arguments, "--overwrite", SLOW="0.05")
     parts = out / "measurements"
     deadline = time.monotonic() + 60
     while not (parts / "step-000004.parquet").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED, printed
+    assert process.returncode == code, printed
     assert "Interrupted at step" in printed
-    assert "--resume" in printed
+    assert "step 1 of 30, loss" in printed  # no terminal: plain lines of progress
     assert "Traceback" not in printed
+    (again,) = [line for line in printed.splitlines() if line.endswith("--resume")]
+    assert shlex.split(again) == ["kronecker-probe", *map(str, arguments), "--resume"]
     store = RunStore.open(out)
     assert store.status == "interrupted"
     kept = store.steps()
     assert kept[:3] == [0, 2, 4]
     assert len(kept) < 16
-    result = invoke(*arguments, "--resume")
+    result = invoke(*shlex.split(again)[1:])
     assert result.exit_code == DONE, result.output
     store = RunStore.open(out)
     assert store.status == "done"

@@ -59,6 +59,128 @@ def test_a_clear_gap_is_a_notice_with_advice() -> None:
     assert "power iteration" in one.advice
 
 
+def test_a_rule_at_the_optimum_is_indistinguishable_from_it_and_nothing_is_clipped() -> None:
+    rows = [cosine("optimal", 0.95), cosine("shampoo-squared", 0.953, 0.004)]
+    one = diagnose(rows)["distance to the optimum"]
+    assert one.level == "good"
+    assert "Shampoo² is indistinguishable from the best" in one.message
+    assert "difference -0.003 ± 0.004" in one.message
+    assert one.evidence["gap"] == pytest.approx(-0.003)
+
+
+def test_equal_up_to_rounding_is_no_negative_zero() -> None:
+    rows = [cosine("optimal", 0.95, 0.0), cosine("kfac", 0.95 + 1e-9, 0.0)]
+    assert "difference 0.000 ± 0.000" in diagnose(rows)["distance to the optimum"].message
+
+
+def test_rules_within_error_of_each_other_are_both_named() -> None:
+    pair = [cosine("shampoo-squared", 0.948, 0.003), cosine("kfac", 0.949, 0.003)]
+    one = diagnose([cosine("optimal", 0.95), *pair, cosine("shampoo", 0.7)])
+    message = one["distance to the optimum"].message
+    assert message.startswith("Shampoo² and K-FAC are indistinguishable from the best")
+    assert "differences 0.002 ± 0.003 and 0.001 ± 0.003" in message
+    far = diagnose([cosine("optimal", 0.99), *pair])["distance to the optimum"]
+    assert far.level == "notice"
+    assert far.message.startswith(
+        "Shampoo² and K-FAC, the closest rules, are 0.042 ± 0.003 and 0.041 ± 0.003 short"
+    )
+    apart = [cosine("shampoo-squared", 0.930, 0.003), cosine("kfac", 0.949, 0.003)]
+    one = diagnose([cosine("optimal", 0.95), *apart])
+    assert one["distance to the optimum"].message.startswith("K-FAC is indistinguishable")
+
+
+def test_a_noisy_rule_does_not_become_the_closest_one() -> None:
+    """K-FAC's .96 ± .03 lies above Shampoo^2's .948 ± .002 by noise: Shampoo^2 is what is known."""
+    pair = [cosine("shampoo-squared", 0.948), cosine("kfac", 0.96, 0.03)]
+    one = diagnose([cosine("optimal", 0.952), *pair])["distance to the optimum"]
+    assert one.level == "good"
+    assert one.message.startswith("Shampoo² is indistinguishable")
+
+
+@pytest.mark.parametrize(
+    ("top", "level", "words"),
+    [(0.95, "good", "a cosine of"), (0.62, "notice", "only 0.620 ± 0.002"),
+     (0.902, "notice", "need not be the 0.9")],
+)  # fmt: skip
+def test_close_to_a_bad_optimum_is_not_good(top: float, level: str, words: str) -> None:
+    rows = [cosine("optimal", top), cosine("shampoo-squared", top - 0.001)]
+    one = diagnose(rows)["distance to the optimum"]
+    assert one.level == level
+    assert words in one.message
+    if level == "notice" and top < 0.9:
+        assert "nothing measured here clearly goes beyond it" in one.advice
+        better = diagnose([*rows, cosine("eigen-corrected", 0.8)])["distance to the optimum"]
+        assert better.advice == "to go beyond it: corrected eigenvalues"
+
+
+def bracket(name: str, value: float, low: float, high: float) -> Row:
+    note = "bracket: from held-out factors to the in-sample fit, each with its error"
+    return cosine(name, value, math.nan, low=low, high=high, note=note)
+
+
+def test_a_bracket_is_shown_as_one_and_reaches_to_its_ends() -> None:
+    """.95 in [.94, .98] less .90 ± .005: the difference lies between .94 - .91 and .98 - .89."""
+    rows = [bracket("optimal", 0.95, 0.94, 0.98), cosine("shampoo-squared", 0.90, 0.005)]
+    one = diagnose(rows)["distance to the optimum"]
+    assert one.level == "notice"
+    assert "0.050 in [0.030, 0.090] short of" in one.message
+    assert "cosine 0.950 in [0.940, 0.980]" in one.message
+    wide = [bracket("optimal", 0.95, 0.90, 0.98), rows[1]]
+    one = diagnose(wide)["distance to the optimum"]
+    assert one.level == "abstained"  # from .90 - .91 on
+    assert "refits=8" in one.advice
+    assert "±" not in one.message
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.80, False), (0.83, True)])
+def test_a_second_product_must_exceed_the_reach_of_a_bracket(low: float, told: bool) -> None:
+    """+.04 beside .85 in [low, .86]: the number is .05 or .02 from its farther end."""
+    norm, second = 1 / 0.85, math.sqrt((1 + 0.04 / 0.85) ** 2 - 1)
+    rows = [bracket("optimal", 0.85, low, 0.86), cosine("optimal", 0.85, math.nan, "plugin")]
+    rows += [{"parameter": "fc", "metric": "noise_floor", "value": 0.99}]
+    assert ("Kronecker rank" in diagnose([*rows, *spectrum([1.0, second], norm)])) == told
+
+
+def test_a_bracketed_scale_is_judged_by_its_ends() -> None:
+    """2.3 in [1.9, 2.4] may be under 2, though 2.3 less a quarter of the width is not."""
+    rows = [cosine("kfac", 0.9), bracket("kfac", 2.3, 1.9, 2.4) | {"metric": "best_scale"}]
+    assert "scale" not in diagnose(rows)
+    rows[1]["low"] = 2.1
+    assert "scale" in diagnose(rows)
+
+
+@pytest.mark.parametrize(
+    ("gap", "stderr", "advice"),
+    [
+        # 2 stderr = .018 must come down to |.008 - .02|: (.018 / .012)^2 = 2.25 times 256 = 576
+        (0.008, 0.009, "about 580 data would settle it"),
+        # .016 to .0145: 1.2 times, but a few data more than there are decide nothing
+        (0.0055, 0.008, "about 340 data would settle it"),
+        (0.0195, 0.008, "at the threshold of 0.02, and more data will not settle it"),
+    ],
+)
+def test_the_data_that_settle_it(gap: float, stderr: float, advice: str) -> None:
+    rows = [cosine("optimal", 0.95, stderr), cosine("shampoo-squared", 0.95 - gap, stderr)]
+    one = diagnose(rows)["distance to the optimum"]
+    assert one.level == "abstained"
+    assert advice in one.advice
+
+
+def test_just_under_thirty_draws_is_not_printed_as_thirty() -> None:
+    found = diagnose([cosine("optimal", 0.95, n_eff=29.8, n_data=128)])["too few draws"]
+    assert "count as 29.8 independent draws, and under 30" in found.message
+    assert "at least 170 data" in found.advice  # 1.3 * 128 = 166.4
+
+
+def test_few_draws_of_kfac_alone_silence_only_it() -> None:
+    rows = [cosine("optimal", 0.95), cosine("shampoo-squared", 0.945),
+            cosine("kfac", math.nan, n_eff=12.0),
+            cosine("kfac", 0.99, kind="plugin", n_eff=12.0)]  # fmt: skip
+    found = diagnose(rows)
+    assert "too few draws" not in found
+    assert found["distance to the optimum"].message.startswith("Shampoo² is")
+
+
 def test_under_the_noise_it_abstains_and_names_the_data_that_would_settle_it() -> None:
     found = diagnose([cosine("optimal", 0.95, 0.03), cosine("shampoo-squared", 0.94, 0.03)])
     one = found["distance to the optimum"]
@@ -89,7 +211,7 @@ def test_too_few_effective_draws_silence_everything_but_staleness() -> None:
     found = diagnose(rows)
     assert set(found) == {"too few draws"}
     assert "count as 10 independent draws" in found["too few draws"].message
-    assert "768 data" in found["too few draws"].advice  # 256 * 30 / 10
+    assert "770 data" in found["too few draws"].advice  # 256 * 30 / 10 = 768
 
 
 @pytest.mark.parametrize(("second", "told"), [(0.5, True), (0.1, False)])
@@ -157,13 +279,15 @@ def test_on_another_target_the_lag_is_not_called_staleness() -> None:
 
 def test_plugin_numbers_are_judged_by_their_noise_floor() -> None:
     rows = [cosine("optimal", 0.9, math.nan, "plugin"), cosine("kfac", 0.7, math.nan, "plugin")]
-    assert diagnose(rows)["distance to the optimum"].level == "abstained"  # an old table
+    old = diagnose(rows)["distance to the optimum"]
+    assert (old.level, old.advice) == ("abstained", "add the estimate 'population'")
     for floor, level in ((0.95, "notice"), (0.7, "abstained")):
         told = {"parameter": "fc", "metric": "noise_floor", "value": floor}
         assert diagnose([*rows, told])["distance to the optimum"].level == level
     assert "Kronecker rank" not in diagnose([*rows, *spectrum([1.0, 0.9], 1.4)])
-    exact = [row | {"draws": "trajectory", "n_eff": 3.0} for row in rows]
-    assert diagnose(exact)["distance to the optimum"].level == "notice"
+    for draws in ("trajectory", "batch-gradient"):
+        exact = [row | {"draws": draws, "n_eff": 3.0} for row in rows]
+        assert diagnose(exact)["distance to the optimum"].level == "notice"
 
 
 def test_fresh_live_factors_say_nothing() -> None:
@@ -191,6 +315,30 @@ def test_an_undefined_layer_gives_its_reason() -> None:
     assert "H = 0" in diagnose([row])["undefined"].message
 
 
+def test_held_out_numbers_alone_are_named_as_such() -> None:
+    found = diagnose([cosine("optimal", 0.9, kind="held-out")])["undefined"]
+    assert "held-out cosines alone" in found.message
+    assert "'population' or 'plugin'" in found.advice
+
+
+def test_where_every_number_abstains_the_reason_is_told() -> None:
+    few = "N = 12 data (N_eff = 9.1) are few: under 30 effective draws no estimate can be trusted"
+    rows = [cosine(name, math.nan, math.nan, n_eff=9.1, note=few) for name in ("optimal", "kfac")]
+    assert few in diagnose(rows)["undefined"].message
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 1), (1, 7)])
+def test_what_is_exact_on_vectors_is_not_praised(m: int, n: int) -> None:
+    rows = [cosine("optimal", 1.0, 0.0, m=m, n=n), cosine("shampoo-squared", 1.0, 0.0, m=m, n=n)]
+    found = diagnose(rows)
+    assert set(found) == {"vectors"}
+    assert "fc is a vector" in found["vectors"].message
+    more = [row | {"parameter": name} for name in ("a", "b") for row in rows]
+    assert [one.message.partition(",")[0] for one in kp.diagnose(pd.DataFrame(more))] == [
+        "a and b are vectors"
+    ]
+
+
 def test_of_real_scores() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -209,7 +357,7 @@ def test_the_summary_says_alike_findings_once() -> None:
     rows = [
         cosine(name, value, parameter=layer)
         for layer in ("fc1", "fc2", "fc3")
-        for name, value in (("shampoo-squared", 0.9), ("shampoo", 0.7))
+        for name, value in (("shampoo-squared", 0.95), ("shampoo", 0.7))
     ]
     found = kp.diagnose(pd.DataFrame(rows)).summary(("notice",))
     assert len(found) == 1
@@ -220,6 +368,8 @@ def test_the_summary_says_alike_findings_once() -> None:
 def test_refuses_what_is_no_table() -> None:
     with pytest.raises(InvalidInputError, match=r"got a dict; give the Scores of kp\.compare"):
         kp.diagnose({"fc": 1.0})
+    with pytest.raises(InvalidInputError, match=r"got a DataFrame without approximation, metric;"):
+        kp.diagnose(pd.DataFrame({"parameter": ["fc"], "value": [1.0]}))
 
 
 def test_needs_no_torch() -> None:

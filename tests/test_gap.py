@@ -299,7 +299,8 @@ def test_the_title_says_what_the_table_says(
     title = gap_headline(table(**layers))
     for words in expected:
         assert words in title
-    assert plot_gap(table(**layers)).figure.get_suptitle().replace("\n", " ") == title
+    drawn = plot_gap(table(**layers)).figure.get_suptitle().replace("\n", " ")
+    assert drawn == f"{title} (plug-in numbers, of the sample matrix itself)"
 
 
 def test_undefined_layers_are_said_to_be() -> None:

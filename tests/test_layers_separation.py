@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kronecker_probe as kp
+from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.gradients import separation
 from kronecker_probe.gradients.rules.base import Layout, layouts
 from tests import functional_oracle as oracle
@@ -284,3 +285,41 @@ def test_a_layout_brings_a_datum_s_rows_together() -> None:
         (datum.transpose(0, 1).reshape(15, 2), Layout(5, 1)),
     ):
         assert torch.equal(layout.arrange(tensor, tensor.ndim - 1), datum)
+
+
+class Static(nn.Module):
+    """Copies its inputs into a buffer of its own, as for replayed graphs; mixes data if coupled."""
+
+    def __init__(self, n_data: int, *, coupled: bool, registered: bool) -> None:
+        super().__init__()
+        self.b = nn.Linear(5, CLASSES)
+        self.coupled = coupled
+        self.register_buffer("held", torch.zeros(n_data, 5))
+        if not registered:
+            del self._buffers["held"]
+            self.held = torch.zeros(n_data, 5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held[: len(x)]
+        held.copy_(x)
+        y = self.b(held)
+        return y + y.roll(1, 0) if self.coupled else y
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("n_data", [PART, N])
+def test_a_model_that_writes_into_its_own_buffer(n_data: int, registered: bool) -> None:
+    model = Static(n_data, coupled=False, registered=registered).double()
+    batch = torch.randn(n_data, 5).double(), torch.randn(n_data, CLASSES).double()
+    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    expected = oracle.share_gradients(model.b, F.mse_loss, *batch, ["weight"])["weight"]
+    measured = oracle.matrices(samples["b.weight"])[:, 0]
+    assert_close(measured.flatten(1), expected.flatten(1))
+    assert not model.held.any()
+
+
+def test_a_model_that_writes_into_its_own_buffer_is_still_checked() -> None:
+    model = Static(N, coupled=True, registered=True).double()
+    batch = torch.randn(N, 5).double(), torch.randn(N, CLASSES).double()
+    with pytest.raises(InvalidInputError, match="gradients of different data mix"):
+        kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import strategies as st
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from sklearn.isotonic import IsotonicRegression
@@ -31,10 +32,19 @@ from kronecker_probe.conclusions import (
 )
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.panels import STYLES, apart, style
-from kronecker_probe.tables import LABELS, first_shares, label, last_step, ordered, scores
+from kronecker_probe.tables import (
+    LABELS,
+    first_shares,
+    label,
+    last_step,
+    ordered,
+    scores,
+    steps_told,
+)
 from tests.synthetic_tables import (
     APPROXIMATIONS,
     NO_LIVE,
+    estimated,
     frame,
     probe,
     quality,
@@ -117,6 +127,74 @@ def test_conclusions_of_incomplete_layers(cosines: dict[str, float], sentence: s
     for row in rows:
         row["note"] = NO_LIVE if row["approximation"] == "live" else "H = 0"
     assert conclusions(frame(rows)) == [sentence]
+
+
+def test_conclusions_tell_errors_and_what_they_cannot_tell_apart() -> None:
+    cosines = {"optimal": 0.93, "shampoo-squared": 0.934, "kfac": 0.92, "eigen-corrected": 0.95}
+    rows = estimated("a", cosines, stderr=0.008)
+    for row in rows:
+        if row["approximation"] == "eigen-corrected":
+            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+    (sentence,) = conclusions(frame(rows))
+    assert sentence == (
+        "a: at step 0 Shampoo² is indistinguishable from the best Kronecker product (gap within "
+        "its error of 0.008; cosine 0.930 ± 0.008), K-FAC within 0.010 ± 0.008; correcting the "
+        "eigenvalues gives 0.950 (bracket 0.934 to 0.966), beyond any Kronecker product."
+    )
+    assert headline(frame(rows)) == (
+        "Shampoo² is indistinguishable from the optimal Kronecker product (gap within its error "
+        "of 0.008); K-FAC lags by 0.010 ± 0.008 (population estimates)"
+    )
+    above = headline(frame(estimated("a", {"optimal": 0.9, "kfac": 0.93}, stderr=0.008)))
+    assert "(estimated 0.030 ± 0.008 above it, which is noise)" in above
+    plugin = frame([row for row in rows if row["kind"] == "plugin"])
+    assert "± " not in conclusions(plugin)[0]  # the sample's own numbers have no error
+    assert "indistinguishable" not in headline(plugin)
+
+
+@pytest.mark.parametrize(
+    ("undefined", "told"),
+    [
+        ([4], "a: at step 2 the best Kronecker product has cosine 0.900; 0.900 at step 0; "
+              "at step 4 every cosine is undefined (H = 0)."),
+        ([0], "a: at step 4 the best Kronecker product has cosine 0.900; 0.900 at step 2; "
+              "at step 0 every cosine is undefined (H = 0)."),
+        ([0, 4], "a: at step 2 the best Kronecker product has cosine 0.900; "
+                 "at steps 0 and 4 every cosine is undefined (H = 0)."),
+        ([0, 2, 4], "a: at every step every cosine is undefined (H = 0)."),
+    ],
+)  # fmt: skip
+def test_conclusions_say_at_which_steps_cosines_are_undefined(
+    undefined: list[int], told: str
+) -> None:
+    rows = []
+    for step in (0, 2, 4):
+        note = {"note": "H = 0"} if step in undefined else {}
+        rows += quality(step, "a", {"optimal": NAN if note else 0.9}, **note)
+    assert conclusions(frame(rows)) == [told]
+
+
+@hypothesis.given(st.sets(st.integers(0, 30), min_size=1), st.sets(st.integers(0, 30)))
+def test_steps_told_name_no_step_that_is_not_meant(some: set[int], others: set[int]) -> None:
+    told = steps_told(some, some | others)
+    numbers = [int(number) for number in re.findall(r"\d+", told)]
+    if "every" in told:
+        assert some == some | others
+    elif " of " in told:
+        assert numbers == [len(some), len(some | others), min(some), max(some)]
+    elif " to " in told:
+        low, high = numbers
+        assert {step for step in some | others if low <= step <= high} == some
+    else:
+        assert set(numbers) == some
+
+
+def test_held_out_numbers_alone_are_shown_and_named() -> None:
+    rows = [row | {"kind": "held-out"} for row in quality(0, "a", {"optimal": 0.9, "kfac": 0.8})]
+    assert headline(frame(rows)) == (
+        "K-FAC is within 0.100 of the optimal Kronecker product (held-out estimates)"
+    )
+    assert scores(frame(rows)).loc[(0, "a"), "kfac"] == 0.8
 
 
 def test_conclusions_keep_the_order_of_the_layers(table: pd.DataFrame) -> None:
@@ -338,6 +416,51 @@ def test_errors_over_a_decade_get_a_log_scale() -> None:
     assert plots.plot_trajectory(frame(quality(0, "a", {"kfac": 0.5})), figure=Figure())[0].lines
 
 
+def run_of_estimates() -> pd.DataFrame:
+    """Two layers at three steps; in "b" the estimate of K-FAC abstains at step 2."""
+    rows = []
+    for step in (0, 2, 4):
+        for layer in ("a", "b"):
+            rows += estimated(layer, {"optimal": 0.93, "kfac": 0.9}, stderr=0.01, step=step)
+            if layer == "b" and step == 2:
+                rows[-1] |= {"value": NAN, "stderr": None, "low": None, "high": None}
+    return frame(rows)
+
+
+def test_whiskers_are_the_intervals_and_a_layer_without_them_says_why() -> None:
+    axes = plots.plot_trajectory(run_of_estimates(), figure=Figure())
+    whiskers = [
+        segment.round(9).tolist() for part in axes[0].collections
+        if isinstance(part, LineCollection) for segment in part.get_segments()
+    ]  # fmt: skip
+    assert sorted(whiskers) == sorted(
+        [[step, low], [step, high]]
+        for step in (0, 2, 4)
+        for low, high in ((0.91, 0.95), (0.88, 0.92))
+    )
+    assert axes[0].get_ylim()[0] < 0.88 < 0.95 < axes[0].get_ylim()[1]  # all in view
+    titles = [ax.get_title(loc="left") for ax in axes]
+    assert titles == ["a (64 × 128)", "b (64 × 128)\n(plug-in: estimates abstain at step 2)"]
+    np.testing.assert_allclose(axes[1].lines[0].get_ydata(), 0.91)  # plug-in at every step
+    segments = [s for part in axes[1].collections if isinstance(part, LineCollection)
+                for s in part.get_segments()]  # fmt: skip
+    assert not np.isfinite(np.array([s[:, 1] for s in segments if len(s)])).any()
+    assert "plug-in numbers in b" in title(axes)
+
+
+def test_bars_of_the_ladder_are_the_intervals() -> None:
+    (ax,) = plots.plot_ladder(run_of_estimates(), parameters=["a"], figure=Figure())
+    bars = [part.get_segments()[0].round(9).tolist() for part in ax.collections]
+    assert bars == [[[0.91, 0.0], [0.95, 0.0]], [[0.88, 1.0], [0.92, 1.0]]]
+
+
+def test_bars_that_are_far_wider_than_the_values_are_cut() -> None:
+    rows = estimated("a", {"optimal": 0.93, "kfac": 0.9}, stderr=5.0)
+    (ax,) = plots.plot_ladder(frame(rows), figure=Figure())
+    low, high = ax.get_xlim()
+    assert 0.8 < low < 0.9 < 0.93 < high < 1.0
+
+
 # ---------------------------------------------------------------- ladder
 
 
@@ -401,6 +524,7 @@ def test_spectrum_keeps_the_order_of_layers_and_takes_the_last_step(table: pd.Da
     axes = plots.plot_spectrum(table, figure=Figure())
     assert [ax.get_title(loc="left").split()[0] for ax in axes] == LAYERS
     assert title(axes).startswith("At step 380: One Kronecker product holds")
+    assert title(axes).endswith("(plug-in numbers, of the sample matrix itself)")
     # in the made-up run, as in theory, the share is the cosine of the optimum
     assert f"= {cosines(table)[380, '2.weight', 'optimal']:.3f}" in texts(axes[1])[0]
 

@@ -18,7 +18,7 @@ from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import RunDirectoryError
 from kronecker_probe.report import write_report
 from kronecker_probe.tracking.store import RunStore
-from tests.synthetic_tables import NO_LIVE, frame, probe, quality, spectrum
+from tests.synthetic_tables import NO_LIVE, estimated, frame, probe, quality, spectrum
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["0.weight", "2.weight"]
@@ -135,7 +135,8 @@ def test_the_page_says_what_was_run_and_what_to_conclude(page: Page, run: RunSto
     for row in (["lr", "0.01"], ["seed", "7"], ["pyarrow", run.record["versions"]["pyarrow"]]):
         assert row in page.cells
     assert ["norm.weight", "LayerNorm weights are not measured"] in page.cells
-    assert f"{NO_LIVE} (0.weight, 2.weight, live (held by the optimizer); step 0)" in page.text
+    where = "2 times: 0.weight, 2.weight, live (held by the optimizer); step 0"
+    assert f"{NO_LIVE} ({where})" in page.text
 
 
 def test_the_table_holds_the_numbers_of_the_last_step(page: Page, run: RunStore) -> None:
@@ -149,6 +150,40 @@ def test_the_table_holds_the_numbers_of_the_last_step(page: Page, run: RunStore)
         assert cells[1:5] == [f"{by_metric[metric]:.4f}" for metric in wanted]
     live = next(cells for cells in page.cells if cells and cells[0].startswith("live"))
     assert live[2] == live[4] == "–"
+
+
+def test_notes_that_differ_in_numbers_and_place_only_are_told_once(tmp_path: Path) -> None:
+    rows = []
+    for step in (0, 4, 8):
+        for name in ("a", "b"):
+            rows += quality(step, name, {"optimal": 0.9, "live": math.nan if step < 8 else 0.5})
+            note = f"no preconditioner yet: {step} steps were taken (parameter '{name}')"
+            if step < 8:
+                rows[-1] |= {"note": note}
+    rows[0] |= {"note": "of another kind"}
+    found = report(make_run(tmp_path / "run", {0: frame(rows)}))
+    assert found.text.count("no preconditioner yet") == 1
+    told = "(4 times: a, b, live (held by the optimizer); steps 0 and 4, with other numbers"
+    assert f"no preconditioner yet: 0 steps were taken {told} elsewhere)" in found.text
+    assert "of another kind (a, optimal Kronecker; step 0)" in found.text
+
+
+def test_the_table_has_error_bars_brackets_and_every_metric(tmp_path: Path) -> None:
+    rows = estimated("a", {"optimal": 0.9, "kfac": 0.8}, stderr=0.01)
+    rows += [
+        {"step": 0, "parameter": "a", "approximation": name, "metric": "trace_ratio",
+         "kind": "plugin", "value": value}
+        for name, value in (("optimal", 1.25), ("kfac", 0.75))
+    ]  # fmt: skip
+    for row in rows:
+        if row["approximation"] == "kfac" and row.get("kind") == "population":
+            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+    found = report(make_run(tmp_path / "run", {0: frame(rows)}))
+    cells = {row[0]: row[1:] for row in found.cells if row}
+    assert cells["approximation P"][:2] == ["cosine similarity to H", "trace_ratio"]
+    assert cells["optimal Kronecker"][:2] == ["0.900 ± 0.010", "1.2500"]
+    assert cells["K-FAC"][:2] == ["0.800 (bracket 0.780 to 0.820)", "0.7500"]
+    assert any(row[0].startswith("a (64") and "population numbers" in row[0] for row in found.cells)
 
 
 def test_markup_in_names_notes_and_options_is_escaped(tmp_path: Path) -> None:

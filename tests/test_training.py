@@ -286,7 +286,7 @@ def test_an_occupied_directory_is_refused_and_left_alone(
         ({"precondition_frequency": 3}, "precondition_frequency"),
         ({"spacing": "early"}, "spacing"),
         ({"draws": "fisher"}, "draws"),
-        ({"layers": ("0*",)}, "layers"),
+        ({"layers": ("0*",)}, r'layers: \["0\.weight", "4\.weight"\] in the run, \["0\*"\] now'),
     ],
 )
 def test_resume_with_another_option_is_refused_by_name(

@@ -35,14 +35,15 @@ from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.operators.second_moment import SecondMoment
 
 # Relative change of R by a round at which the iteration has converged; of draws in float32.
-TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-8
-# Likewise of an iteration in float32, before it goes on in float64.
-SINGLE_TOLERANCE = 3e-6
+TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-6
+# Likewise of an iteration in float32, before it goes on in float64; which it also does after so
+# many rounds without a smaller residual.
+SINGLE_TOLERANCE, SINGLE_PATIENCE = 3e-6, 12
 # A residual above this is told; at q = 0, where slow may mean never, the fit is refused.
 UNCONVERGED, UNCONVERGED_KL = 1e-6, 1e-9
 # Rounds without a smaller residual after which rounding is what remains, once it is small; and
 # after which nearly singular factors keep it from falling, where it is not.
-PATIENCE, STALLED, SMALL = 20, 60, 1e-7
+PATIENCE, STALLED, SMALL = 20, 30, 1e-7
 MAX_ROUNDS = 1000
 EPS = torch.finfo(torch.float64).eps
 
@@ -160,6 +161,7 @@ def _iterate(
         idle = idle + 1 if best <= residual else 0
         best = min(best, residual)
         patience = PATIENCE if best <= SMALL else STALLED
+        patience = SINGLE_PATIENCE if dtype == torch.float32 else patience
         if residual <= tolerance or idle >= patience or rounds >= MAX_ROUNDS:
             return _FixedPoint(left, image, 1.0 / (right_size * left_size), rounds, residual)
         right = acceleration.step(right, following)

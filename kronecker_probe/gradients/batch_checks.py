@@ -30,6 +30,12 @@ def check_batch(batch: object) -> Pair:
     Raises:
         InvalidInputError: Not a pair of tensors with the same, positive number of data.
     """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else None
+    if isinstance(first, (tuple, list)) and len(first) != 2:
+        raise InvalidInputError(
+            f"data is a {type(batch).__name__} whose first item has {len(first)} parts; give "
+            "pairs (inputs, targets) of tensors."
+        )
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         parts = f" of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
         raise InvalidInputError(

@@ -67,7 +67,8 @@ def capture(
     Model, random generators, ``.grad``, training mode, buffers, hooks and the contents of lists,
     dicts and sets among the attributes are left as they were; the samples share no memory with it.
     Hooks of the model's own run with it, also in a second, small forward pass that checks on
-    batches of more than 16 data that these do not mix (``gradients.separation`` says how).
+    batches of more than 16 data that these do not mix (``gradients.separation`` says how); not
+    where the model writes into tensors of its own, such as a cache.
     Dropout and batch normalization are measured in evaluation mode.
 
     Linear maps, convolutions, embeddings, attention's projections, normalizations over one
@@ -205,7 +206,9 @@ def _measure(
     accounting = account(batch.outputs, record, chosen)
     exact, inexact, skipped = accounting.exact, accounting.unaccounted, accounting.absent
     n_data = batch.outputs.shape[0]
-    separation = separate(batch.model, batch.inputs, batch.outputs, exact, chosen)
+    separation = separate(
+        batch.model, batch.inputs, batch.outputs, exact, chosen, once=record.wrote
+    )
     for call, layout in separation.layouts.items():
         call.layout = layout
     inexact |= {

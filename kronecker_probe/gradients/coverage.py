@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -10,6 +11,9 @@ import pandas as pd
 
 from kronecker_probe.errors import unknown_name
 from kronecker_probe.gradients.samples import GradientSamples
+
+# Characters of a reason on one line of the printed coverage.
+FOLD = 72
 
 
 @final
@@ -54,7 +58,10 @@ class Capture(Mapping[str, GradientSamples]):
 
     @property
     def coverage(self) -> pd.DataFrame:
-        """One row a parameter: measured, fallback or skipped, and why."""
+        """One row a parameter: measured, fallback or skipped, and why.
+
+        ``print(samples)`` shows the same with its long reasons folded.
+        """
         rows = [
             {"parameter": name, "status": "fallback" if name in self.fallback else "measured",
              "shape": f"{s.shape[0]} x {s.shape[1]}",
@@ -68,6 +75,19 @@ class Capture(Mapping[str, GradientSamples]):
         ]
         counts = ("n_data", "n_columns", "n_positions")
         return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
+
+    def __str__(self) -> str:
+        """The coverage as text, with reasons folded at a width of :data:`FOLD`."""
+        frame = self.coverage.fillna({"shape": "", "reason": ""})
+        columns = [[name, *frame[name]] for name in ("parameter", "status", "shape")]
+        widths = [max(map(len, column)) for column in columns]
+        lines = []
+        for *cells, reason in zip(*columns, ["reason", *frame["reason"]], strict=True):
+            start = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            first, *rest = textwrap.wrap(reason, FOLD) or [""]
+            lines.append(f"{start}  {first}".rstrip())
+            lines += [" " * (len(start) + 2) + line for line in rest]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.coverage.to_html(index=False)

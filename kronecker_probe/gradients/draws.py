@@ -7,11 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.errors import InvalidInputError, UnknownNameError, unknown_name
 from kronecker_probe.gradients.checks import check_count
 from kronecker_probe.gradients.losses import ResolvedLoss
 
 DRAWS = ("ggn", "fisher", "empirical-fisher")
+# Kinds that are made otherwise, and by what.
+MADE_OTHERWISE = {
+    "batch-gradient": "kp.batch_gradients(samples, batch_size) of an 'empirical-fisher' capture",
+    "trajectory": "kp.GradientWindow, which records the gradients of a training run",
+}
 
 
 def check_draws(
@@ -30,6 +35,11 @@ def check_draws(
         InvalidInputError: ``label_draws`` is no positive whole number, or not 1 without sampled
             labels.
     """
+    if draws not in known and draws in MADE_OTHERWISE:
+        raise UnknownNameError(
+            f"{option}={draws!r} is drawn by no backward pass over data: it is made by "
+            f"{MADE_OTHERWISE[draws]}. Known: {', '.join(known)}."
+        )
     if draws not in known:
         raise unknown_name(option, draws, known)
     check_count("label_draws", label_draws)

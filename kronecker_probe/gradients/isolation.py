@@ -65,6 +65,13 @@ def modules_restored(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and tensors in attributes and in containers there, each once."""
+    attributes = _contents([vars(module) for module in model.modules()])[1]
+    tensors = (*model.parameters(), *model.buffers(), *attributes)
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
 _Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kronecker_probe.gradients.isolation import held_tensors
 from kronecker_probe.gradients.rules import RULES
 from kronecker_probe.gradients.rules.base import Call, Read, Rule
 
@@ -32,10 +33,13 @@ class Recording:
     Attributes:
         calls: All calls that read one of the parameters.
         problems: Parameter name to why one of its calls was not recorded.
+        wrote: Whether the pass wrote into tensors of the model, as into a cache, so that another
+            one would overwrite what this one's graph has saved.
     """
 
     calls: list[Call] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+    wrote: bool = False
 
     def by_parameter(self) -> dict[str, list[tuple[Call, str]]]:
         """Parameter name to its calls, each with the parameter's role."""
@@ -55,8 +59,12 @@ def recording(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
         parameters: Those to look for, by name.
     """
     record = Recording()
+    held = [
+        (tensor, tensor._version) for tensor in held_tensors(model) if not tensor.is_inference()
+    ]
     with _Recorder(record, parameters, type(model).__name__):
         yield record
+    record.wrote = any(tensor._version != version for tensor, version in held)
 
 
 class _Recorder(TorchFunctionMode):

@@ -57,6 +57,8 @@ def separate(
     outputs: Tensor,
     exact: Mapping[str, Uses],
     parameters: Mapping[str, nn.Parameter],
+    *,
+    once: bool,
 ) -> Separation:
     """Find the batch in every call by what its rows do as single data's output gradients change.
 
@@ -67,6 +69,15 @@ def separate(
     reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss a
     coupling among other data than those, or one that changes no output by that much. Where the
     part differs in any way, the whole batch is tested.
+
+    Args:
+        model: The model.
+        inputs: Of the batch.
+        outputs: Of the model, with their graph.
+        exact: Parameter name to the calls whose gradients add up to its own.
+        parameters: Parameter name to the parameter.
+        once: Whether another forward pass would spoil the graph, because the model writes into
+            tensors of its own: then the whole batch is tested.
     """
     calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
     n_data = outputs.shape[0]
@@ -75,7 +86,7 @@ def separate(
         whole = {call: math.prod(call.lead) for call in calls}
         return Separation({call: Layout(1, rows) for call, rows in whole.items() if rows})
     possible = [layouts(call.lead, n_data) for call in calls]
-    if n_data > 2 * SMALLEST_PART:
+    if n_data > 2 * SMALLEST_PART and not once:
         found = _by_a_part(model, inputs, outputs, exact, parameters, possible)
         if found is not None:
             return Separation(_first(calls, found))

@@ -50,6 +50,9 @@ class IdentityFactor(Factor):
     def inner(self, other: Factor) -> float:
         return other.trace()
 
+    def diagonal(self) -> Tensor:
+        return torch.ones(self._size, dtype=torch.float64, device=self._device)
+
     def eigen(self) -> Eigen:
         ones = torch.ones(self._size, dtype=torch.float64, device=self._device)
         return Eigen(ones, Eigenbasis.of(self.matrix))

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from kronecker_probe.errors import MemoryBudgetError, UnsupportedError, unknown_name
 from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.linalg.memory import available_bytes
+from kronecker_probe.operators.routes.one_sided import OneSided, one_sided_bytes
 from kronecker_probe.operators.routes.registry import kernels_for, ways_of
 from kronecker_probe.operators.routes.work import OPERATIONS, Machine, machine_of
 
@@ -42,7 +41,7 @@ class RouteCost:
     """What one route would cost for the norm and all six approximations.
 
     Attributes:
-        route: "sample", "parameter" or "dense".
+        route: "sample", "parameter" or "dense"; "one-sided" where none of them fits.
         seconds: Predicted time; infinite where the route cannot hold the samples.
         peak_bytes: Predicted memory above the samples.
         reason: Why the route is impossible, empty where it is not.
@@ -95,7 +94,8 @@ def make_plan(samples: GradientSamples, route: str = "auto") -> Plan:
     Raises:
         UnknownNameError: No such route.
         UnsupportedError: The route asked for cannot hold the samples.
-        MemoryBudgetError: Nothing that was asked for fits; the message says the GB.
+        MemoryBudgetError: Nothing that was asked for fits, not even norm, diagonal and the factor
+            of the smaller side; the message says the GB.
     """
     costs = tuple(cost(samples) for cost in (_sample, _parameter, _dense))
     if route != "auto":
@@ -104,22 +104,28 @@ def make_plan(samples: GradientSamples, route: str = "auto") -> Plan:
             raise unknown_name("route", route, ["auto", *(c.route for c in costs)])
         if chosen.reason:
             raise UnsupportedError(f"route={route!r}: {chosen.reason}; use route='auto'.")
-        _require(chosen, samples.device)
+        _require(chosen, samples)
         return Plan(route, costs, route)
     free = available_bytes(samples.device)
     fitting = [c for c in costs if not c.reason and c.peak_bytes <= free]
     if not fitting:
+        # norm, diagonal and the smaller side's factor of a large embedding need little
+        part = RouteCost(OneSided.name, _parameter(samples).seconds, one_sided_bytes(samples))
+        if min(samples.shape) < max(samples.shape) and part.peak_bytes <= free:
+            return Plan(part.route, (*costs, part), route)
         possible = [c for c in costs if not c.reason]
-        _require(min(possible, key=lambda c: c.peak_bytes), samples.device)
+        _require(min(possible, key=lambda c: c.peak_bytes), samples)
     return Plan(min(fitting, key=lambda c: c.seconds).route, costs, route)
 
 
-def _require(cost: RouteCost, device: torch.device) -> None:
+def _require(cost: RouteCost, samples: GradientSamples) -> None:
+    device = samples.device
     free = available_bytes(device)
     if cost.peak_bytes > free:
         raise MemoryBudgetError(
-            f"route={cost.route!r} needs {cost.peak_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-            f"are free on {device}; use fewer samples, or another route (H.plan() lists them)."
+            f"H of {samples!r} by route={cost.route!r} needs {cost.peak_bytes / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free on {device}; use fewer samples, a part of the layer "
+            "(samples.block), or another route."
         )
 
 

@@ -19,14 +19,19 @@ from kronecker_probe.operators.planner import Plan, make_plan
 from kronecker_probe.operators.routes.base import Group, LeadingProduct, Route
 from kronecker_probe.operators.routes.dense_space import DenseSpace
 from kronecker_probe.operators.routes.leading_terms import LeadingTerms, leading_terms
+from kronecker_probe.operators.routes.one_sided import OneSided
 from kronecker_probe.operators.routes.parameter_space import ParameterSpace
 from kronecker_probe.operators.routes.registry import cross_products
 from kronecker_probe.operators.routes.sample_space import SampleSpace
 from kronecker_probe.operators.rows import Rows, principal
 
 _ROUTES: dict[str, Callable[..., Route]] = {
-    r.name: r for r in (SampleSpace, ParameterSpace, DenseSpace)
+    r.name: r for r in (SampleSpace, ParameterSpace, DenseSpace, OneSided)
 }
+
+
+# The smallest positive number.
+SMALLEST = 5e-324
 
 
 @final
@@ -34,7 +39,9 @@ class SecondMoment(Operator):
     """H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T of gradient samples.
 
     The three exact routes (sample space, parameter space, dense) give the same numbers; the
-    planner takes the cheapest.
+    planner takes the cheapest. Where the matrices of one side fit into memory and those of the
+    other do not (a large embedding), norm, trace, diagonal and the factor of the one side are all
+    that there is; the rest raises a MemoryBudgetError.
 
     Args:
         samples: The draws.
@@ -78,14 +85,30 @@ class SecondMoment(Operator):
         if self._known_pairs is not None:
             weights = self.samples.weights
             return math.sqrt(float(weights @ (self._known_pairs @ weights)))
-        return math.sqrt(max(0.0, self._route.norm_squared()))
+        norm = math.sqrt(max(0.0, self._route.norm_squared()))
+        return norm or self._underflowing_norm()
 
     def norm(self) -> float:
+        """The Frobenius norm of H; positive unless H = 0, even where float64 underflows."""
         return self._norm
 
     def trace(self) -> float:
         """Tr H = E|G|^2 = Tr L = Tr R."""
-        return self.left_factor.trace()
+        m, n = self.shape
+        return (self.left_factor if m <= n else self.right_factor).trace()
+
+    def _underflowing_norm(self) -> float:
+        """A norm that came out as 0, by way of gradients of unit size; 0 where it is 0 of those."""
+        scale, tensors = 1.0, []
+        for tensor in self.samples.tensors:
+            size = float(tensor.abs().max()) if tensor.is_floating_point() else 1.0
+            if size == 0.0:
+                return 0.0
+            scale *= size
+            tensors.append(tensor / size if tensor.is_floating_point() else tensor)
+        unit = self.samples.with_tensors(tensors, self.samples.weights)
+        found = math.sqrt(max(0.0, float(unit.weights @ cross_products(unit, unit) @ unit.weights)))
+        return max(found * scale**2, SMALLEST) if found > 0 else 0.0
 
     @property
     def left_factor(self) -> Factor:

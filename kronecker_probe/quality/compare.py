@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS, approximate, resolve
-from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.errors import (
+    InvalidInputError,
+    MemoryBudgetError,
+    UnsupportedError,
+    unknown_name,
+)
 from kronecker_probe.gradients.capture import Capture
 from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.operators.base import Operator
@@ -85,8 +91,8 @@ def compare(
         UnknownNameError: An approximation, metric or kind, or a parameter of ``extra``, that is
             not there.
     """
-    if singular_values < 0:
-        raise InvalidInputError(f"singular_values={singular_values}; give 0 (for none) or more.")
+    if type(singular_values) is not int or singular_values < 0:
+        raise InvalidInputError(f"singular_values={singular_values!r}; give 0 (for none) or more.")
     check_refits(refits)
     plain, others = chosen_metrics(metrics)
     names, kinds = approximation_names(approximations), check_kinds(estimates)
@@ -98,9 +104,8 @@ def compare(
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
     for parameter, one in layers.items():
-        target = SecondMoment(one)
-        shared = description(parameter, one, draws, note)
-        rows += joined(shared, _layer_rows(target, request, extra.get(parameter, {})))
+        found = _layer_rows(one, request, extra.get(parameter, {}))
+        rows += joined(description(parameter, one, draws, note), found)
     if isinstance(samples, Capture):
         rows += [skipped_row(name, reason) for name, reason in samples.skipped.items()]
     return Scores(to_table(rows))
@@ -126,13 +131,20 @@ def chosen_metrics(
 
     Raises:
         UnknownNameError: No such metric.
-        InvalidInputError: A malformed spec, or a bad value of an option.
+        InvalidInputError: A malformed spec, a bad value of an option, or none at all.
     """
     if metrics is None:
         return METRICS, ()
+    if not isinstance(metrics, str | Iterable):
+        raise InvalidInputError(f"metrics={metrics!r}; name one or several.")
     names = dict.fromkeys([metrics] if isinstance(metrics, str) else metrics)
+    if not names:
+        raise InvalidInputError("No metric is asked for; name some, or leave metrics out.")
     for name in names:
-        if name.partition(":")[0] not in (*METRICS, *EXTRA_METRICS):
+        base, _, options = str(name).partition(":")
+        if options and base in METRICS:
+            raise InvalidInputError(f"The metric {base!r} takes no options; got {name!r}.")
+        if base not in (*METRICS, *EXTRA_METRICS):
             raise unknown_name("metric", name, (*METRICS, *EXTRA_METRICS))
     others = tuple(extra_metric(name) for name in names if name not in METRICS)
     return tuple(name for name in names if name in METRICS), others
@@ -168,6 +180,23 @@ def _check_extra(
 
 
 def _layer_rows(
+    samples: GradientSamples, request: _Request, extra: Mapping[str, Operator]
+) -> list[Row]:
+    """One layer's; where it does not fit into memory, the others are measured all the same."""
+    try:
+        return _measured_rows(SecondMoment(samples), request, extra)
+    except MemoryBudgetError as error:
+        names = (*request.names, *extra)
+        return [row for name in names for row in _undefined(name, request, str(error))]
+
+
+def _undefined(name: str, request: _Request, reason: str) -> list[Row]:
+    others = [one.name for one in request.extra_metrics]
+    rows = undefined_rows(name, request.metrics, request.kinds, reason)
+    return rows + undefined_rows(name, others, ["plugin"], reason)
+
+
+def _measured_rows(
     target: SecondMoment, request: _Request, extra: Mapping[str, Operator]
 ) -> list[Row]:
     fits: dict[str, Operator] = {}
@@ -175,7 +204,7 @@ def _layer_rows(
     for name in request.names:
         try:
             fits[name] = approximate(target, name)
-        except UnsupportedError as error:
+        except (UnsupportedError, MemoryBudgetError) as error:
             reasons[name] = str(error)
     estimator = Estimator(target, request.refits, fits)
     rows = _target_rows(target, request.singular_values)
@@ -183,11 +212,9 @@ def _layer_rows(
         rows += _population_rows(estimator)
     rest = [kind for kind in request.kinds if kind != "plugin"]
     found = {kind: estimator.estimates(list(fits), request.metrics, kind) for kind in rest}
-    asked = (*request.metrics, *(one.name for one in request.extra_metrics))
     for name in request.names:
         if name in reasons:
-            rows += undefined_rows(name, request.metrics, request.kinds, reasons[name])
-            rows += undefined_rows(name, asked[len(request.metrics) :], ["plugin"], reasons[name])
+            rows += _undefined(name, request, reasons[name])
             continue
         if "plugin" in request.kinds:
             plugin = estimator.plugin(name, fits[name], request.metrics)
@@ -229,7 +256,11 @@ def _target_rows(target: SecondMoment, singular_values: int) -> list[Row]:
         {"metric": "trace", "value": target.trace()},
     ]
     if singular_values > 0 and target.norm() > 0:
-        values = target.kronecker_spectrum(singular_values).tolist()
+        try:
+            values = target.kronecker_spectrum(singular_values).tolist()
+        except MemoryBudgetError as error:
+            nothing = {"metric": "singular_value", "index": 0, "value": math.nan}
+            return [*rows, nothing | {"note": str(error)}]
         rows += [
             {"metric": "singular_value", "index": index, "value": value}
             for index, value in enumerate(values)

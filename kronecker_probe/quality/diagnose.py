@@ -13,11 +13,9 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.quality.findings import LEVELS, Diagnosis, Finding
+from kronecker_probe.quality.findings import LEVELS, Diagnosis
 from kronecker_probe.quality.layer_findings import LayerFindings
-
-# A loss this many times its first value is a diverged run.
-DIVERGED = 3.0
+from kronecker_probe.quality.run_findings import run_findings
 
 
 def diagnose(scores: Any) -> Diagnosis:
@@ -28,7 +26,9 @@ def diagnose(scores: Any) -> Diagnosis:
             or ``Tracker.table``), with the estimates "population" where there are any.
 
     Returns:
-        The findings; those that the data cannot support are "abstained".
+        The findings, of the last step of each layer; those that the data cannot support are
+        "abstained". "good" is only what is close to the best Kronecker product where that is
+        itself close to H.
 
     Raises:
         InvalidInputError: ``scores`` is no such table.
@@ -36,47 +36,18 @@ def diagnose(scores: Any) -> Diagnosis:
     table = getattr(scores, "table", scores)
     needed = {"metric", "parameter", "approximation", "value"}
     if not isinstance(table, pd.DataFrame) or not needed <= set(table):
+        lacks = ""
+        if isinstance(table, pd.DataFrame):
+            lacks = f" without {', '.join(sorted(needed - set(table)))}"
         raise InvalidInputError(
-            f"diagnose got a {type(scores).__name__}; give the Scores of kp.compare, or the "
+            f"diagnose got a {type(scores).__name__}{lacks}; give the Scores of kp.compare, or the "
             "measurement table of a run."
         )
     if "index" not in table:  # of singular values, which a table may lack
         table = table.assign(index=math.nan)
-    found = _training(table)
     rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
-    for name in rows["parameter"].dropna().unique():
-        found += LayerFindings(table, str(name)).findings()
-    found += _skipped(table)
+    layers = [LayerFindings(table, str(name)) for name in rows["parameter"].dropna().unique()]
+    found = run_findings(table, layers)
+    found += [finding for layer in layers for finding in layer.findings()]
     order = {level: place for place, level in enumerate(LEVELS)}
     return Diagnosis(tuple(sorted(found, key=lambda one: order[one.level])))
-
-
-def _training(table: pd.DataFrame) -> list[Finding]:
-    """A loss that is not finite, or far above where it began."""
-    if "step" not in table:
-        return []
-    for metric in ("train_loss", "probe_loss"):
-        values = table[table["metric"] == metric].sort_values("step")["value"].to_numpy()
-        if len(values) < 2:
-            continue
-        if not math.isfinite(values[-1]) or values[-1] > DIVERGED * max(values[0], 1e-12):
-            message = (
-                f"the {metric.replace('_', ' ')} went from {values[0]:.3g} to {values[-1]:.3g}"
-            )
-            advice = "the run diverged: lower the learning rate before reading anything else"
-            evidence = {"first": float(values[0]), "last": float(values[-1])}
-            return [Finding("warning", None, "divergence", message, advice, evidence)]
-    return []
-
-
-def _skipped(table: pd.DataFrame) -> list[Finding]:
-    rows = table[table["metric"] == "skipped"]
-    if "note" in rows:  # what nobody asked for is no news
-        rows = rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
-    measured = table.loc[table["approximation"].notna(), "parameter"]
-    skipped = rows.loc[~rows["parameter"].isin(measured), "parameter"].dropna().unique()
-    if not len(skipped):
-        return []
-    shown = ", ".join(str(name) for name in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    message = f"{len(skipped)} parameters were not measured ({shown})"
-    return [Finding("notice", None, "coverage", message, "their notes say why")]

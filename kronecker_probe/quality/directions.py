@@ -16,6 +16,7 @@ from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.draw_space import DrawSpace
 from kronecker_probe.operators.second_moment import SecondMoment
 from kronecker_probe.operators.spectral_form import spectral_form
+from kronecker_probe.quality.operands import as_operator
 from kronecker_probe.quality.undefined import (
     UndefinedError,
     check_pair,
@@ -77,7 +78,7 @@ class DirectionAgreement:
 
 def direction_agreement(
     target: Operator,
-    approximation: Operator,
+    approximation: Operator | str,
     gradients: Tensor | None = None,
     *,
     powers: float | Sequence[float] = POWERS,
@@ -96,7 +97,7 @@ def direction_agreement(
 
     Args:
         target: H.
-        approximation: P, with exact eigenvalues.
+        approximation: P, with exact eigenvalues; or the name of an approximation of H.
         gradients: g, [m, n] or [k, m, n]; by default some of the draws of H, the C columns of a
             datum combined with random signs. Draws lie in the range of H, where a preconditioner
             fitted to them knows more than it will of the next gradient: for that, give fresh
@@ -117,13 +118,14 @@ def direction_agreement(
         UnsupportedError: P, or an H that holds no draws, is too large for exact eigenvalues.
     """
     exponents = _check_powers(powers)
+    operator = as_operator(target, approximation)
     given = None if gradients is None else _check_gradients(gradients, target)
     if not isinstance(n_gradients, int) or n_gradients < 1:
         raise InvalidInputError(f"n_gradients={n_gradients!r}; give a positive integer.")
     try:
         return compute_directions(
             target,
-            approximation,
+            operator,
             given,
             powers=exponents,
             damping=damping,

@@ -24,6 +24,7 @@ from kronecker_probe.operators.spectral_form import (
     exact_form,
     spectral_form,
 )
+from kronecker_probe.quality.operands import as_operator
 from kronecker_probe.quality.undefined import (
     UndefinedError,
     check_pair,
@@ -56,7 +57,11 @@ class Divergence:
 
 
 def kl_divergence(
-    target: Operator, approximation: Operator, *, damping: float = 1e-3, relative: bool = True
+    target: Operator,
+    approximation: Operator | str,
+    *,
+    damping: float = 1e-3,
+    relative: bool = True,
 ) -> Divergence:
     """KL(N(0, H + d I) || N(0, P + d I)), half the log-det divergence (Stein's loss).
 
@@ -66,7 +71,7 @@ def kl_divergence(
 
     Args:
         target: H.
-        approximation: P.
+        approximation: P, or the name of an approximation of H.
         damping: rho, for d = rho Tr H / (mn); or d itself, in units of H.
         relative: Whether ``damping`` is rho.
 
@@ -80,14 +85,19 @@ def kl_divergence(
         UnsupportedError: P is a large operator without exact eigenvalues.
     """
     try:
-        return compute_kl(target, approximation, damping=damping, relative=relative)
+        operator = as_operator(target, approximation)
+        return compute_kl(target, operator, damping=damping, relative=relative)
     except UndefinedError as reason:
         nan = warn_undefined("kl_divergence", reason)
         return Divergence(nan, nan, nan)
 
 
 def stein_divergence(
-    target: Operator, approximation: Operator, *, damping: float = 1e-3, relative: bool = True
+    target: Operator,
+    approximation: Operator | str,
+    *,
+    damping: float = 1e-3,
+    relative: bool = True,
 ) -> Divergence:
     """log det((A + B) / 2) - log det(A B) / 2 of A = H + d I and B = P + d I.
 
@@ -96,7 +106,7 @@ def stein_divergence(
 
     Args:
         target: H.
-        approximation: P.
+        approximation: P, or the name of an approximation of H.
         damping: rho, for d = rho Tr H / (mn); or d itself, in units of H.
         relative: Whether ``damping`` is rho.
 
@@ -110,7 +120,8 @@ def stein_divergence(
         UnsupportedError: P is a large operator without exact eigenvalues.
     """
     try:
-        return compute_stein(target, approximation, damping=damping, relative=relative)
+        operator = as_operator(target, approximation)
+        return compute_stein(target, operator, damping=damping, relative=relative)
     except UndefinedError as reason:
         nan = warn_undefined("stein_divergence", reason)
         return Divergence(nan, nan, nan)

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from kronecker_probe.quality.findings import Finding
+from kronecker_probe.quality.table_numbers import Difference, Number, listed, numbers
 from kronecker_probe.tables import first_shares, label
 
 # Differences in cosine below this are not worth a change of method.
 CLOSE = 0.02
+# Cosines from which on a fit is called good.
+GOOD = 0.9
 # A preconditioner behind its own fresh factors by more than this is stale.
 STALE = 0.05
 # Independent draws (by their effective number) under which no estimate is trusted.
 FEWEST_DRAWS = 30
+# Fewer than so many times the data at hand are not worth asking for; where more than so many
+# times were needed, the difference is at its threshold.
+WORTHWHILE, HOPELESS = 1.3, 10.0
 # Best scales outside of this range make an ungrafted step length wrong.
 SCALES = (0.5, 2.0)
+# Cosines that differ by less are equal up to rounding.
+ROUNDING = 1e-6
 
-_PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
+PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
 # Draws that are the matrix itself and no sample of it.
 _EXACT = ("batch-gradient", "trajectory")
-
-
-@dataclass(frozen=True)
-class _Number:
-    """A cosine with its standard error; ``kind`` says which estimate it is."""
-
-    value: float
-    stderr: float
-    kind: str
-
-    def __str__(self) -> str:
-        if self.kind == "population" and math.isfinite(self.stderr):
-            return f"{self.value:.3f} ± {self.stderr:.3f}"
-        return f"{self.value:.3f} ({self.kind})"
+_NOT_INDEPENDENT = "these draws are not independent"
+_BEST = "the best any Kronecker product can do"
 
 
 class LayerFindings:
@@ -52,22 +47,37 @@ class LayerFindings:
         now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.now = now
         self.draws = _first(now, "draws")
+        self.exact = self.draws in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
         self.noise = self._sampling_noise()
-        self.cosines = _numbers(now, "cosine", self.noise)
-        self.n_eff = _least(now, "n_eff")
-        self.n_data = _least(now, "n_data")
+        self.cosines = numbers(now, "cosine", self.noise)
+        # K-FAC may count fewer draws of its factors than there are of H
+        self.n_eff = float(_column(now, "n_eff").max())
+        self.n_data = float(_column(now, "n_data").min())
+        self.is_vector = any(_column(now, side).min() == 1 for side in ("m", "n"))
 
     def findings(self) -> list[Finding]:
         if not self.cosines:
             return [self._undefined()]
-        checks: list[Callable[[], list[Finding]]] = [
-            self._distance, self._beyond, self._roots, self._scale, self._staleness,
-        ]  # fmt: skip
         if abstained := self._too_few():
-            checks, found = [self._staleness], [abstained]
-        else:
-            found = []
+            return [abstained, *self._staleness()]
+        found: list[Finding] = []
+        if not self.is_vector:  # where the optimum and Shampoo^2 are H itself
+            found += self._distance() + self._beyond()
+        checks: list[Callable[[], list[Finding]]] = [self._roots, self._scale, self._staleness]
         return found + [finding for check in checks for finding in check()]
+
+    def best_product(self) -> Number | None:
+        """The cosine of the best Kronecker product measured, where its error is known."""
+        if self.is_vector or self._too_few():
+            return None
+        names = ["optimal"] if "optimal" in self.cosines else PRODUCTS
+        known = [self.cosines[name] for name in names if name in self.cosines]
+        known = [one for one in known if one.kind == "population" or self.exact]
+        return max(known, key=lambda one: one.value, default=None)
+
+    def helps(self) -> list[str]:
+        """What clearly goes beyond one Kronecker product here."""
+        return [_HELP[one.subject] for one in self._beyond()]
 
     def _finding(
         self, level: str, subject: str, message: str, advice: str = "", /, **evidence: float
@@ -80,60 +90,116 @@ class LayerFindings:
         Without that row nothing is known of it. Closed forms and gradients along a run are the
         matrix itself.
         """
-        if self.draws in _EXACT:
+        if self.exact:
             return 0.0
         at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         floor = at.loc[at["metric"] == "noise_floor", "value"].dropna()
         return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
 
     def _undefined(self) -> Finding:
-        notes = self.now["note"].dropna().tolist() if "note" in self.now else []
-        why = str(notes[0]) if notes else "no reason noted"
-        return self._finding("abstained", "undefined", f"no cosine is defined ({why})")
+        rows = self.now[self.now["metric"] == "cosine"]
+        if rows["value"].notna().any():
+            message = "the table holds held-out cosines alone, which score factors of half the data"
+            advice = "add the estimates 'population' or 'plugin'"
+            return self._finding("abstained", "undefined", message, advice)
+        why = next(iter(_notes(rows)), "no reason noted")
+        advice = "add the estimate 'plugin'" if self.exact else ""
+        return self._finding("abstained", "undefined", f"no cosine is defined ({why})", advice)
 
     def _too_few(self) -> Finding | None:
-        if self.draws in _EXACT or math.isnan(self.n_eff) or self.n_eff >= FEWEST_DRAWS:
+        if self.exact or math.isnan(self.n_eff) or self.n_eff >= FEWEST_DRAWS:
             return None
+        factor = FEWEST_DRAWS / max(self.n_eff, 1.0)  # if it grows with the data
         return self._finding(
             "abstained",
             "too few draws",
-            f"the {self.n_data:.0f} data count as {self.n_eff:.0f} independent draws, and under "
+            f"the {self.n_data:.0f} data count as {self.n_eff:.3g} independent draws, and under "
             f"{FEWEST_DRAWS} no quality number means anything",
-            f"measure at least {self._enough():.0f} data",
+            f"measure at least {self._more(factor)} data",
             n_eff=self.n_eff,
         )
 
-    def _enough(self) -> float:
-        """Data at which the effective number of draws would reach the least, if it grows alike."""
-        return math.ceil(self.n_data * FEWEST_DRAWS / max(self.n_eff, 1.0))
+    def _more(self, factor: float) -> int:
+        """So many times the data, in tens, and not just a few more than there are."""
+        return math.ceil(self.n_data * max(factor, WORTHWHILE) / 10) * 10
 
     def _distance(self) -> list[Finding]:
-        """How far the closest rule is from the best Kronecker product."""
+        """How far the closest rules are from the best Kronecker product.
+
+        Every rule is judged by its own difference: the largest of several noisy cosines is not
+        the closest one.
+        """
         top = self.cosines.get("optimal")
-        known = {name: self.cosines[name] for name in _PRODUCTS if name in self.cosines}
+        known = {name: self.cosines[name] for name in PRODUCTS if name in self.cosines}
         if top is None or not known:
             return []
-        name = max(known, key=lambda one: known[one].value)
-        gap, error = _difference(top, known[name])
-        subject, best = "distance to the optimum", "the best that any Kronecker product can do"
-        evidence = {"gap": gap, "stderr": error, "optimal": top.value}
-        shown = f"{max(gap, 0.001):.3f}{_plus_minus(error)}"
-        if gap + 2 * error <= CLOSE:
-            message = f"{label(name)} is within {shown} of {best} (cosine {top})"
-            return [self._finding("good", subject, message, "", **evidence)]
-        if gap - 2 * error > CLOSE:
-            message = f"{label(name)}, the closest rule, is {shown} short of {best} (cosine {top})"
+        subject = "distance to the optimum"
+        gaps = {name: Difference.of(top, one) for name, one in known.items()}
+        gaps = {name: gap for name, gap in gaps.items() if gap.kind != "mixed"}
+        if not gaps:
+            message = f"{_named(known)} cannot be compared with {_BEST}: no two numbers of one kind"
+            return [self._finding("abstained", subject, message, self._population())]
+        best = max((known[name] for name in gaps), key=lambda one: one.value)
+        tied = [name for name in gaps if Difference.of(best, known[name]).low <= ROUNDING]
+        leaders = {name: gaps[name] for name in tied}
+        if close := {name: gap for name, gap in leaders.items() if gap.high <= CLOSE}:
+            return [self._close(subject, close, top)]
+        evidence = _evidence(leaders, top)
+        if all(gap.low > CLOSE for gap in leaders.values()):
+            rules = "rules" if len(leaders) > 1 else "rule"
+            message = (
+                f"{_named(leaders)}, the closest {rules}, {_are(leaders)} {_each(leaders)} short "
+                f"of {_BEST} (cosine {top})"
+            )
             advice = "a few power iterations on the factors would recover it"
             return [self._finding("notice", subject, message, advice, **evidence)]
-        message = f"how far {label(name)} is from {best} is too uncertain to judge (cosine {top})"
-        return [self._finding("abstained", subject, message, self._settling(error), **evidence)]
+        message = (
+            f"how far {_named(leaders)} {_are(leaders)} from {_BEST} is too uncertain to judge "
+            f"({_differences(leaders)}; cosine {top})"
+        )
+        widest = max(leaders.values(), key=lambda gap: gap.high - gap.low)
+        return [self._finding("abstained", subject, message, self._settling(widest), **evidence)]
 
-    def _settling(self, error: float) -> str:
-        """The data that bring two standard errors under CLOSE, for errors ~ 1/sqrt(N)."""
-        if not math.isfinite(error) or math.isnan(self.n_data):
-            return "measure more data, until both have a population estimate"
-        needed = self.n_data * max(1.0, (2 * error / CLOSE) ** 2)
-        return f"about {math.ceil(needed / 10) * 10} data would settle it"
+    def _close(self, subject: str, close: Mapping[str, Difference], top: Number) -> Finding:
+        """Rules close to the optimum; good where that is itself close to H."""
+        if all(gap.low <= ROUNDING for gap in close.values()):
+            message = f"{_named(close)} {_are(close)} indistinguishable from {_BEST} "
+            message += f"({_differences(close)})"
+        else:
+            message = f"{_named(close)} {_are(close)} within {_each(close)} of {_BEST}"
+        evidence = _evidence(close, top)
+        if top.low >= GOOD:
+            message += f", a cosine of {top}"
+            return self._finding("good", subject, message, "", **evidence)
+        if top.value >= GOOD:
+            message += f", a cosine of {top}, which need not be the {GOOD:g} of a good fit"
+            return self._finding("notice", subject, message, "", **evidence)
+        message += f", but that is a cosine of only {top}"
+        advice = "nothing measured here clearly goes beyond it"
+        if helps := self.helps():
+            advice = f"to go beyond it: {listed(helps)}"
+        return self._finding("notice", subject, message, advice, **evidence)
+
+    def _population(self) -> str:
+        """How to come by population estimates."""
+        if "kind" in self.now and (self.now["kind"] == "population").any():
+            return "measure more data, until all have a population estimate"
+        return "add the estimate 'population'"
+
+    def _settling(self, gap: Difference) -> str:
+        """The data that would tell the difference from CLOSE, for errors ~ 1/sqrt(N)."""
+        if gap.kind == "bracket":
+            return "refits=8 in kp.compare gives a standard error in place of the bracket"
+        if gap.kind == "plugin" or not math.isfinite(gap.stderr) or math.isnan(self.n_data):
+            return self._population()
+        reach, margin = 2 * gap.stderr, abs(gap.value - CLOSE)
+        if reach > CLOSE:  # where the difference comes to lie is not known yet
+            return f"about {self._more((reach / CLOSE) ** 2)} data would settle it"
+        if reach**2 > HOPELESS * margin**2:
+            return (
+                f"the difference is at the threshold of {CLOSE}, and more data will not settle it"
+            )
+        return f"about {self._more((reach / margin) ** 2)} data would settle it"
 
     def _beyond(self) -> list[Finding]:
         """What leaving the set of single Kronecker products buys."""
@@ -149,14 +215,16 @@ class LayerFindings:
             found.append(self._finding("notice", "Kronecker rank", message, advice, gain=gain))
         corrected = self.cosines.get("eigen-corrected")
         if corrected is not None:
-            extra, error = _difference(corrected, top)
-            if extra - 2 * error > CLOSE:
+            extra = Difference.of(corrected, top)
+            if extra.low > CLOSE:
                 message = (
                     f"correcting the eigenvalues in Shampoo's basis gives {corrected}, "
-                    f"{extra:.3f}{_plus_minus(error)} beyond any Kronecker product"
+                    f"{extra} beyond any Kronecker product"
                 )
                 advice = "prefer an eigenvalue-corrected method (SOAP, EShampoo)"
-                found.append(self._finding("notice", "eigenvalues", message, advice, gain=extra))
+                found.append(
+                    self._finding("notice", "eigenvalues", message, advice, gain=extra.value)
+                )
         return found
 
     def _second_product(self) -> float:
@@ -170,7 +238,7 @@ class LayerFindings:
 
     def _noise(self) -> float:
         """What the plug-in gain of a second product must exceed to be more than sampling noise."""
-        if self.draws in _EXACT:
+        if self.exact:
             return 0.0
         kinds = _by_kind(self.now, "cosine", "optimal")
         if not {"plugin", "population"} <= kinds.keys():
@@ -183,30 +251,29 @@ class LayerFindings:
         square, root = (self.cosines.get(name) for name in ("shampoo-squared", "shampoo"))
         if square is None or root is None:
             return []
-        gap, error = _difference(square, root)
-        if gap - 2 * error <= STALE:
+        gap = Difference.of(square, root)
+        if gap.low <= STALE:
             return []
         return [
             self._finding(
                 "notice",
                 "exponent",
-                f"Shampoo's factors with exponent -1/4 are {gap:.3f}{_plus_minus(error)} below "
+                f"Shampoo's factors with exponent -1/4 are {gap} below "
                 f"their square (cosine {root} against {square})",
                 "use exponent -1/2 with the trace scale to follow H",
-                gap=gap,
+                gap=gap.value,
             )
         ]
 
     def _scale(self) -> list[Finding]:
         """Whether the magnitude is wrong where the direction is right."""
-        rows = _numbers(self.now, "best_scale", math.inf if self.noise else 0.0)
+        rows = numbers(self.now, "best_scale", math.inf if self.noise else 0.0)
         found = []
         for name in ("shampoo-squared", "kfac"):
             number = rows.get(name)
             if number is None or not math.isfinite(number.stderr) or number.value <= 0:
                 continue
-            slack = 2 * number.stderr
-            if number.value - slack <= SCALES[1] and number.value + slack >= SCALES[0]:
+            if number.low <= SCALES[1] and number.high >= SCALES[0]:
                 continue
             message = f"{label(name)} is closest to H when multiplied by {number.value:.3g}"
             found.append(
@@ -255,38 +322,6 @@ class LayerFindings:
         return (fresh - live).dropna().sort_index()
 
 
-def _numbers(rows: pd.DataFrame, metric: str, noise: float) -> dict[str, _Number]:
-    """The best estimate of a metric an approximation: population where it stands, else plug-in.
-
-    Args:
-        rows: Of one layer and step.
-        metric: Which.
-        noise: How far off a plug-in number may be, counted as two standard errors.
-    """
-    chosen: dict[str, _Number] = {}
-    of = rows[(rows["metric"] == metric) & rows["value"].notna()]
-    for row in of.to_dict("records"):
-        kind = row.get("kind")
-        kind = "plugin" if pd.isna(kind) else str(kind)
-        if kind not in ("plugin", "population"):
-            continue
-        error = _error(row) if kind == "population" else noise / 2
-        name = str(row["approximation"])
-        if name not in chosen or kind == "population":
-            chosen[name] = _Number(float(row["value"]), error, kind)
-    return chosen
-
-
-def _error(row: dict[Any, Any]) -> float:
-    """Its standard error; of a bracket, half of its width, so that two of them span it."""
-    stderr, low, high = (row.get(name) for name in ("stderr", "low", "high"))
-    if stderr is not None and not pd.isna(stderr):
-        return float(stderr)
-    if low is None or high is None or pd.isna(low) or pd.isna(high):
-        return math.nan
-    return (float(high) - float(low)) / 2
-
-
 def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, float]:
     of = rows[(rows["metric"] == metric) & (rows["approximation"] == approximation)]
     of = of[of["value"].notna()]
@@ -295,19 +330,29 @@ def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, f
     return {str(kind): float(value) for kind, value in zip(of["kind"], of["value"], strict=True)}
 
 
-def _difference(first: _Number, second: _Number) -> tuple[float, float]:
-    """first - second and its standard error, taken as the larger of the two.
+_HELP = {"Kronecker rank": "Kronecker rank 2", "eigenvalues": "corrected eigenvalues"}
 
-    Two cosines of one sample move together; from a correlation of one half on, the larger of
-    their errors bounds that of the difference.
 
-    Numbers of different kinds are not comparable; their difference is infinitely uncertain.
-    """
-    gap = first.value - second.value
-    if first.kind != second.kind:
-        return gap, math.inf
-    errors = (first.stderr, second.stderr)
-    return gap, math.inf if any(map(math.isnan, errors)) else max(errors)
+def _named(rules: Mapping[str, Any]) -> str:
+    return listed(label(name) for name in rules)
+
+
+def _are(rules: Mapping[str, Any]) -> str:
+    return "are" if len(rules) > 1 else "is"
+
+
+def _each(gaps: Mapping[str, Difference]) -> str:
+    return listed(str(gap) for gap in gaps.values())
+
+
+def _differences(gaps: Mapping[str, Difference]) -> str:
+    return f"difference{'s' if len(gaps) > 1 else ''} {_each(gaps)}"
+
+
+def _evidence(gaps: Mapping[str, Difference], top: Number) -> dict[str, float]:
+    """Of the first rule named."""
+    first = next(iter(gaps.values()))
+    return {"gap": first.value, "stderr": first.stderr, "optimal": top.value}
 
 
 def _first(rows: pd.DataFrame, column: str) -> str:
@@ -315,10 +360,10 @@ def _first(rows: pd.DataFrame, column: str) -> str:
     return str(values.iloc[0]) if len(values) else ""
 
 
-def _least(rows: pd.DataFrame, column: str) -> float:
+def _column(rows: pd.DataFrame, column: str) -> pd.Series[float]:
     values = rows[column].dropna() if column in rows else pd.Series(dtype=float)
-    return float(values.min()) if len(values) else math.nan
+    return values.astype("float64")
 
 
-def _plus_minus(error: float) -> str:
-    return f" ± {error:.3f}" if 0 < error < math.inf else ""
+def _notes(rows: pd.DataFrame) -> list[str]:
+    return [str(note) for note in rows["note"].dropna()] if "note" in rows else []

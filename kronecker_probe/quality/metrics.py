@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.inner import inner
+from kronecker_probe.quality.operands import as_operator
 
 # Inner products of H with its own factors scale as |H|^3, which must stay inside float64.
 LARGEST_NORM = 1e95
@@ -85,54 +86,74 @@ class InnerProducts:
         return math.nan if math.isnan(cosine) else math.sqrt(max(0.0, 1.0 - cosine * cosine))
 
 
-def cosine_similarity(target: Operator, approximation: Operator) -> float:
+def cosine_similarity(target: Operator, approximation: Operator | str) -> float:
     """cos(H, P) = <H, P> / (|H| |P|) (Morwani et al., 2024, Section 3).
+
+    Args:
+        target: H.
+        approximation: P, or the name or spec of an approximation of H.
 
     Returns:
         A float; NaN with an UndefinedMetricWarning when H or P is zero.
 
     Raises:
-        InvalidInputError: The shapes differ.
+        InvalidInputError: The shapes differ, or an argument is of another type.
     """
-    return _defined(InnerProducts.of(target, approximation), "cosine")
+    return _defined(_products(target, approximation), "cosine")
 
 
-def relative_error(target: Operator, approximation: Operator) -> float:
+def relative_error(target: Operator, approximation: Operator | str) -> float:
     """|H - P| / |H| of P as it stands.
 
     It comes from inner products, so values below about 1e-8 are rounding.
+
+    Args:
+        target: H.
+        approximation: P, or the name or spec of an approximation of H.
 
     Returns:
         A float; NaN with an UndefinedMetricWarning when H is zero.
 
     Raises:
-        InvalidInputError: The shapes differ.
+        InvalidInputError: The shapes differ, or an argument is of another type.
     """
-    return _defined(InnerProducts.of(target, approximation), "relative_error")
+    return _defined(_products(target, approximation), "relative_error")
 
 
-def best_scale(target: Operator, approximation: Operator) -> float:
+def best_scale(target: Operator, approximation: Operator | str) -> float:
     """The scale c for which c P is closest to H: <H, P> / |P|^2.
+
+    Args:
+        target: H.
+        approximation: P, or the name or spec of an approximation of H.
 
     Returns:
         A float; NaN with an UndefinedMetricWarning when P is zero.
 
     Raises:
-        InvalidInputError: The shapes differ.
+        InvalidInputError: The shapes differ, or an argument is of another type.
     """
-    return _defined(InnerProducts.of(target, approximation), "best_scale")
+    return _defined(_products(target, approximation), "best_scale")
 
 
-def best_scale_error(target: Operator, approximation: Operator) -> float:
+def best_scale_error(target: Operator, approximation: Operator | str) -> float:
     """|H - c P| / |H| at the best scale c, which is sqrt(1 - cos^2).
+
+    Args:
+        target: H.
+        approximation: P, or the name or spec of an approximation of H.
 
     Returns:
         A float; NaN with an UndefinedMetricWarning when H or P is zero.
 
     Raises:
-        InvalidInputError: The shapes differ.
+        InvalidInputError: The shapes differ, or an argument is of another type.
     """
-    return _defined(InnerProducts.of(target, approximation), "best_scale_error")
+    return _defined(_products(target, approximation), "best_scale_error")
+
+
+def _products(target: Operator, approximation: Operator | str) -> InnerProducts:
+    return InnerProducts.of(target, as_operator(target, approximation))
 
 
 def _defined(products: InnerProducts, metric: str) -> float:

@@ -8,8 +8,9 @@ from typing import Any, final
 
 import pandas as pd
 
-from kronecker_probe.errors import unknown_name
+from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.quality.estimates.estimate import KINDS
+from kronecker_probe.tables import row_told
 
 
 @final
@@ -30,26 +31,45 @@ class Scores:
 
     table: pd.DataFrame
 
-    def pivot(self, metric: str = "cosine", kind: str = "plugin") -> pd.DataFrame:
+    def pivot(self, metric: str = "cosine", kind: str | None = None) -> pd.DataFrame:
         """Parameters x approximations of one metric and kind of estimate.
+
+        Args:
+            metric: One of those measured.
+            kind: "plugin", "held-out" or "population"; by default "plugin" where it was measured,
+                else the kind that was.
 
         Raises:
             UnknownNameError: No such metric in the table, or no such kind.
+            InvalidInputError: The metric was not measured in this kind; names those that were.
         """
-        return self._wide(metric, kind, "value")
+        rows = self._rows(metric)
+        if kind is not None and kind not in KINDS:
+            raise unknown_name("kind of estimate", kind, KINDS)
+        there = self._kinds(rows)
+        if kind is None:
+            valued = self._kinds(rows[rows["value"].notna()])
+            kind = next(iter(valued or there), "plugin")
+        elif there and kind not in there:
+            raise InvalidInputError(
+                f"The table holds no {metric!r} of kind {kind!r}, only {', '.join(there)}; "
+                f"ask for that, or measure with estimates={kind!r}."
+            )
+        wide = rows[rows["kind"] == kind].pivot_table(
+            index="parameter", columns="approximation", values="value", sort=False, dropna=False
+        )
+        return wide.rename_axis(index=None, columns=metric)
 
-    def _wide(self, metric: str, kind: str, column: str) -> pd.DataFrame:
+    def _rows(self, metric: str) -> pd.DataFrame:
         scored = self.table[self.table["approximation"].notna()]
         metrics = ("cosine", *scored["metric"].unique())
         if metric not in metrics:
             raise unknown_name("metric", metric, set(metrics))
-        if kind not in KINDS:
-            raise unknown_name("kind of estimate", kind, KINDS)
-        rows = scored[(scored["metric"] == metric) & (scored["kind"] == kind)]
-        wide = rows.pivot_table(
-            index="parameter", columns="approximation", values=column, sort=False, dropna=False
-        )
-        return wide.rename_axis(index=None, columns=metric)
+        return scored[scored["metric"] == metric]
+
+    def _kinds(self, rows: pd.DataFrame) -> list[str]:
+        """The kinds that were measured, "plugin" first."""
+        return [kind for kind in KINDS if (rows["kind"] == kind).any()]
 
     def shown(self, metric: str = "cosine") -> pd.DataFrame:
         """All kinds of one metric as text with error bars: (parameter, kind) x approximations.
@@ -59,13 +79,12 @@ class Scores:
         Raises:
             UnknownNameError: No such metric in the table.
         """
-        values = self._wide(metric, "plugin", "value")  # which checks the metric
-        rows = self.table[(self.table["metric"] == metric) & self.table["approximation"].notna()]
+        rows = self._rows(metric)
         parameters = rows["parameter"].dropna().unique().tolist()
-        kinds = [kind for kind in KINDS if (rows["kind"] == kind).any()]
-        columns = rows["approximation"].unique().tolist() or values.columns.tolist()
+        kinds = self._kinds(rows)
+        columns = rows["approximation"].unique().tolist()
         cells = {
-            (row["parameter"], row["kind"], row["approximation"]): _cell(row)
+            (row["parameter"], row["kind"], row["approximation"]): row_told(row)
             for row in rows.to_dict("records")
         }
         places = [(name, kind) for name in parameters for kind in kinds]
@@ -94,15 +113,3 @@ class Scores:
 
     def _repr_html_(self) -> str:
         return str(self.shown().to_html())
-
-
-def _cell(row: dict[Any, Any]) -> str:
-    """0.912 ± 0.008; for errors and brackets 0.412 [0.380, 0.441]; - for what is undefined."""
-    value, stderr, low, high = (float(row[key]) for key in ("value", "stderr", "low", "high"))
-    if math.isnan(value):
-        return "-"
-    if not math.isnan(stderr):
-        return f"{value:.3f} ± {stderr:.3f}"
-    if not math.isnan(low):
-        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{value:.4f}"

@@ -20,6 +20,7 @@ from kronecker_probe.operators.spectral_form import (
     SpectralForm,
     exact_form,
 )
+from kronecker_probe.quality.operands import as_operator
 from kronecker_probe.quality.undefined import UndefinedError, check_pair, warn_undefined
 
 # Matrices up to this size are decomposed rather than iterated on.
@@ -30,8 +31,12 @@ TOLERANCE = 1e-9
 DEGENERATE = 1e-10
 
 
-def trace_ratio(target: Operator, approximation: Operator) -> float:
+def trace_ratio(target: Operator, approximation: Operator | str) -> float:
     """Tr P / Tr H, the ratio of the mean eigenvalues.
+
+    Args:
+        target: H.
+        approximation: P, or the name of an approximation of H.
 
     Returns:
         A float; NaN with an UndefinedMetricWarning when H is zero or P is not finite.
@@ -40,7 +45,7 @@ def trace_ratio(target: Operator, approximation: Operator) -> float:
         InvalidInputError: The shapes differ.
     """
     try:
-        return compute_trace_ratio(target, approximation)
+        return compute_trace_ratio(target, as_operator(target, approximation))
     except UndefinedError as reason:
         return warn_undefined("trace_ratio", reason)
 
@@ -79,12 +84,12 @@ class ErrorSpectrum:
         return self.largest / self.target
 
 
-def error_spectrum(target: Operator, approximation: Operator) -> ErrorSpectrum:
+def error_spectrum(target: Operator, approximation: Operator | str) -> ErrorSpectrum:
     """The extreme eigenvalues of H - P, matrix-free (Lanczos, by ARPACK).
 
     Args:
         target: H.
-        approximation: P.
+        approximation: P, or the name of an approximation of H.
 
     Returns:
         Both ends of the spectrum, with |H|_2; NaN with an UndefinedMetricWarning when H is zero.
@@ -93,20 +98,20 @@ def error_spectrum(target: Operator, approximation: Operator) -> ErrorSpectrum:
         InvalidInputError: The shapes differ.
     """
     try:
-        return compute_error_spectrum(target, approximation)
+        return compute_error_spectrum(target, as_operator(target, approximation))
     except UndefinedError as reason:
         nan = warn_undefined("error_spectrum", reason)
         return ErrorSpectrum(nan, nan, nan, nan)
 
 
 def largest_error_eigenvalue(
-    target: Operator, approximation: Operator, *, relative: bool = False
+    target: Operator, approximation: Operator | str, *, relative: bool = False
 ) -> float:
     """|H - P|_2, the largest |eigenvalue| of the error.
 
     Args:
         target: H.
-        approximation: P.
+        approximation: P, or the name of an approximation of H.
         relative: In units of |H|_2.
 
     Returns:
@@ -117,7 +122,7 @@ def largest_error_eigenvalue(
         InvalidInputError: The shapes differ.
     """
     try:
-        found = compute_error_spectrum(target, approximation)
+        found = compute_error_spectrum(target, as_operator(target, approximation))
     except UndefinedError as reason:
         return warn_undefined("largest_error_eigenvalue", reason)
     return found.relative if relative else found.largest
@@ -193,7 +198,7 @@ class ErrorSplit:
         return math.hypot(self.basis, self.eigenvalues)
 
 
-def split_error(target: Operator, approximation: Operator) -> ErrorSplit:
+def split_error(target: Operator, approximation: Operator | str) -> ErrorSplit:
     """The error of P, split into the error of its basis and that of its eigenvalues.
 
     For any orthonormal Q, |H - Q D Q^T|^2 = |offdiag(Q^T H Q)|^2 + |diag(Q^T H Q) - D|^2. The
@@ -204,7 +209,7 @@ def split_error(target: Operator, approximation: Operator) -> ErrorSplit:
     Args:
         target: H.
         approximation: P: a Kronecker, eigen or diagonal operator, or blocks of them; any other
-            PSD operator up to mn = 4096.
+            PSD operator up to mn = 4096; or the name of an approximation of H.
 
     Returns:
         The split; NaN with an UndefinedMetricWarning when H is zero.
@@ -214,13 +219,13 @@ def split_error(target: Operator, approximation: Operator) -> ErrorSplit:
         InvalidInputError: The shapes differ, or P is not PSD.
     """
     try:
-        return compute_split(target, approximation)
+        return compute_split(target, as_operator(target, approximation))
     except UndefinedError as reason:
         nan = warn_undefined("split_error", reason)
         return ErrorSplit(nan, nan, False)
 
 
-def off_diagonal_mass(target: Operator, approximation: Operator) -> float:
+def off_diagonal_mass(target: Operator, approximation: Operator | str) -> float:
     """|offdiag(Q^T H Q)| / |H| in the eigenbasis Q of P (a Kronecker product): its basis error.
 
     Args:
@@ -236,7 +241,7 @@ def off_diagonal_mass(target: Operator, approximation: Operator) -> float:
         InvalidInputError: The shapes differ, or P is not PSD.
     """
     try:
-        return compute_split(target, approximation).basis
+        return compute_split(target, as_operator(target, approximation)).basis
     except UndefinedError as reason:
         return warn_undefined("off_diagonal_mass", reason)
 

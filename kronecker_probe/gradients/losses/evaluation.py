@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -88,6 +88,11 @@ def evaluators(loss_fn: LossFunction, outputs: Tensor) -> list[Evaluator]:
     if wide != outputs.dtype or torch.is_autocast_enabled(outputs.device.type):
         ways.append(Evaluator(loss_fn, outputs.dtype, autocast=True))
     return ways
+
+
+def in_float64(evaluator: Evaluator) -> Evaluator:
+    """The same loss on outputs in float64, unless it takes low precision only."""
+    return evaluator if evaluator.autocast else replace(evaluator, dtype=torch.float64)
 
 
 def at_least_float32(outputs: Tensor) -> Tensor:

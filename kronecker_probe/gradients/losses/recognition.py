@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from kronecker_probe.gradients.losses.evaluation import (
     LossFunction,
     at_least_float32,
     evaluators,
+    in_float64,
 )
 from kronecker_probe.gradients.losses.families import Family, Point, families, pooled
 from kronecker_probe.gradients.losses.resolved import ResolvedLoss
@@ -26,6 +27,8 @@ from kronecker_probe.gradients.losses.targets import check_device_labels, explai
 
 # Outputs up to which a few data stand for all, where the family and the reduction are sought.
 FEW_OUTPUTS = 1 << 11
+# Relative change of outputs that float32 rounds away.
+UNSEEN = 2.0**-30
 
 
 def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> ResolvedLoss:
@@ -34,8 +37,9 @@ def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Res
     The cross-entropy family (class indices, probabilities, label smoothing, class weights,
     ignored targets; classes in dimension 1 or last), squared errors and binary cross-entropies on
     logits (with weights and ``pos_weight``) have gradients s (phi(f) - q): two random outputs
-    give s, a third and the model's own must fit. Any other loss is custom: it must be a mean or a
-    sum over data, which is checked.
+    give s, a third and the model's own must fit, those of a few data in float64 where the loss
+    computes in it, which shows a penalty far below the rounding of float32. Any other loss is
+    custom: it must be a mean or a sum over data, which is checked.
 
     Nothing is drawn from the global random generators, and the loss is called with copies.
 
@@ -62,9 +66,13 @@ def _resolved(
     loss_fn: LossFunction, outputs: Tensor, targets: Tensor, given: Tensor
 ) -> ResolvedLoss:
     evaluator, value, gradient = _first(loss_fn, outputs, targets, given)
-    found = _recognized(evaluator, outputs, targets, gradient)
+    probes = _probes(evaluator, outputs, targets)
+    found = None if probes is None else _recognized(evaluator, outputs, targets, gradient, probes)
     if found is None:
-        return custom_loss(evaluator, outputs, targets, value, gradient)
+        loss = custom_loss(evaluator, outputs, targets, value, gradient)
+        # at a fitted model second derivatives lie below the rounding of float32
+        wider = probes is not None and bool(probes.precise)
+        return replace(loss, evaluator=in_float64(evaluator)) if wider else loss
     factor = len(outputs) if found.reduction == "mean" else 1
     scales = factor * pooled(found.scales, evaluator.tolerance)
     return found.family.resolved(scales, found.reduction, value, evaluator, factor)
@@ -118,20 +126,15 @@ class _Found:
 
 
 def _recognized(
-    evaluator: Evaluator, outputs: Tensor, targets: Tensor, gradient: Tensor
+    evaluator: Evaluator, outputs: Tensor, targets: Tensor, gradient: Tensor, probes: _Probes
 ) -> _Found | None:
-    """The family that all gradients fit; None if there is none, or no mean or sum over data."""
-    try:
-        probes = _probe(evaluator, outputs, targets)
-    except KroneckerProbeError:
-        raise
-    except Exception:  # random outputs may be none that it takes; the model's own are
-        return None
-    if probes is None:
-        return None
+    """The family that all gradients fit; None if there is none."""
     here = (outputs, gradient)
     for family in families(outputs, targets):
-        if probes.few and family.fit(probes.few, evaluator.tolerance) is None:
+        few, tolerance = probes.few, evaluator.tolerance
+        if probes.precise:
+            few, tolerance = probes.precise, in_float64(evaluator).tolerance
+        if few and family.fit(few, tolerance) is None:
             continue
         scales = family.fit([*probes.all_data, here], evaluator.tolerance)
         if scales is not None:
@@ -141,11 +144,30 @@ def _recognized(
 
 @dataclass(frozen=True)
 class _Probes:
-    """Gradients at random outputs: two of all data and three of a few, or three of all."""
+    """Gradients at random outputs: two of all data and three of a few, or three of all.
+
+    Attributes:
+        reduction: "mean" or "sum".
+        all_data: Of all data.
+        few: Of a few data; empty where these are all.
+        precise: Of a few at two random outputs and at the model's, in float64; empty where the
+            loss does not compute in it, or all is in float64 anyway.
+    """
 
     reduction: str
     all_data: list[Point]
     few: list[Point]
+    precise: list[Point]
+
+
+def _probes(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | None:
+    """Gradients that tell the family; None where the loss has none, or is no mean or sum."""
+    try:
+        return _probe(evaluator, outputs, targets)
+    except KroneckerProbeError:
+        raise
+    except Exception:  # random outputs may be none that it takes; the model's own are
+        return None
 
 
 def _probe(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | None:
@@ -164,10 +186,33 @@ def _probe(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | 
         return None
     factor = copies if reduction == "mean" else 1
     points = [(f, factor * g) for f, g in zip(few, gradients, strict=True)]
+    precise = _precise(evaluator, [*few[:2], outputs[rows]], chosen)
     if len(rows) == len(first):
-        return _Probes(reduction, points, [])
+        return _Probes(reduction, points, [], precise)
     second = evaluator.gradient(other, targets)
-    return _Probes(reduction, [(one, first), (other, second)], points)
+    return _Probes(reduction, [(one, first), (other, second)], points, precise)
+
+
+def _precise(evaluator: Evaluator, places: list[Tensor], targets: Tensor) -> list[Point]:
+    """Gradients at all ``places`` in float64; none where the loss does not compute in it.
+
+    A loss that goes on in float32 does not see a change of the outputs below their rounding.
+    """
+    double = in_float64(evaluator)
+    if double == evaluator:
+        return []
+    outputs = torch.cat([*places, places[0]]).double()
+    count = len(places) + 1
+    changed = outputs.chunk(count)[-1].mul_(1 + UNSEEN)
+    try:
+        gradient = double.gradient(outputs, torch.cat([targets] * count))
+    except Exception:  # it may hold weights in float32, and the device no float64 at all
+        return []
+    *gradients, last = gradient.chunk(count)
+    seen = ((last != gradients[0]) & (changed != 0)).count_nonzero()
+    if not bool(torch.isfinite(gradient).all()) or bool(2 * seen < last.count_nonzero()):
+        return []
+    return list(zip(outputs.chunk(count)[:-1], gradients, strict=True))
 
 
 def _places(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

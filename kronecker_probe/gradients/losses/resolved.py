@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -276,7 +276,10 @@ class CustomLoss(ResolvedLoss):
                 "linear there, and so is its Gauss-Newton matrix 0; use 'empirical-fisher'. (For "
                 "NLLLoss on log-probabilities, cross_entropy is the same loss, and has one.)"
             )
-        if smallest < -self.evaluator.tolerance * largest * outputs[0].numel() ** 0.5:
+        # gradients reach the outputs in their own precision, whatever that of the loss
+        given = replace(self.evaluator, dtype=at_least_float32(outputs).dtype)
+        tolerance = max(self.evaluator.tolerance, given.tolerance)
+        if smallest < -tolerance * largest * outputs[0].numel() ** 0.5:
             datum = int(values[:, 0].argmin())
             raise UnsupportedError(
                 f"loss_fn is not convex in the outputs: at datum {datum} its Hessian has the "

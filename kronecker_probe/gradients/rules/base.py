@@ -175,8 +175,9 @@ class Call:
             )
         if self.x._version != self.version:
             raise InvalidInputError(
-                f"The input of layer {self.name!r} was changed in place after the layer "
-                "had read it; make that operation out of place."
+                f"The input of layer {self.name!r} was changed in place after the layer had read "
+                "it; make that operation out of place (give the layer a clone of a buffer or cache "
+                "that is written again in the same forward pass)."
             )
 
 

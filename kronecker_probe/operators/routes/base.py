@@ -143,8 +143,9 @@ class Route(abc.ABC):
         s = self.samples
         if not isinstance(s, FactoredSamples):
             raise UnsupportedError(
-                "K-FAC needs layer inputs and output gradients, and these samples hold only "
-                "gradient matrices; use GradientSamples.from_factors or kp.capture."
+                "K-FAC needs the inputs and output gradients of a linear or convolutional layer, "
+                f"and {type(s).__name__} hold none; kp.capture finds them where the model has such "
+                "a layer, and GradientSamples.from_factors takes your own."
             )
         # a position is a vector like a column is: both sum within one datum
         outputs = Rows(s.output_grads.flatten(1, 2))

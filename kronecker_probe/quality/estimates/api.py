@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from kronecker_probe.approximations import approximate, resolve
@@ -12,6 +13,9 @@ from kronecker_probe.operators.second_moment import SecondMoment
 from kronecker_probe.quality.estimates.estimate import MIN_N_EFF, Estimate, check_kinds
 from kronecker_probe.quality.estimates.estimator import TARGET_METRICS, Estimator
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
+
+# Of the standard error now to the one wanted: more data than its square are no plan.
+LARGEST_RATIO = 1e6
 
 
 def estimate(
@@ -132,10 +136,10 @@ def samples_needed(
         options: As for :func:`estimate`.
 
     Raises:
-        InvalidInputError: ``stderr`` is not positive.
+        InvalidInputError: ``stderr`` is not positive, or so small that no data would do.
         UnsupportedError: There is no standard error to extrapolate; the message says why.
     """
-    if isinstance(stderr, bool) or not isinstance(stderr, int | float) or not stderr > 0:
+    if isinstance(stderr, bool) or not isinstance(stderr, Real) or not 0 < stderr < math.inf:
         raise InvalidInputError(f"samples_needed got stderr={stderr!r}; give a positive number.")
     of_target = metric in TARGET_METRICS
     found = estimate(H, None if of_target else approximation, metric, "population", **options)
@@ -144,5 +148,10 @@ def samples_needed(
             f"samples_needed has no standard error of {found.approximation or 'H'} to extrapolate: "
             f"{found.note}."
         )
-    wanted = found.n * (found.stderr / stderr) ** 2
+    ratio = found.stderr / float(stderr)
+    if not ratio < LARGEST_RATIO:
+        raise InvalidInputError(
+            f"stderr={stderr!r} is out of reach: with {found.n} data it is {found.stderr:.2g}."
+        )
+    wanted = found.n * ratio**2
     return math.ceil(max(wanted, found.n * MIN_N_EFF / found.n_eff))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
+from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.rows import principal
 from kronecker_probe.operators.second_moment import SecondMoment
@@ -17,6 +18,8 @@ from kronecker_probe.quality.estimates.replicates import leave_one_out
 
 # Data of one group are drawn by this seed: data in the order of their classes must be mixed.
 GROUPING_SEED = 0
+# Relative difference of squared norms that rounding explains.
+SAME = 1e-9
 
 
 @final
@@ -55,12 +58,19 @@ class Draws:
     @cached_property
     def n_eff(self) -> float:
         """(sum |G_i|^2)^2 / sum |G_i|^4 with the weights inside; 0 for H = 0."""
-        sizes = self.shares * self.sizes
-        top = sizes.max()
-        if not float(top) > 0:
-            return 0.0
-        sizes = sizes / top  # squares of tiny gradients would underflow
-        return float(sizes.sum() ** 2 / sizes.square().sum())
+        return _effective_count(self.shares * self.sizes)
+
+    @cached_property
+    def n_eff_of_factors(self) -> float:
+        """The least of the effective numbers of G_i, d_i and a_i: K-FAC averages d and a apart.
+
+        A datum of large d and small a carries little of H, and much of the left factor.
+        """
+        samples = self.target.samples
+        if not isinstance(samples, FactoredSamples):
+            return self.n_eff
+        squares = map(_squared_norms, (samples.output_grads, samples.inputs))
+        return min(self.n_eff, *(_effective_count(self.shares * one) for one in squares))
 
     @cached_property
     def pairs(self) -> Tensor:
@@ -72,6 +82,17 @@ class Draws:
         what = f"The {self.count} x {self.count} products of all pairs of draws"
         require_memory(24.0 * self.count**2, what, self.shares.device)
         return self.target.pair_products()
+
+    @cached_property
+    def copies(self) -> int:
+        """Data whose gradients, not zero, are those of a datum before them.
+
+        Raises:
+            MemoryBudgetError: As for :attr:`pairs`.
+        """
+        squares = self.pairs.diagonal()
+        same = self.pairs >= (1 - SAME) * torch.maximum(squares[:, None], squares)
+        return int((same.tril(-1).any(dim=1) & (squares > 0)).sum())
 
     @cached_property
     def pair_forms(self) -> Tensor:
@@ -128,6 +149,21 @@ class Draws:
         block = principal(self.pairs, index)
         total = p @ (block @ p) - p.square() @ block.diagonal()
         return float(total / (p.sum() ** 2 - p.square().sum()))
+
+
+def _effective_count(sizes: Tensor) -> float:
+    """(sum s)^2 / sum s^2; 0 where all are 0."""
+    top = sizes.max()
+    if not float(top) > 0:
+        return 0.0
+    sizes = sizes / top  # squares of tiny gradients would underflow
+    return float(sizes.sum() ** 2 / sizes.square().sum())
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Of each datum's numbers, float64 [N]."""
+    parts = torch.split(rows, chunk_rows(rows[0].numel()))
+    return torch.cat([part.double().square().flatten(1).sum(dim=1) for part in parts])
 
 
 def pair_statistic(rows: Tensor, totals: Tensor) -> Tensor:

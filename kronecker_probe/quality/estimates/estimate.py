@@ -16,6 +16,10 @@ KINDS = ("plugin", "held-out", "population")
 SQUARED = frozenset({"relative_error", "best_scale_error"})
 # Effective draws under which no population or held-out number is given.
 MIN_N_EFF = 30.0
+# Above this share of N, N_eff is low because N is.
+MOSTLY = 0.8
+# Times N that are worth the trouble of measuring again.
+LEAST_MORE = 1.3
 LEVEL = 0.95
 
 
@@ -141,8 +145,13 @@ def check_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises:
         UnknownNameError: No such kind of estimate.
+        InvalidInputError: There is none at all.
     """
+    if not isinstance(kinds, str) and not isinstance(kinds, Iterable):
+        raise InvalidInputError(f"estimates={kinds!r}; name one or several of {', '.join(KINDS)}.")
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not named:
+        raise InvalidInputError(f"No kind of estimate is asked for; name some of {KINDS}.")
     for kind in named:
         if kind not in KINDS:
             raise unknown_name("kind of estimate", kind, KINDS)
@@ -153,8 +162,13 @@ def abstention(n: int, n_eff: float) -> str:
     """Why nothing is estimated from so few effective draws, and what to do; empty if it may be."""
     if n_eff >= MIN_N_EFF:
         return ""
-    needed = math.ceil(n * MIN_N_EFF / max(n_eff, 1.0) / 10) * 10
+    # just as many would leave half of all samples below again
+    needed = math.ceil(n * max(MIN_N_EFF / max(n_eff, 1.0), LEAST_MORE) / 10) * 10
+    # three digits, for 29.8 is not yet 30
+    few = f"N_eff = {n_eff:.3g} of N = {n}: a few data carry the numbers, and"
+    if n < MIN_N_EFF or n_eff > MOSTLY * n:
+        few = f"N = {n} data (N_eff = {n_eff:.3g}) are few:"
     return (
-        f"N_eff = {n_eff:.0f} of N = {n}: a few data carry the numbers, and under "
-        f"{MIN_N_EFF:.0f} no estimate can be trusted; measure about {needed} data"
+        f"{few} under {MIN_N_EFF:.0f} effective draws no estimate can be trusted; measure about "
+        f"{needed} data"
     )

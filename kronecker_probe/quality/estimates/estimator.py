@@ -33,6 +33,8 @@ from kronecker_probe.quality.metrics import InnerProducts
 
 CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
 TARGET_METRICS = ("norm", "trace")
+# Approximations of separate means of d and a, which other draws may carry than those of H.
+OF_FACTORS = frozenset({"kfac", "kfac-reduce", "ekfac"})
 NOT_INDEPENDENT = (
     "these draws are not independent: their weighted sum is the target itself, and the plug-in "
     "number has no sampling error"
@@ -41,7 +43,12 @@ NOT_INDEPENDENT = (
 MIN_REFITTED = 30.0
 # Effective draws along each eigenvector that a fit with q < MILD_Q needs.
 MIN_DIRECTION, MILD_Q = 5.0, 0.5
-UNDEFINED = "P = 0, or a part of the draws with H = 0"
+UNDEFINED = (
+    "|H|^2 or |P|^2 over distinct draws is not positive, of all draws or without some of them: "
+    "P = 0, or hardly any two draws share a direction; measure more data"
+)
+# Rules that give H itself wherever it acts on vectors, m or n = 1, in any sample.
+EXACT_ON_VECTORS = frozenset({"optimal", "shampoo-squared", "shampoo-squared-sequential"})
 BRACKET = "bracket: from held-out factors to the in-sample fit, each with its error"
 
 
@@ -112,6 +119,15 @@ class Estimator:
         unusable = InnerProducts(0.0, self._target.norm(), 0.0).unusable
         return unusable or abstention(self.n, self.n_eff)
 
+    def _n_eff_for(self, label: str | None) -> float:
+        """How many draws carry the numbers of one approximation."""
+        of_factors = label is not None and label.partition(":")[0] in OF_FACTORS
+        return self._draws.n_eff_of_factors if of_factors else self.n_eff
+
+    def _silence_for(self, label: str) -> str:
+        """Why nothing is estimated of one approximation; empty if it may be."""
+        return self._silence or abstention(self.n, self._n_eff_for(label))
+
     def noise_floor(self) -> float:
         """The cosine of the sample matrix to the population's, |H| / |H_N|.
 
@@ -136,9 +152,14 @@ class Estimator:
         try:
             values = closed_forms.norm if metric == "norm" else closed_forms.trace
             found = jackknife(values(self._draws), single=True)
+            copies = self._draws.copies
         except MemoryBudgetError as error:
             return self._undefined(metric, None, kind, str(error))
-        return self._estimate(metric, None, kind, found)
+        one = self._estimate(metric, None, kind, found)
+        if not copies or one.note:
+            return one
+        note = f"{copies} of {self.n} data have the same gradients as another"
+        return replace(one, note=f"{note}: if they are copies of it, measure each once")
 
     def plugin(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
         """The numbers of the sample matrix itself."""
@@ -162,28 +183,44 @@ class Estimator:
             metrics: Of :data:`QUALITY_METRICS`.
             kind: "held-out" or "population".
         """
-        if self._silence:
-            return {label: self._silent(label, metrics, kind) for label in labels}
-        outcomes: dict[str, Replicates | Bracket | str] = {}
+        outcomes: dict[str, Replicates | Bracket | str] = {
+            label: why for label in labels if (why := self._silence_for(label))
+        }
+        rest = [label for label in labels if label not in outcomes]
         if kind == "held-out":
-            outcomes |= {label: self._held_out(label) for label in labels}
+            outcomes |= {label: self._held_out(label) for label in rest}
         else:
-            specs = {label: resolve(label) for label in labels}
+            outcomes |= {label: self._perfect for label in rest if self._is_exact(label)}
+            specs = {label: resolve(label) for label in rest if label not in outcomes}
             closed = {k: spec for k, spec in specs.items() if spec.name in CLOSED_FORMS}
             self._prepare([spec.name for spec in closed.values() if not spec.options])
             outcomes |= {label: self._closed(spec) for label, spec in closed.items()}
-            outcomes |= self._fitted([label for label in labels if label not in closed])
+            outcomes |= self._fitted([label for label in specs if label not in closed])
         return {
             label: [self._of(label, metric, kind, outcomes[label]) for metric in metrics]
             for label in labels
         }
 
+    def _is_exact(self, label: str) -> bool:
+        """Whether P = H for any draws."""
+        spec, (m, n) = resolve(label), self._target.shape
+        if "block_size" in dict(spec.options):
+            return False
+        one_sided = (spec.name == "left-only" and n == 1) or (spec.name == "right-only" and m == 1)
+        return one_sided or (min(m, n) == 1 and spec.name in EXACT_ON_VECTORS)
+
+    @property
+    def _perfect(self) -> Replicates | str:
+        try:
+            square = self._draws.target_squares
+        except MemoryBudgetError as error:
+            return str(error)
+        return Replicates(square, square, square, single=True)
+
     def of_operator(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
         """Population estimates of an operator that was not fitted to these draws."""
-        if self._silence:
-            return self._silent(label, metrics, "population")
         try:
-            found: Replicates | str = fixed_operator(self._draws, operator)
+            found: Replicates | str = self._silence or fixed_operator(self._draws, operator)
         except MemoryBudgetError as error:
             found = str(error)
         return [self._of(label, metric, "population", found) for metric in metrics]
@@ -316,16 +353,15 @@ class Estimator:
             return replace(one, value=math.nan, note=one.note or UNDEFINED)
         return replace(one, bracket=(bounds[0], bounds[1]), note=BRACKET)
 
-    def _silent(self, label: str, metrics: Sequence[str], kind: str) -> list[Estimate]:
-        return [self._undefined(metric, label, kind, self._silence) for metric in metrics]
-
     def _undefined(self, metric: str, label: str | None, kind: str, why: str) -> Estimate:
-        return Estimate(metric, label, kind, math.nan, math.nan, self.n, self.n_eff, note=why)
+        n_eff = self._n_eff_for(label)
+        return Estimate(metric, label, kind, math.nan, math.nan, self.n, n_eff, note=why)
 
     def _estimate(self, metric: str, label: str | None, kind: str, found: Jackknifed) -> Estimate:
         note = UNDEFINED if math.isnan(found.value) else ""
+        n_eff = self._n_eff_for(label)
         return Estimate(
-            metric, label, kind, found.value, found.stderr, self.n, self.n_eff, found.df, note
+            metric, label, kind, found.value, found.stderr, self.n, n_eff, found.df, note
         )
 
 

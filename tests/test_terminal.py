@@ -1,0 +1,101 @@
+"""What the command line prints of a table: every number with its error, inside 80 columns."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from kronecker_probe import terminal
+from kronecker_probe.terminal import show_table
+from kronecker_probe.tracking.training import Progress
+from tests.synthetic_tables import APPROXIMATIONS, estimated, frame, quality
+
+
+def printed(
+    table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *,
+    asked: bool = False,
+) -> list[str]:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(terminal, "console", Console())
+    show_table(table, asked=asked)
+    return capsys.readouterr().out.splitlines()
+
+
+def columns(lines: list[str], first: str) -> list[list[str]]:
+    return [line.split() for line in lines if line.strip().startswith(first)]
+
+
+def full() -> list[dict[str, object]]:
+    """Seven approximations; the optimum as a bracket, a noise floor for one of two layers."""
+    cosines = {name: 0.95 - 0.011 * i for i, name in enumerate(APPROXIMATIONS)}
+    rows = estimated("0.weight", cosines, stderr=0.008) + estimated("1", cosines, stderr=0.008)
+    for row in rows:
+        if row["kind"] == "population" and row["approximation"] == "optimal":
+            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+        if row["kind"] == "population" and row["parameter"] == "1":
+            row |= {"value": math.nan, "stderr": None, "low": None, "high": None, "note": "few"}
+    floor = {"step": 0, "parameter": "0.weight", "metric": "noise_floor", "kind": "population"}
+    return [*rows, floor | {"value": 0.971}]
+
+
+def test_every_number_stands_with_its_error_and_the_floor_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(frame(full()), monkeypatch, capsys)
+    table = [line for line in lines if not line.startswith("- ")]
+    assert max(map(len, table)) <= 80
+    assert "…" not in "".join(table)
+    assert "population and plug-in numbers" in lines[0]
+    (population,) = columns(lines, "population")  # one layer abstains
+    at = lines.index(next(line for line in lines if line.startswith("population")))
+    assert population[1:] == [f"{0.95 - 0.011 * i:.3f}" for i in range(7)]
+    assert lines[at + 1].split() == ["[.934,", *["±.008"] * 6]
+    assert lines[at + 2].split() == [".966]b"]
+    plugin = columns(lines, "plug-in")
+    for row, floor in zip(plugin, ("0.971", "-"), strict=True):
+        assert row[1:] == [*(f"{0.93 - 0.011 * i:.3f}" for i in range(7)), floor]
+    assert any("standard error" in line for line in table)
+    assert any("bracket" in line for line in table)
+
+
+def test_every_metric_asked_for_has_a_table_and_the_cosine_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = quality(0, "a", {"optimal": 0.9, "kfac": 0.8})
+    usual = printed(frame(rows), monkeypatch, capsys)
+    assert len([line for line in usual if " at step 0: " in line]) == 1
+    asked = printed(frame(rows), monkeypatch, capsys, asked=True)
+    assert len([line for line in asked if " at step 0: " in line]) == 4
+    other = [row | {"metric": "trace_ratio"} for row in rows if row["metric"] == "best_scale"]
+    lines = printed(frame(other), monkeypatch, capsys)
+    assert lines[0].strip() == "trace_ratio at step 0: plug-in numbers"
+    assert columns(lines, "a") == [["a", "0.900", "0.800"]]
+
+
+def test_held_out_numbers_alone_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = quality(0, "a", {"optimal": 0.9, "kfac": 0.8})
+    lines = printed(frame([row | {"kind": "held-out"} for row in rows]), monkeypatch, capsys)
+    assert lines[0].strip() == "Cosine to H at step 0: held-out numbers"
+    assert columns(lines, "a ") == [["a", "0.900", "0.800"]]
+
+
+def test_progress_without_a_terminal_is_a_plain_line_every_tenth(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "console", Console(force_terminal=False))
+    with terminal.progress_shown(35) as show:
+        for step in range(1, 36):
+            show(Progress(step, 1 / step, math.nan if step < 9 else 0.5))
+    out, err = capsys.readouterr()
+    assert out == ""
+    steps = [int(n) for n in re.findall(r"^step (\d+) of 35, loss ", err, re.MULTILINE)]
+    assert steps == [1, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35]
+    assert len(err.splitlines()) == len(steps)
+    assert "accuracy -, " in err
+    assert "accuracy 0.500, " in err
