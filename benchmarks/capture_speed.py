@@ -69,6 +69,8 @@ def problems(on: torch.device) -> list[Problem]:
     return [
         Problem("MLP 784-512-512-10, N = 512", mlp.to(on), torch.randn(512, 784, device=on),
                 torch.randint(10, (512,), device=on), 1.0),
+        Problem("the same, N = 2048", mlp, torch.randn(2048, 784, device=on),
+                torch.randint(10, (2048,), device=on), 1.0),
         Problem("conv net on 32 x 32, N = 64", conv.to(on), torch.randn(64, 3, 32, 32, device=on),
                 torch.randint(10, (64,), device=on), 2.5),
         Problem("attention block, d = 128, T = 64, N = 64", attention.to(on),

@@ -145,3 +145,15 @@ def test_any_real_number_is_a_standard_error_but_not_one_out_of_reach() -> None:
     for stderr in (1e-300, float("inf"), 0, -1, True, "a"):
         with pytest.raises(InvalidInputError, match="stderr"):
             kp.samples_needed(H, stderr)  # type: ignore[arg-type]
+
+
+def test_no_error_where_the_norm_of_h_has_no_estimate() -> None:
+    d = torch.eye(40, dtype=torch.float64)
+    a = torch.eye(40, dtype=torch.float64)
+    d[1], a[1] = d[0] + 1e-3 * d[2], a[0] + 1e-3 * a[2]  # one pair of draws meets, no other
+    H = kp.SecondMoment(kp.GradientSamples.from_factors(d, a))
+    for metric in ("cosine", "relative_error", "best_scale_error"):
+        for kind in ("population", "held-out"):
+            found = kp.estimate(H, "shampoo-squared", metric, kind)
+            assert found.value != found.value
+            assert "not positive" in found.note

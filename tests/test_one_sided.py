@@ -96,6 +96,18 @@ def test_the_other_layers_of_a_comparison_are_measured() -> None:
 
 
 @pytest.mark.usefixtures("_little_memory")
+def test_an_operator_of_the_caller_is_scored() -> None:
+    left = 1 + torch.arange(V, dtype=torch.float64)
+    P = kp.KroneckerOperator(left.diag(), torch.eye(D, dtype=torch.float64))
+    expected = float((matrices().square().mean(0).sum(1) * left).sum())
+    assert kp.SecondMoment(embedding()).inner(P) == pytest.approx(expected, rel=SAME)
+    table = kp.compare(
+        {"large": embedding()}, FITTING, estimates="plugin", extra={"large": {"mine": P}}
+    ).table
+    assert (table.loc[table["metric"] == "cosine", "value"] > 0).all()
+
+
+@pytest.mark.usefixtures("_little_memory")
 def test_a_tracked_run_goes_on(tmp_path: Path) -> None:
     class Bag(nn.Module):
         def __init__(self) -> None:

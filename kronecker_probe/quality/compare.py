@@ -222,7 +222,10 @@ def _measured_rows(
         rows += [estimate_row(one) for kind in rest for one in found[kind][name]]
         rows += _extra_metric_rows(target, name, fits[name], request.extra_metrics)
     for name, operator in extra.items():
-        rows += _operator_rows(estimator, target, name, operator, request)
+        try:
+            rows += _operator_rows(estimator, target, name, operator, request)
+        except MemoryBudgetError as error:
+            rows += _undefined(name, request, str(error))
     return rows
 
 

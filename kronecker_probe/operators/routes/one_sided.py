@@ -19,7 +19,10 @@ from kronecker_probe.operators.routes.registry import kernels_for
 
 @final
 class OneSided(Route):
-    """Norm, trace, diagonal, and the smaller side's factor; all else is refused."""
+    """Norm, trace, diagonal, the smaller side's factor, and inner products with given matrices.
+
+    All else is refused.
+    """
 
     name: ClassVar[str] = "one-sided"
 
@@ -57,15 +60,18 @@ class OneSided(Route):
         self._refuse()
 
     def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
-        large, small = (left, right) if self._tall else (right, left)
-        if not _is_identity(large):
-            self._refuse()
-        matrix = None if small is None else small.matrix
-        return self.kernels.quadratic_forms(*((None, matrix) if self._tall else (matrix, None)))
+        large = left if self._tall else right
+        if not (_is_identity(large) or isinstance(large, MatrixFactor)):
+            self._refuse()  # it would be formed first
+        matrices = [
+            None if factor is None or isinstance(factor, IdentityFactor) else factor.matrix
+            for factor in (left, right)
+        ]
+        return self.kernels.quadratic_forms(*matrices)
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         if not _is_identity(left if self._tall else right):
-            self._refuse()
+            return float(self.weights @ self.quadratic_forms(left, right))
         return right.inner(self.right) if self._tall else left.inner(self.left)
 
     def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:

@@ -87,15 +87,21 @@ def _cosine(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
 
 
 def _relative_error(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
+    target = _positive(target)
     return 1.0 - 2.0 * cross / target + approximation / target
 
 
 def _best_scale_error(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    return 1.0 - cross.square() / (target * approximation)
+    return 1.0 - cross.square() / (_positive(target) * _positive(approximation))
 
 
 def _best_scale(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    return cross / approximation
+    return cross / _positive(approximation)
+
+
+def _positive(square: Tensor) -> Tensor:
+    """An estimate of a squared norm; NaN where it is none, as the root in a cosine would be."""
+    return torch.where(square > 0, square, math.nan)
 
 
 METRIC_VALUES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
