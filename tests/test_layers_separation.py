@@ -323,3 +323,41 @@ def test_a_model_that_writes_into_its_own_buffer_is_still_checked() -> None:
     batch = torch.randn(N, 5).double(), torch.randn(N, CLASSES).double()
     with pytest.raises(InvalidInputError, match="gradients of different data mix"):
         kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+
+
+class Static(nn.Module):
+    """Copies its inputs into a buffer of its own, as for replayed graphs; mixes data if coupled."""
+
+    def __init__(self, n_data: int, *, coupled: bool, registered: bool) -> None:
+        super().__init__()
+        self.b = nn.Linear(5, CLASSES)
+        self.coupled = coupled
+        self.register_buffer("held", torch.zeros(n_data, 5))
+        if not registered:
+            del self._buffers["held"]
+            self.held = torch.zeros(n_data, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held[: len(x)]
+        held.copy_(x)
+        y = self.b(held)
+        return y + y.roll(1, 0) if self.coupled else y
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("n_data", [PART, N])
+def test_a_model_that_writes_into_its_own_buffer(n_data: int, registered: bool) -> None:
+    model = Static(n_data, coupled=False, registered=registered).double()
+    batch = torch.randn(n_data, 5).double(), torch.randn(n_data, CLASSES).double()
+    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    expected = oracle.share_gradients(model, F.mse_loss, *batch, ["b.weight"])["b.weight"]
+    measured = oracle.matrices(samples["b.weight"])[:, 0]
+    assert_close(measured.flatten(1), expected.flatten(1))
+    assert not model.held.any()
+
+
+def test_a_model_that_writes_into_its_own_buffer_is_still_checked() -> None:
+    model = Static(N, coupled=True, registered=True).double()
+    batch = torch.randn(N, 5).double(), torch.randn(N, CLASSES).double()
+    with pytest.raises(kp.InvalidInputError, match="gradients of different data mix"):
+        kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)

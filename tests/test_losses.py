@@ -576,3 +576,41 @@ def test_a_loss_that_computes_in_single_precision_is_recognized(loss: Loss) -> N
     for outputs in (FITTED, normal(64, 4).float()):
         found = resolve_loss(loss, outputs, torch.arange(len(outputs)) % 4)
         assert found.kind == "cross-entropy"
+
+
+# A penalty on fitted logits: its curvature is larger than the cross-entropy's, and its gradient a
+# millionth of what float32 can tell at random outputs.
+FITTED = 15 * F.one_hot(torch.arange(8) % 4, 4).float()
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1e-5, 1e-6, 1e-8])
+def test_a_small_penalty_is_seen_in_single_precision(penalty: float) -> None:
+    labels = torch.arange(8) % 4
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + penalty * outputs.pow(2).mean()
+
+    found = resolve_loss(loss, FITTED, labels)
+    assert found.kind == "custom"
+    exact = hessian(lambda f: loss(f, labels))(FITTED.double())
+    expected = len(labels) * torch.stack([exact[i, :, i] for i in range(len(labels))])
+    roots = torch.stack(list(found.root_columns(FITTED)), dim=2).double()
+    error = (roots @ roots.mT - expected).norm() / expected.norm()
+    assert float(error) < 16 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f, y: F.cross_entropy(f.float(), y),
+        lambda f, y: (
+            0.9 * F.cross_entropy(f.float(), y) - 0.1 * F.log_softmax(f.float(), -1).mean()
+        ),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0, 0.3])),
+    ],
+    ids=["cast", "two-casts", "float32-weights"],
+)
+def test_a_loss_that_computes_in_single_precision_is_recognized(loss: Loss) -> None:
+    for outputs in (FITTED, normal(64, 4).float()):
+        found = resolve_loss(loss, outputs, torch.arange(len(outputs)) % 4)
+        assert found.kind == "cross-entropy"

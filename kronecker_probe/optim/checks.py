@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.optim.shapes import state_dtype
+from kronecker_probe.optim.precision import state_dtype
 
 
 def check_parameter(param: Tensor, name: str) -> None:
@@ -25,12 +26,29 @@ def check_parameter(param: Tensor, name: str) -> None:
         )
 
 
-def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
+def check_number(value: object, name: str, holds: Callable[[float], bool], text: str) -> None:
+    """Refuses what is no finite number in a range.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and holds(float(value))):  # type: ignore[arg-type]
+        raise InvalidInputError(f"{name} is {value!r}; it must be a finite number, {text}.")
+
+
+def check_gradients(
+    params: Sequence[Tensor], name_of: Callable[[Tensor], str], *, skip: bool = False
+) -> bool:
     """Refuses gradients that would spoil the state, with one transfer from each device and dtype.
 
     Args:
         params: Parameters with a gradient.
         name_of: The name of a parameter in messages, asked for only when one is refused.
+        skip: Answer False instead where one is not finite.
+
+    Returns:
+        Whether the step may be taken.
 
     Raises:
         UnsupportedError: A sparse gradient.
@@ -49,6 +67,8 @@ def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) 
         limit = math.sqrt(torch.finfo(state_dtype(gradient.dtype)).max)
         if norm < limit:
             continue
+        if skip:
+            return False
         if gradient.isfinite().all():
             raise NonFiniteError(
                 f"The gradient of {name_of(param)} has a norm above {limit:.3g}, whose square "
@@ -58,6 +78,7 @@ def check_gradients(params: Sequence[Tensor], name_of: Callable[[Tensor], str]) 
             f"The gradient of {name_of(param)} holds a NaN or an infinity. Nothing was "
             "changed: skip this batch, clip, or lower the learning rate."
         )
+    return True
 
 
 def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) -> None:
@@ -72,13 +93,13 @@ def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) ->
         InvalidInputError: Not a state of Shampoo, or one of another shape.
     """
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise InvalidInputError(f"The loaded state of {name} is not one of Shampoo: no int 'step'.")
+        raise InvalidInputError(f"The loaded state of {name} is not one of this optimizer: no int 'step'.")
     for key, value in state.items():
         if key == "step":
             continue
         if key not in shapes or not isinstance(value, Tensor):
             raise InvalidInputError(
-                f"The loaded state of {name} holds {key!r}, which is not a state of Shampoo under "
+                f"The loaded state of {name} holds {key!r}, which is no state of this optimizer under "
                 f"the loaded options. Known: {', '.join(sorted(shapes))}."
             )
         if tuple(value.shape) != shapes[key]:

@@ -1,52 +1,63 @@
-"""The length of the step, borrowed from another method (grafting)."""
+"""The length of the step, borrowed from another method (grafting), block by block."""
 
 from __future__ import annotations
 
 import math
+from typing import final
 
 import torch
 from torch import Tensor
+
+from kronecker_probe.optim.config import Magnitude, Statistics
+from kronecker_probe.optim.diagonal import divided
+from kronecker_probe.optim.preconditioner import State
 
 # A direction shorter than this is not stretched further (Distributed Shampoo adds the same).
 _SHORTEST = 1e-16
 
 
-def adam_denominator(second_moment: Tensor, correction: float, epsilon: float) -> Tensor:
-    """sqrt(v / b) + epsilon, a new tensor.
+@final
+class Graft:
+    """The direction of the grafted method on a stack of blocks, of which the norm is used.
 
     Args:
-        second_moment: v.
-        correction: b, the bias correction of v.
-        epsilon: At least 0.
+        magnitude: Which method.
+        statistics: Whose beta2 and bias correction it has unless it says otherwise.
     """
-    return second_moment.sqrt().div_(math.sqrt(correction)).add_(epsilon)
 
+    def __init__(self, magnitude: Magnitude, statistics: Statistics) -> None:
+        self.kind = magnitude.grafting
+        self.epsilon = magnitude.epsilon
+        beta2 = statistics.beta2 if magnitude.beta2 is None else magnitude.beta2
+        self.beta2 = None if self.kind == "adagrad" else beta2
+        self.corrects = self.kind == "adam" and statistics.bias_correction
 
-def adam_direction(
-    filtered: Tensor, second_moment: Tensor, correction: float, epsilon: float
-) -> Tensor:
-    """M / (sqrt(v / b) + epsilon), entrywise, as Adam has it.
+    @property
+    def has_moment(self) -> bool:
+        """Whether it keeps a second moment of its own."""
+        return self.kind in ("adagrad", "rmsprop", "adam")
 
-    Args:
-        filtered: M, the gradient or its average.
-        second_moment: v, of the same shape.
-        correction: b, the bias correction of v.
-        epsilon: Where it is 0, entries with v = 0 give 0: the pseudo-inverse, never 0/0.
+    def update(self, state: State, gradients: Tensor) -> None:
+        """v <- beta2 v + (1 - beta2) G o G, or v + G o G."""
+        if not self.has_moment:
+            return
+        keep, weight = (1.0, 1.0) if self.beta2 is None else (self.beta2, 1.0 - self.beta2)
+        state["graft_moment"].mul_(keep).addcmul_(gradients, gradients, value=weight)
 
-    Returns:
-        A new tensor of the same shape.
-    """
-    denominator = adam_denominator(second_moment, correction, epsilon)
-    if epsilon == 0:
-        denominator.masked_fill_(denominator == 0, math.inf)
-    return torch.div(filtered, denominator, out=denominator)
+    def direction(self, state: State, filtered: Tensor, step: int) -> Tensor:
+        """Its own direction of M, which takes over where there is no preconditioner yet."""
+        if not self.has_moment:
+            return filtered
+        denominator = state["graft_moment"].sqrt()
+        if self.corrects and self.beta2 is not None:
+            denominator.div_(math.sqrt(1.0 - self.beta2**step))
+        return divided(filtered, denominator.add_(self.epsilon))
 
-
-def graft_scale(direction: Tensor, graft: Tensor) -> Tensor:
-    """The factor, a 0-dim tensor, that gives ``direction`` the Frobenius norm of ``graft``.
-
-    Only the norm of the grafted method is used, never its direction (arXiv 2309.06497).
-    """
-    length: Tensor = torch.linalg.vector_norm(direction).clamp_min_(_SHORTEST)
-    wanted: Tensor = torch.linalg.vector_norm(graft)
-    return wanted.div_(length)
+    def scaled(self, direction: Tensor, graft: Tensor) -> Tensor:
+        """``direction`` with the Frobenius norms of ``graft``, block by block, in place."""
+        if self.kind == "none":
+            return direction
+        dims = tuple(range(1, direction.ndim))
+        length = torch.linalg.vector_norm(direction, dim=dims, keepdim=True).clamp_min_(_SHORTEST)
+        wanted = torch.linalg.vector_norm(graft, dim=dims, keepdim=True)
+        return direction.mul_(wanted.div_(length))

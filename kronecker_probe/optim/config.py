@@ -1,0 +1,375 @@
+"""The choices that make an optimizer of this family: typed, checked, independent of each other.
+
+Every variant rotates the gradient, divides it entrywise and rotates back (Eschenhagen et al., arXiv
+2506.03595), so that four choices say what it is: what the factors accumulate, when and how their
+bases are refreshed, what the entries are divided by, and whose length the step takes. A fifth says
+how a parameter is cut into matrices. ``presets`` has the named combinations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+
+
+class Config:
+    """A frozen dataclass whose fields are checked, and which is a dict of plain values in states."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises InvalidInputError or UnknownNameError for a value out of range."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as a state dict holds them."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with other values of some fields.
+
+        Raises:
+            UnknownNameError: There is no such field.
+            InvalidInputError: A value out of range.
+        """
+        known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        for name in changes:
+            if name not in known:
+                raise unknown_name(f"option of {self.section}", name, known)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    @classmethod
+    def of(cls, given: Self | Mapping[str, Any]) -> Self:
+        """Itself, or the one that a dict of its fields stands for.
+
+        Raises:
+            InvalidInputError: Something else, or a value out of range.
+            UnknownNameError: There is no such field.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise InvalidInputError(
+                f"{cls.section} is a {type(given).__name__}; give a {cls.__name__}, or a dict of "
+                "its fields."
+            )
+        return cls().replace(**given)
+
+    def _number(self, name: str, holds: Callable[[float], bool], text: str) -> None:
+        value = getattr(self, name)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (real and math.isfinite(value) and holds(value)):
+            raise InvalidInputError(f"{self.section}.{name} is {value!r}; it must be {text}.")
+
+    def _nonnegative(self, name: str) -> None:
+        self._number(name, lambda value: value >= 0, "a finite number of at least 0")
+
+    def _decay(self, name: str) -> None:
+        self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+    def _count(self, name: str, least: int = 1) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(
+                f"{self.section}.{name} is {value!r}; it must be an integer of at least {least}."
+            )
+
+    def _flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{self.section}.{name} is {value!r}; give True or False.")
+
+    def _one_of(self, name: str, names: tuple[str, ...]) -> None:
+        if getattr(self, name) not in names:
+            raise unknown_name(f"{self.section}.{name}", getattr(self, name), names)
+
+
+RULES = ("gradient", "whitened")
+
+
+@dataclass(frozen=True)
+class Statistics(Config):
+    """What the factors accumulate.
+
+    Attributes:
+        rule: "gradient": L = E[G G^T], R = E[G^T G]. "whitened": each factor sees the other's
+            inverse, L = E[G R^{q-1} G^T] / Tr R^q with what is held of R (the trace-power family;
+            q = 0 is KL-Shampoo, arXiv 2509.03378).
+        q: Order of "whitened": 0 or 1/2.
+        beta2: Decay of the average; None for a sum, as in AdaGrad.
+        bias_correction: Divide an average by 1 - beta2^t.
+        every: Steps from one update to the next. An update then has the weight of all steps since
+            the last, 1 - beta2^every.
+        batch_size: B, for root-free methods on mean losses: B G G^T in place of G G^T estimates the
+            same matrix at any batch size (arXiv 2402.03496).
+        initial: The multiple of the identity that an average starts from; 0 with bias correction.
+    """
+
+    section: ClassVar[str] = "statistics"
+
+    rule: str = "gradient"
+    q: float = 0.0
+    beta2: float | None = 0.999
+    bias_correction: bool = True
+    every: int = 1
+    batch_size: int = 1
+    initial: float = 0.0
+
+    def check(self) -> None:
+        self._one_of("rule", RULES)
+        self._number("q", lambda value: value in (0, 0.5), "0 or 1/2")
+        if self.beta2 is not None:
+            self._decay("beta2")
+        self._flag("bias_correction")
+        self._count("every")
+        self._count("batch_size")
+        self._nonnegative("initial")
+        if self.initial > 0 and self.bias_correction and self.beta2 is not None:
+            raise InvalidInputError(
+                f"statistics.initial is {self.initial}, which a bias correction would blow up; use "
+                "bias_correction=False, or start from 0."
+            )
+        if self.rule == "gradient" and self.q != 0:
+            raise InvalidInputError(
+                f"statistics.q is {self.q}, and rule='gradient' has none; use rule='whitened'."
+            )
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """What is kept of the statistics at an update, and the weight of what is new."""
+        if self.beta2 is None:
+            return 1.0, 1.0
+        kept = self.beta2**self.every
+        return kept, 1.0 - kept
+
+    def correction(self, updates: int) -> float:
+        """What the statistics are divided by after so many updates."""
+        if self.beta2 is None or not self.bias_correction:
+            return 1.0
+        return 1.0 - self.beta2 ** (self.every * updates)
+
+
+SOLVERS = ("eigh", "qr")
+CARRIES = ("keep", "transport")
+
+
+@dataclass(frozen=True)
+class Basis(Config):
+    """When and how the eigenbases (or the inverse roots) are refreshed.
+
+    Attributes:
+        frequency: Steps from one refresh, or test, to the next.
+        tolerance: None refreshes every time. Else a factor is refreshed when the off-diagonal
+            part of it in its basis exceeds this share of it, each by itself (arXiv 2506.03595).
+        solver: "eigh", or "qr" for QR iterations from the basis that is held.
+        max_iterations: Of "qr", a refresh.
+        start: Step of the first refresh; None for ``frequency``.
+        carry: What becomes of corrected eigenvalues when a basis changes: "keep" (in the order of
+            the columns), "transport" (by the squared overlaps of old and new columns).
+        marginals: Rescale them after that to the marginals diag(Q^T L Q), diag(Q^T R Q).
+        stagger: Spread the refreshes of different blocks over the steps in between.
+    """
+
+    section: ClassVar[str] = "basis"
+
+    frequency: int = 10
+    tolerance: float | None = None
+    solver: str = "eigh"
+    max_iterations: int = 1
+    start: int | None = None
+    carry: str = "keep"
+    marginals: bool = False
+    stagger: bool = False
+
+    def check(self) -> None:
+        self._count("frequency")
+        if self.tolerance is not None:
+            self._number("tolerance", lambda value: 0 < value < 1, "a number in (0, 1), or None")
+        self._one_of("solver", SOLVERS)
+        self._count("max_iterations")
+        if self.start is not None:
+            self._count("start")
+        self._one_of("carry", CARRIES)
+        self._flag("marginals")
+        self._flag("stagger")
+
+    @property
+    def first(self) -> int:
+        """The step of the first refresh."""
+        return self.frequency if self.start is None else self.start
+
+    def is_due(self, step: int, offset: int) -> bool:
+        """Whether a block is refreshed, or tested, at its step."""
+        if step == self.first:
+            return True
+        return step > self.first and (step - self.first + offset) % self.frequency == 0
+
+
+EIGENVALUES = ("kronecker", "corrected", "polar")
+ROOTS = ("eigh", "newton", "matmul")
+
+
+@dataclass(frozen=True)
+class Spectrum(Config):
+    """What the entries are divided by.
+
+    Attributes:
+        eigenvalues: "kronecker": products of the factors' eigenvalues. "corrected": a second
+            moment of the gradient in their bases, updated in every step. "polar": none, as every
+            singular value of the averaged gradient becomes 1 (Muon, Shampoo with beta2 = 0).
+        power: The direction is P^-power M, P being the estimate of H that ``operator`` gives: 1/2,
+            or 1 for root-free methods.
+        exponent: Power of each factor, in [-1, 0), or of a corrected eigenvalue. None: -power / k
+            for k factors, -power for corrected eigenvalues.
+        trace_scale: Divide L kron R by Tr L, which makes it an estimate of H (arXiv 2406.17748).
+        epsilon: Added to the eigenvalues of the factors, or to the root of the corrected ones.
+        relative: ``epsilon`` counts in the largest eigenvalue of the factor, or in the largest
+            root of a corrected one.
+        root: How inverse roots are found: "eigh", "newton" (coupled Newton) or "matmul" (products
+            alone, for accelerators).
+    """
+
+    section: ClassVar[str] = "spectrum"
+
+    eigenvalues: str = "kronecker"
+    power: float = 0.5
+    exponent: float | None = None
+    trace_scale: bool = False
+    epsilon: float = 1e-8
+    relative: bool = False
+    root: str = "eigh"
+
+    def exponent_of(self, factors: int) -> float:
+        """The power of each of so many factors."""
+        if self.exponent is not None:
+            return self.exponent
+        return -self.power if self.trace_scale else -self.power / max(1, factors)
+
+    def check(self) -> None:
+        self._one_of("eigenvalues", EIGENVALUES)
+        self._number("power", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        if self.exponent is not None:
+            self._number("exponent", lambda value: -1 <= value < 0, "a number in [-1, 0), or None")
+        self._flag("trace_scale")
+        self._nonnegative("epsilon")
+        self._flag("relative")
+        self._one_of("root", ROOTS)
+        if self.trace_scale and self.exponent is not None and self.exponent != -self.power:
+            raise InvalidInputError(
+                f"spectrum.exponent is {self.exponent}, but L kron R / Tr L to the power "
+                f"-{self.power} takes exponent {-self.power}; drop one of them."
+            )
+        if self.eigenvalues == "corrected" and self.root != "eigh":
+            raise InvalidInputError(
+                f"spectrum.root is {self.root!r}, but corrected eigenvalues need eigenbases, which "
+                "it does not find; use root='eigh'."
+            )
+        if self.eigenvalues == "corrected" and self.trace_scale:
+            raise InvalidInputError(
+                "spectrum.trace_scale scales a Kronecker product, and corrected eigenvalues have "
+                "their scale from the gradients; drop it, or use eigenvalues='kronecker'."
+            )
+
+
+GRAFTING = ("none", "sgd", "adagrad", "rmsprop", "adam")
+
+
+@dataclass(frozen=True)
+class Magnitude(Config):
+    """Whose length the step takes, block by block (grafting, arXiv 2309.06497).
+
+    Attributes:
+        grafting: "none"; "sgd", |M|; "adagrad", "rmsprop" (without bias correction) or "adam",
+            |M / (sqrt(v) + epsilon)| with a second moment v of its own.
+        beta2: Of "rmsprop" and "adam"; None for that of the statistics.
+        epsilon: Of "adagrad", "rmsprop" and "adam".
+    """
+
+    section: ClassVar[str] = "magnitude"
+
+    grafting: str = "none"
+    beta2: float | None = None
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        self._one_of("grafting", GRAFTING)
+        if self.beta2 is not None:
+            self._decay("beta2")
+            if self.grafting not in ("rmsprop", "adam"):
+                raise InvalidInputError(
+                    f"magnitude.beta2 is {self.beta2}, but grafting={self.grafting!r} averages "
+                    "nothing; drop it, or use 'adam' or 'rmsprop'."
+                )
+        self._nonnegative("epsilon")
+
+
+VECTORS = ("kronecker", "diagonal")
+
+
+@dataclass(frozen=True)
+class Shapes(Config):
+    """How a parameter is cut into blocks, and which of their sides have a factor.
+
+    Attributes:
+        block_size: Longest side of a block; None leaves parameters whole.
+        max_dim: Sides above have no factor, which leaves the identity there.
+        merge: Neighbouring dimensions are merged while their product is at most this; 0 sees every
+            parameter as the matrix of its first dimension x the rest.
+        vectors: Whether parameters of one dimension have a full "kronecker" factor or a
+            "diagonal" second moment.
+    """
+
+    section: ClassVar[str] = "shapes"
+
+    block_size: int | None = None
+    max_dim: int = 1024
+    merge: int = 0
+    vectors: str = "kronecker"
+
+    def check(self) -> None:
+        if self.block_size is not None:
+            self._count("block_size", 2)
+        self._count("max_dim")
+        self._count("merge", 0)
+        self._one_of("vectors", VECTORS)
+
+
+SECTIONS: dict[str, type[Config]] = {
+    one.section: one for one in (Statistics, Basis, Spectrum, Magnitude, Shapes)
+}
+
+
+def check_together(statistics: Statistics, basis: Basis, spectrum: Spectrum) -> None:
+    """Refuse combinations that make no sense.
+
+    Raises:
+        InvalidInputError: One of them; the message says why.
+    """
+    if spectrum.root != "eigh" and basis.solver == "qr":
+        raise InvalidInputError(
+            f"basis.solver='qr' refreshes a basis, and spectrum.root={spectrum.root!r} has none; "
+            "use root='eigh' or drop the solver."
+        )
+    if spectrum.root != "eigh" and basis.tolerance is not None:
+        raise InvalidInputError(
+            f"basis.tolerance tests a basis, and spectrum.root={spectrum.root!r} has none; use "
+            "root='eigh', or a fixed frequency."
+        )
+    if spectrum.eigenvalues != "corrected" and (basis.carry != "keep" or basis.marginals):
+        raise InvalidInputError(
+            "basis.carry and basis.marginals are about corrected eigenvalues; use "
+            "spectrum.eigenvalues='corrected', or drop them."
+        )
+    if statistics.rule == "whitened" and spectrum.root != "eigh":
+        raise InvalidInputError(
+            f"statistics.rule='whitened' needs the eigenvalues of the factors, and "
+            f"spectrum.root={spectrum.root!r} finds none; use root='eigh'."
+        )

@@ -1,0 +1,54 @@
+"""A second moment of every entry: Adam, RMSprop and AdaGrad, with or without the root."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.operators.diagonal import DiagonalOperator
+from kronecker_probe.optim.preconditioner import Preconditioner, State
+
+
+@final
+class Diagonal(Preconditioner):
+    """M / (sqrt(v) + epsilon), or M / (v + epsilon) without the root."""
+
+    def initial(self, like: Tensor) -> State:
+        moment = torch.full_like(like, self.recipe.statistics.initial)
+        return self.with_momentum({"second_moment": moment}, like)
+
+    def update(self, state: State, gradients: Tensor, step: int) -> None:
+        if self.updates_now(step):
+            keep, weight = self.recipe.statistics.weights
+            weight *= self.recipe.statistics.batch_size
+            state["second_moment"].mul_(keep).addcmul_(gradients, gradients, value=weight)
+
+    def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
+        average = self.average(state, gradients)
+        return divided(average, self.denominator(state["second_moment"], step))
+
+    def denominator(self, moment: Tensor, step: int) -> Tensor:
+        """(v / b)^power + epsilon, a new tensor."""
+        return powered(moment, self.correction(step), self.recipe.spectrum.power).add_(
+            self.recipe.spectrum.epsilon
+        )
+
+    def operator(self, state: State, block: int, step: int) -> DiagonalOperator:
+        denominator = self.denominator(state["second_moment"][block].double(), step)
+        values = denominator.pow_(1 / self.recipe.spectrum.power)
+        return DiagonalOperator(values.reshape(values.shape[0], -1))
+
+
+def powered(moment: Tensor, correction: float, power: float) -> Tensor:
+    """(v / b)^power, a new tensor."""
+    if power == 0.5:
+        return moment.sqrt().div_(math.sqrt(correction))
+    return (moment / correction).pow_(power)
+
+
+def divided(average: Tensor, denominator: Tensor) -> Tensor:
+    """M / denominator in the place of the denominator; 0 where that is 0, never 0/0."""
+    return torch.div(average, denominator.masked_fill_(denominator == 0, math.inf), out=denominator)

@@ -1,0 +1,101 @@
+"""The factors that all preconditioners with bases or roots accumulate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.optim.contractions import add_outer, completed, contract, unfold
+from kronecker_probe.optim.preconditioner import Preconditioner, State
+
+
+class Factored(Preconditioner):
+    """Factors of a stack of blocks: one for each side, "factor_0", "factor_1", ...
+
+    With ``statistics.rule`` "whitened", what is held of the other sides whitens the gradient:
+    "whitener_k", W with W W^T = R^{q-1}, and "whitened_trace_k", Tr R^q.
+    """
+
+    def factors(self, like: Tensor) -> State:
+        """Their state before the first step."""
+        state: State = {}
+        statistics = self.recipe.statistics
+        for side, end in self.each():
+            size = self.block[side]
+            eye = torch.eye(size, dtype=like.dtype, device=like.device)
+            state[f"factor_{end}"] = statistics.initial * eye.repeat(len(like), 1, 1)
+            if self._whitens:
+                state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
+                state[f"whitened_trace_{end}"] = like.new_full((len(like),), float(size))
+        # the step of the last refresh, tests, refreshes and QR iterations of each factor
+        for name in ("refreshed", "tests", "refreshes", "iterations"):
+            state[name] = torch.zeros(len(like), len(self.sides), dtype=torch.int64)
+        return state
+
+    def update(self, state: State, gradients: Tensor, step: int) -> None:
+        if not self.updates_now(step):
+            return
+        keep, weight = self.recipe.statistics.weights
+        weight *= self.recipe.statistics.batch_size
+        for side, end in self.each():
+            rows = gradients
+            if self._whitens:
+                rows = self._whitened(state, gradients, side)
+            add_outer(state[f"factor_{end}"], unfold(rows, side), keep, weight)
+
+    @property
+    def _whitens(self) -> bool:
+        return self.recipe.statistics.rule == "whitened" and len(self.sides) > 1
+
+    def _whitened(self, state: State, gradients: Tensor, side: int) -> Tensor:
+        """G times the whiteners of all other sides, over the roots of their traces."""
+        for other, end in self.each():
+            if other != side:
+                gradients = contract(gradients, state[f"whitener_{end}"].mT, other)
+                trace = state[f"whitened_trace_{end}"]
+                gradients = gradients / trace.sqrt().view(-1, *[1] * (gradients.ndim - 1))
+        return gradients
+
+    def hold_whitener(
+        self, state: State, end: str, rows: Tensor, values: Tensor, vectors: Tensor
+    ) -> None:
+        """Keep Q lambda^{(q-1)/2} of refreshed factors, within their rank.
+
+        Args:
+            state: Of the stack.
+            end: The side.
+            rows: Which blocks.
+            values: Eigenvalues with what damps them, descending, [b, r].
+            vectors: [b, r, r].
+        """
+        if not self._whitens:
+            return
+        q = self.recipe.statistics.q
+        state[f"whitener_{end}"][rows] = vectors * values.pow((q - 1) / 2).unsqueeze(-2)
+        state[f"whitened_trace_{end}"][rows] = values.pow(q).sum(-1)
+
+    def full_factor(self, state: State, end: str, step: int, rows: Tensor) -> Tensor:
+        """A / b of some blocks, [b, r, r], both triangles."""
+        factor = state[f"factor_{end}"]
+        chosen = factor if len(rows) == len(factor) else factor[rows]
+        return completed(chosen) / self.correction(step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether any block may be refreshed in this step."""
+        basis = self.recipe.basis
+        return step >= basis.first and (basis.stagger or basis.is_due(step, 0))
+
+    def due(self, state: State, step: int) -> Tensor:
+        """The blocks whose turn it is."""
+        basis = self.recipe.basis
+        if not basis.stagger:
+            return torch.arange(len(state["offset"]))
+        offsets = state["offset"].tolist()
+        turn = [k for k, offset in enumerate(offsets) if basis.is_due(step, offset)]
+        return torch.tensor(turn, dtype=torch.int64)
+
+    def ready(self, state: State, step: int) -> Tensor | bool:
+        if step < self.recipe.basis.first:
+            return False
+        found = (state["refreshed"] > 0).all(dim=1)
+        return True if bool(found.all()) else found

@@ -1,0 +1,276 @@
+"""Named combinations of the choices; each a function that returns a :class:`KroneckerOptimizer`.
+
+Every option of a section can be set by a dict or the section itself::
+
+    SOAP(model.parameters(), lr=3e-3, basis={"tolerance": 0.1}, shapes={"block_size": 512})
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch.optim.optimizer import ParamsT
+
+from kronecker_probe.errors import unknown_name
+from kronecker_probe.optim.config import (
+    SECTIONS,
+    Basis,
+    Config,
+    Magnitude,
+    Shapes,
+    Spectrum,
+    Statistics,
+)
+from kronecker_probe.optim.engine import KroneckerOptimizer
+
+Betas = tuple[float, float]
+
+
+def _built(
+    params: ParamsT, lr: float, betas: Betas, sections: Mapping[str, Config], options: dict[str, Any]
+) -> KroneckerOptimizer:
+    """The optimizer of a preset's sections with what the caller changes."""
+    known = inspect.signature(KroneckerOptimizer).parameters
+    chosen: dict[str, Any] = dict(sections)
+    for name, value in options.items():
+        if name not in known:
+            raise unknown_name("option", name, known)
+        if name in SECTIONS and isinstance(value, Mapping):
+            value = chosen.get(name, SECTIONS[name]()).replace(**value)
+        chosen[name] = value
+    return KroneckerOptimizer(params, lr, beta1=betas[0], **chosen)
+
+
+def Shampoo(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-2,
+    betas: Betas = (0.9, 0.999),
+    epsilon: float = 1e-8,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """Shampoo (arXiv 1802.09568) as in Distributed Shampoo (2309.06497): power 1/4, Adam grafting.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: With Adam grafting that of Adam transfers.
+        betas: Decays of the gradient's average and of the statistics.
+        epsilon: Added to the eigenvalues of the factors, in units of squared gradients.
+        options: Of :class:`KroneckerOptimizer`, sections also as dicts.
+    """
+    sections = {
+        "statistics": Statistics(beta2=betas[1]),
+        "spectrum": Spectrum(epsilon=epsilon),
+        "magnitude": Magnitude(grafting="adam"),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def ShampooSquared(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    epsilon: float = 1e-6,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """Power 1/2 with the trace scale: L kron R / Tr L as the estimate of H (arXiv 2406.17748).
+
+    It divides by more than Shampoo does, and has no bound on what H is after whitening; so
+    ``epsilon`` is relative to the largest eigenvalue of each factor, as an absolute 1e-12 diverges.
+    Arguments as in :func:`Shampoo`.
+    """
+    sections = {
+        "statistics": Statistics(beta2=betas[1]),
+        "spectrum": Spectrum(trace_scale=True, epsilon=epsilon, relative=True),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def EShampoo(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    epsilon: float = 1e-8,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """Corrected eigenvalues in Shampoo's bases (arXiv 2506.03595): Adam's rate transfers.
+
+    Arguments as in :func:`Shampoo`; ``epsilon`` is Adam's.
+    """
+    sections = {
+        "statistics": Statistics(beta2=betas[1]),
+        "basis": Basis(start=1),
+        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def SOAP(  # noqa: N802
+    params: ParamsT,
+    lr: float = 3e-3,
+    betas: Betas = (0.95, 0.95),
+    epsilon: float = 1e-8,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """Adam in Shampoo's bases (arXiv 2409.11321): one QR iteration every 10 steps, Adam on vectors.
+
+    Arguments as in :func:`Shampoo`. It is EShampoo with other defaults: an average that is turned
+    with complete bases is the average of the parameter's own frame.
+    """
+    sections = {
+        "statistics": Statistics(beta2=betas[1]),
+        "basis": Basis(start=1, solver="qr"),
+        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
+        "shapes": Shapes(vectors="diagonal", max_dim=10_000),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def KLShampoo(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.98),
+    epsilon: float = 1e-6,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """Factors that minimize KL (arXiv 2509.03378), power 1/2, no grafting.
+
+    Arguments as in :func:`ShampooSquared`.
+    """
+    sections = {
+        "statistics": Statistics(rule="whitened", beta2=betas[1]),
+        "basis": Basis(start=1),
+        "spectrum": Spectrum(exponent=-0.5, epsilon=epsilon, relative=True),
+        "shapes": Shapes(vectors="diagonal"),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def KLSOAP(  # noqa: N802
+    params: ParamsT,
+    lr: float = 3e-3,
+    betas: Betas = (0.9, 0.98),
+    epsilon: float = 1e-8,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """SOAP in the bases of the factors that minimize KL (arXiv 2509.03378).
+
+    Arguments as in :func:`SOAP`.
+    """
+    sections = {
+        "statistics": Statistics(rule="whitened", beta2=betas[1]),
+        "basis": Basis(start=1, solver="qr"),
+        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
+        "shapes": Shapes(vectors="diagonal", max_dim=10_000),
+    }
+    return _built(params, lr, betas, sections, options)
+
+
+def RootFreeShampoo(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    betas: Betas = (0.0, 0.99),
+    epsilon: float = 1e-3,
+    batch_size: int = 1,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """P^-1 M with P = B L kron R / Tr L: Shampoo squared without the root (arXiv 2402.03496).
+
+    Arguments as in :func:`ShampooSquared`, and B, the batch over which the loss is a mean. The
+    update's own momentum is .9.
+    """
+    sections = {
+        "statistics": Statistics(beta2=betas[1], batch_size=batch_size),
+        "spectrum": Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
+        "shapes": Shapes(vectors="diagonal"),
+    }
+    return _built(params, lr, betas, sections, {"momentum": 0.9, **options})
+
+
+def RMSpropRootFree(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    beta2: float = 0.999,
+    epsilon: float = 1e-5,
+    batch_size: int = 1,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """g / (s + epsilon), s <- beta2 s + (1 - beta2) B g^2 from s = 1 (arXiv 2402.03496).
+
+    Args:
+        params: As in :func:`Shampoo`.
+        lr: Learning rate.
+        beta2: Of s.
+        epsilon: Added to s.
+        batch_size: B, the batch over which the loss is a mean.
+        options: As in :func:`Shampoo`. The update's own momentum is .9.
+    """
+    sections = {
+        "statistics": Statistics(
+            beta2=beta2, bias_correction=False, batch_size=batch_size, initial=1.0
+        ),
+        "spectrum": Spectrum(power=1.0, epsilon=epsilon),
+        "shapes": Shapes(max_dim=1),
+    }
+    return _built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
+
+
+def AdaGradRootFree(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-2,
+    epsilon: float = 1e-5,
+    batch_size: int = 1,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """g / (s + epsilon), s the sum of B g^2 from s = 1 on.
+
+    Arguments as in :func:`RMSpropRootFree`.
+    """
+    sections = {
+        "statistics": Statistics(beta2=None, batch_size=batch_size, initial=1.0),
+        "spectrum": Spectrum(power=1.0, epsilon=epsilon),
+        "shapes": Shapes(max_dim=1),
+    }
+    return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+
+
+def Muon(  # noqa: N802
+    params: ParamsT, lr: float = 0.02, beta1: float = 0.95, **options: Any
+) -> KroneckerOptimizer:
+    """The polar factor of the averaged gradient by Newton-Schulz (Jordan et al., 2024).
+
+    Shampoo without memory, times max(1, m / n)^1/2. Meant for hidden matrices; vectors,
+    embeddings and heads go to another optimizer, or to groups of their own.
+
+    Args:
+        params: As in :func:`Shampoo`.
+        lr: Learning rate.
+        beta1: Of the average, taken once more with the newest gradient (Nesterov).
+        options: As in :func:`Shampoo`; spectrum={"root": "eigh"} takes the exact polar factor.
+    """
+    sections = {
+        "statistics": Statistics(bias_correction=False),
+        "spectrum": Spectrum(eigenvalues="polar", root="matmul"),
+    }
+    return _built(
+        params, lr, (beta1, 0.0), sections, {"nesterov": True, "scale_by_shape": True, **options}
+    )
+
+
+PRESETS: MappingProxyType[str, Callable[..., KroneckerOptimizer]] = MappingProxyType(
+    {
+        "shampoo": Shampoo,
+        "shampoo-squared": ShampooSquared,
+        "eshampoo": EShampoo,
+        "soap": SOAP,
+        "kl-shampoo": KLShampoo,
+        "kl-soap": KLSOAP,
+        "root-free-shampoo": RootFreeShampoo,
+        "rmsprop-root-free": RMSpropRootFree,
+        "adagrad-root-free": AdaGradRootFree,
+        "muon": Muon,
+    }
+)
+"""Name -> preset, as the command line knows them."""

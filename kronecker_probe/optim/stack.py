@@ -1,0 +1,189 @@
+"""Equal blocks of several parameters, treated as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.optim.config import Magnitude
+from kronecker_probe.optim.diagonal import Diagonal
+from kronecker_probe.optim.grafting import Graft
+from kronecker_probe.optim.kronecker import Kronecker
+from kronecker_probe.optim.polar import Polar
+from kronecker_probe.optim.preconditioner import Failure, Preconditioner, Recipe, State
+from kronecker_probe.optim.rotated import Rotated
+from kronecker_probe.optim.tiles import Layout, Tile, factored_sides, layout
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tile of a parameter, and where its blocks are in the stack."""
+
+    param: Tensor
+    layout: Layout
+    tile: int
+    start: int
+
+    @property
+    def blocks(self) -> Tile:
+        """The tile."""
+        return self.layout.tiles[self.tile]
+
+    @property
+    def rows(self) -> slice:
+        """Its places in the stack."""
+        return slice(self.start, self.start + self.blocks.count)
+
+    def key(self, name: str) -> str:
+        """What the parameter's state calls a tensor of this tile."""
+        return name if len(self.layout.tiles) == 1 else f"tile{self.tile}.{name}"
+
+    def read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The blocks of a tensor of the parameter's shape, [count, *block]."""
+        return self.blocks.read(tensor.reshape(self.layout.shape)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a step of some members gave: their directions, and what was not refreshed."""
+
+    directions: dict[tuple[int, int], Tensor]
+    failures: list[tuple[Tensor, Failure]]
+
+
+def kind_of(recipe: Recipe, sides: tuple[int, ...]) -> type[Preconditioner]:
+    """Which preconditioner blocks with factors on these sides have."""
+    if recipe.spectrum.eigenvalues == "polar":
+        return Polar
+    if not sides:
+        return Diagonal
+    return Rotated if recipe.spectrum.eigenvalues == "corrected" else Kronecker
+
+
+@final
+class Stack:
+    """Members of one block shape, dtype and device, with their state in single tensors.
+
+    Args:
+        recipe: The choices of their group.
+        members: The members, in the order of their blocks.
+        order: Dimensions of their parameters.
+        dtype: Of the state.
+        first: Number of their first block among all of the optimizer, by which refreshes stagger.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        members: Sequence[Member],
+        order: int,
+        dtype: torch.dtype,
+        first: int,
+    ) -> None:
+        self.members = list(members)
+        block = members[0].blocks.block
+        sides = factored_sides(block, recipe.shapes, order)
+        self.preconditioner = kind_of(recipe, sides)(recipe, block, sides)
+        self.graft = Graft(recipe.magnitude, recipe.statistics)
+        count = sum(member.blocks.count for member in members)
+        like = torch.zeros(count, *block, dtype=dtype, device=members[0].param.device)
+        self.dtype = dtype
+        self.state = self.preconditioner.initial(like)
+        self.state["offset"] = torch.arange(first, first + count)
+        if self.graft.has_moment and not isinstance(self.preconditioner, Diagonal):
+            self.state["graft_moment"] = torch.zeros_like(like)
+        elif isinstance(self.preconditioner, Diagonal):
+            self.graft = Graft(Magnitude(), recipe.statistics)
+
+    def views(self, member: Member) -> dict[str, Tensor]:
+        """A member's part of the state, by the names that the parameter's state has."""
+        return {member.key(name): tensor[member.rows] for name, tensor in self.state.items()}
+
+    def fill(self, member: Member, given: Mapping[str, Any]) -> None:
+        """Copy a member's part from the state of its parameter."""
+        for name, tensor in self.state.items():
+            if name != "offset":
+                tensor[member.rows].copy_(given[member.key(name)])
+
+    @torch.no_grad()
+    def step(self, active: Sequence[Member], step: int) -> Turn:
+        """One step of some members, all at the same count of steps."""
+        state, rows = self._select(active)
+        gradients = [member.read(_gradient(member.param), self.dtype) for member in active]
+        G = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        one = self.preconditioner
+        self.graft.update(state, G)
+        one.update(state, G, step)
+        failures = one.refresh(state, step)
+        direction = self._direction(state, G, step)
+        if rows is not None:
+            for name, tensor in state.items():
+                self.state[name][rows.to(self.state[name].device)] = tensor
+        directions, start = {}, 0
+        for member in active:
+            stop = start + member.blocks.count
+            directions[id(member.param), member.tile] = direction[start:stop]
+            start = stop
+        owners = [member.param for member in active for _ in range(member.blocks.count)]
+        return Turn(directions, [(owners[failure.block], failure) for failure in failures])
+
+    def _direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
+        one = self.preconditioner
+        ready = one.ready(state, step)
+        direction = one.direction(state, gradients, step)
+        if self.graft.kind == "none" and ready is True:
+            return direction
+        filtered = one.filtered(state, gradients, step)
+        graft = self.graft.direction(state, filtered, step)
+        if ready is False:
+            return graft
+        direction = self.graft.scaled(direction, graft)
+        if ready is True:
+            return direction
+        shape = (-1, *[1] * (direction.ndim - 1))
+        return torch.where(ready.to(direction.device).view(shape), direction, graft)
+
+    def _select(self, active: Sequence[Member]) -> tuple[State, Tensor | None]:
+        """The state of some members; with their rows where it is a copy."""
+        if len(active) == len(self.members):
+            return self.state, None
+        rows = torch.cat([torch.arange(one.rows.start, one.rows.stop) for one in active])
+        return {name: t[rows.to(t.device)] for name, t in self.state.items()}, rows
+
+
+def stacks_of(
+    params: Sequence[Tensor], recipe: Recipe, state_dtype: Any, first: int
+) -> list[Stack]:
+    """Stacks for parameters that have none yet.
+
+    Args:
+        params: The parameters.
+        recipe: The choices of their group.
+        state_dtype: Function of a dtype: that of the state.
+        first: Number of the first block.
+    """
+    found: dict[tuple[Any, ...], list[Member]] = {}
+    counts: dict[tuple[Any, ...], int] = {}
+    for param in params:
+        cut = layout(param.shape, recipe.shapes)
+        dtype = state_dtype(param.dtype)
+        for place, tile in enumerate(cut.tiles):
+            vector = param.ndim <= 1
+            key = tile.block, dtype, param.device, vector
+            start = counts.get(key, 0)
+            found.setdefault(key, []).append(Member(param, cut, place, start))
+            counts[key] = start + tile.count
+    stacks = []
+    for key, members in found.items():
+        stacks.append(Stack(recipe, members, 1 if key[3] else 2, key[1], first))
+        first += counts[key]
+    return stacks
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
