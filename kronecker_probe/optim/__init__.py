@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronecker_probe.optim.config import Basis, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
 from kronecker_probe.optim.engine import KroneckerOptimizer
 from kronecker_probe.optim.presets import (
     KLSOAP,
@@ -10,6 +10,7 @@ from kronecker_probe.optim.presets import (
     SOAP,
     AdaGradRootFree,
     EShampoo,
+    InverseFreeShampoo,
     KLShampoo,
     Muon,
     RMSpropRootFree,
@@ -25,6 +26,8 @@ __all__ = [
     "AdaGradRootFree",
     "Basis",
     "EShampoo",
+    "Inverse",
+    "InverseFreeShampoo",
     "KLShampoo",
     "KroneckerOptimizer",
     "Magnitude",

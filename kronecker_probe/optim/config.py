@@ -213,7 +213,7 @@ class Basis(Config):
         return step > self.first and (step - self.first + offset) % self.frequency == 0
 
 
-EIGENVALUES = ("kronecker", "corrected", "polar")
+EIGENVALUES = ("kronecker", "corrected", "polar", "inverse-free")
 ROOTS = ("eigh", "newton", "matmul")
 
 
@@ -225,6 +225,7 @@ class Spectrum(Config):
         eigenvalues: "kronecker": products of the factors' eigenvalues. "corrected": a second
             moment of the gradient in their bases, updated in every step. "polar": none, as every
             singular value of the averaged gradient becomes 1 (Muon, Shampoo with beta2 = 0).
+            "inverse-free": inverse factors that are updated themselves (``inverse`` says how).
         power: The direction is P^-power M, P being the estimate of H that ``operator`` gives: 1/2,
             or 1 for root-free methods.
         exponent: Power of each factor, in [-1, 0), or of a corrected eigenvalue. None: -power / k
@@ -277,6 +278,34 @@ class Spectrum(Config):
                 "spectrum.trace_scale scales a Kronecker product, and corrected eigenvalues have "
                 "their scale from the gradients; drop it, or use eigenvalues='kronecker'."
             )
+
+
+STRUCTURES = ("dense", "diagonal")
+
+
+@dataclass(frozen=True)
+class Inverse(Config):
+    """How inverse factors are updated by products alone (arXiv 2402.03496).
+
+    Attributes:
+        lr: Rate of the factors.
+        decay: Of the average of their log-space updates.
+        damping: lambda of H + lambda I, whose KL-optimal product they approach.
+        structure: "dense" or "diagonal" factors.
+    """
+
+    section: ClassVar[str] = "inverse"
+
+    lr: float = 0.01
+    decay: float = 0.5
+    damping: float = 1e-3
+    structure: str = "dense"
+
+    def check(self) -> None:
+        self._number("lr", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        self._decay("decay")
+        self._nonnegative("damping")
+        self._one_of("structure", STRUCTURES)
 
 
 GRAFTING = ("none", "sgd", "adagrad", "rmsprop", "adam")
@@ -343,7 +372,7 @@ class Shapes(Config):
 
 
 SECTIONS: dict[str, type[Config]] = {
-    one.section: one for one in (Statistics, Basis, Spectrum, Magnitude, Shapes)
+    one.section: one for one in (Statistics, Basis, Spectrum, Inverse, Magnitude, Shapes)
 }
 
 

@@ -19,6 +19,7 @@ from kronecker_probe.optim import checks
 from kronecker_probe.optim.config import (
     SECTIONS,
     Basis,
+    Inverse,
     Magnitude,
     Shapes,
     Spectrum,
@@ -68,6 +69,7 @@ class KroneckerOptimizer(Optimizer):
         statistics: What the factors accumulate.
         basis: When and how bases and roots are refreshed.
         spectrum: What the entries are divided by.
+        inverse: How inverse factors are updated, for spectrum.eigenvalues="inverse-free".
         magnitude: Whose length the step takes.
         shapes: How parameters are cut.
         nesterov: Of a polar factor's average.
@@ -92,6 +94,7 @@ class KroneckerOptimizer(Optimizer):
         statistics: Statistics | None = None,
         basis: Basis | None = None,
         spectrum: Spectrum | None = None,
+        inverse: Inverse | None = None,
         magnitude: Magnitude | None = None,
         shapes: Shapes | None = None,
         nesterov: bool = False,
@@ -107,6 +110,7 @@ class KroneckerOptimizer(Optimizer):
             "statistics": statistics or Statistics(),
             "basis": basis or Basis(),
             "spectrum": spectrum or Spectrum(),
+            "inverse": inverse or Inverse(),
             "magnitude": magnitude or Magnitude(),
             "shapes": shapes or Shapes(),
             "nesterov": nesterov,

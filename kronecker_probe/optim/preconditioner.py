@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.optim.config import Basis, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
 
 State = dict[str, Tensor]
 
@@ -23,6 +23,7 @@ class Recipe:
     statistics: Statistics
     basis: Basis
     spectrum: Spectrum
+    inverse: Inverse
     magnitude: Magnitude
     shapes: Shapes
     beta1: float

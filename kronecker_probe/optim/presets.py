@@ -189,6 +189,28 @@ def RootFreeShampoo(  # noqa: N802
     return _built(params, lr, betas, sections, {"momentum": 0.9, **options})
 
 
+def InverseFreeShampoo(  # noqa: N802
+    params: ParamsT,
+    lr: float = 1e-3,
+    batch_size: int = 1,
+    **options: Any,
+) -> KroneckerOptimizer:
+    """(C C^T) G (K K^T) with inverse factors found by products alone (arXiv 2402.03496).
+
+    Args:
+        params: As in :func:`Shampoo`.
+        lr: Learning rate.
+        batch_size: B, the batch over which the loss is a mean.
+        options: As in :func:`Shampoo`. The update's own momentum is .9, ``inverse`` has the rates
+            of the factors.
+    """
+    sections = {
+        "statistics": Statistics(bias_correction=False, batch_size=batch_size),
+        "spectrum": Spectrum(eigenvalues="inverse-free", power=1.0),
+    }
+    return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+
+
 def RMSpropRootFree(  # noqa: N802
     params: ParamsT,
     lr: float = 1e-3,
@@ -268,6 +290,7 @@ PRESETS: MappingProxyType[str, Callable[..., KroneckerOptimizer]] = MappingProxy
         "kl-shampoo": KLShampoo,
         "kl-soap": KLSOAP,
         "root-free-shampoo": RootFreeShampoo,
+        "inverse-free-shampoo": InverseFreeShampoo,
         "rmsprop-root-free": RMSpropRootFree,
         "adagrad-root-free": AdaGradRootFree,
         "muon": Muon,

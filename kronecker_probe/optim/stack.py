@@ -12,6 +12,7 @@ from torch import Tensor
 from kronecker_probe.optim.config import Magnitude
 from kronecker_probe.optim.diagonal import Diagonal
 from kronecker_probe.optim.grafting import Graft
+from kronecker_probe.optim.inverse_free import InverseFree
 from kronecker_probe.optim.kronecker import Kronecker
 from kronecker_probe.optim.polar import Polar
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, Recipe, State
@@ -61,6 +62,8 @@ def kind_of(recipe: Recipe, sides: tuple[int, ...]) -> type[Preconditioner]:
         return Polar
     if not sides:
         return Diagonal
+    if recipe.spectrum.eigenvalues == "inverse-free":
+        return InverseFree
     return Rotated if recipe.spectrum.eigenvalues == "corrected" else Kronecker
 
 

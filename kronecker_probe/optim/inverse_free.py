@@ -1,0 +1,127 @@
+"""Inverse-free Shampoo: inverse factors that are updated themselves (arXiv 2402.03496)."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.diagonal import DiagonalOperator
+from kronecker_probe.operators.kronecker import KroneckerOperator
+from kronecker_probe.optim.contractions import contract, unfold
+from kronecker_probe.optim.preconditioner import Preconditioner, State
+
+
+@final
+class InverseFree(Preconditioner):
+    """(C C^T) G (K K^T) with C and K updated by matrix products alone: no inverse, no root.
+
+    Per factor K_i of dimension d_i, i = 1 ... N, every ``statistics.every`` steps::
+
+        m_i <- a m_i + (1 - a)/2 [ B / prod_{j != i} d_j  K_i^T S_i K_i
+                                   + damping prod_{j != i} (Tr K_j^T K_j / d_j) K_i^T K_i - I ]
+        K_i <- K_i - lr_factor / max(1, |m_i|) K_i m_i
+
+    with S_i the outer product of G along dimension i, whitened by the K_j of the others. Its
+    stationary point is the KL-optimal product of H + damping I, of which (K_i K_i^T)^-1 are the
+    factors. Diagonal factors keep the diagonals of all that.
+    """
+
+    def initial(self, like: Tensor) -> State:
+        state: State = {}
+        for side, end in self.each():
+            size = self.block[side]
+            shape = (size,) if self._diagonal else (size, size)
+            start = torch.ones(size) if self._diagonal else torch.eye(size)
+            held = start.to(like).repeat(len(like), *[1] * len(shape))
+            state[f"inverse_{end}"] = held
+            state[f"velocity_{end}"] = torch.zeros_like(held)
+        return self.with_momentum(state, like)
+
+    @property
+    def _diagonal(self) -> bool:
+        return self.recipe.inverse.structure == "diagonal"
+
+    def update(self, state: State, gradients: Tensor, step: int) -> None:
+        if not self.updates_now(step):
+            return
+        rule = self.recipe.inverse
+        batch = self.recipe.statistics.batch_size
+        whitened = gradients
+        for side in self.sides:
+            whitened = self._times(state, whitened, side)
+        sizes = {side: self._mean_square(state[f"inverse_{side}"]) for side in self.sides}
+        entries = math.prod(self.block)
+        found = {}
+        for side, end in self.each():
+            others = [sizes[other] for other in self.sides if other != side]
+            damping = rule.damping * math.prod(others, start=torch.ones_like(sizes[side]))
+            scale = batch * self.block[side] / entries
+            rows = unfold(whitened, side)
+            found[end] = self._velocity(state[f"inverse_{end}"], rows, scale, damping)
+        for end, new in found.items():  # all from the factors before the step
+            self._move(state[f"inverse_{end}"], state[f"velocity_{end}"].lerp_(new, 1 - rule.decay))
+
+    def _velocity(self, inverse: Tensor, rows: Tensor, scale: float, damping: Tensor) -> Tensor:
+        """Half of [scale X X^T + damping K^T K - I], X the whitened gradient along one side."""
+        if self._diagonal:
+            outer = rows.square().sum(2) * scale
+            return 0.5 * (outer + damping[:, None] * inverse.square() - 1.0)
+        outer = torch.bmm(rows, rows.mT) * scale
+        outer = outer + damping[:, None, None] * torch.bmm(inverse.mT, inverse)
+        outer.diagonal(dim1=1, dim2=2).sub_(1.0)
+        return 0.5 * outer
+
+    def _move(self, inverse: Tensor, velocity: Tensor) -> None:
+        rate = self.recipe.inverse.lr
+        dims = (1,) if self._diagonal else (1, 2)
+        size = torch.linalg.vector_norm(velocity, dim=dims, keepdim=True).clamp_min(1.0)
+        step = velocity * (rate / size)
+        inverse.sub_(inverse * step if self._diagonal else torch.bmm(inverse, step))
+
+    def _times(self, state: State, blocks: Tensor, side: int) -> Tensor:
+        """K^T along one dimension."""
+        inverse = state[f"inverse_{side}"]
+        if self._diagonal:
+            shape = [len(inverse), *[1] * (blocks.ndim - 1)]
+            shape[side + 1] = -1
+            return blocks * inverse.view(shape)
+        return contract(blocks, inverse.mT, side)
+
+    def _mean_square(self, inverse: Tensor) -> Tensor:
+        """Tr(K^T K) / d."""
+        return inverse.square().flatten(1).sum(1) / inverse.shape[1]
+
+    def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
+        direction = self.average(state, gradients)
+        for side, end in self.each():
+            direction = self._times(state, direction, side)
+            inverse = state[f"inverse_{end}"]
+            if self._diagonal:
+                direction = self._times(state, direction, side)
+            else:
+                direction = contract(direction, inverse, side)
+        return direction.clone() if direction is gradients else direction
+
+    def operator(self, state: State, block: int, step: int) -> Operator:
+        factors = []
+        for side, size in enumerate(self.block):
+            device = next(iter(state.values())).device
+            if side not in self.sides:
+                factors.append(torch.eye(size, dtype=torch.float64, device=device))
+                continue
+            held = state[f"inverse_{side}"][block].double()
+            if self._diagonal:
+                factors.append(held.square().reciprocal().diag())
+            else:
+                factors.append(torch.linalg.inv(held @ held.mT))
+        left, *others = factors
+        right = others[0] if others else left.new_ones(1, 1)
+        for one in others[1:]:
+            right = torch.kron(right, one)
+        if self._diagonal:
+            return DiagonalOperator(torch.outer(left.diagonal(), right.diagonal()))
+        return KroneckerOperator(left, right)
