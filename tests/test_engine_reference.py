@@ -32,7 +32,7 @@ CASES: dict[str, tuple[Build, Rule]] = {
     ),
     "Shampoo, sum, AdaGrad graft": (
         lambda p: optim.Shampoo(
-            p, lr=0.01, statistics={"beta2": None}, magnitude={"grafting": "adagrad"}
+            p, lr=0.01, statistics={"accumulate": "sum"}, magnitude={"grafting": "adagrad"}
         ),
         Rule(graft="adagrad", beta2=None),
     ),

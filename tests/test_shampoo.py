@@ -40,6 +40,38 @@ SHAPES = {
 }
 
 
+# Where the options that the tests vary stand in the sections
+PLACES = {
+    "exponent": ("spectrum", "exponent"),
+    "precondition_frequency": ("basis", "frequency"),
+    "start_preconditioning_step": ("basis", "start"),
+    "statistics": ("statistics", "accumulate"),
+    "bias_correction": ("statistics", "bias_correction"),
+    "grafting": ("magnitude", "grafting"),
+    "grafting_beta2": ("magnitude", "beta2"),
+    "grafting_epsilon": ("magnitude", "epsilon"),
+    "max_preconditioner_dim": ("shapes", "max_dim"),
+}
+
+
+def sections(options):
+    """The options of a test as those of the preset."""
+    found = {}
+    for name, value in options.items():
+        if name not in PLACES:
+            found[name] = value
+            continue
+        section, field = PLACES[name]
+        value = "average" if value == "ema" else value
+        found.setdefault(section, {})[field] = value
+    return found
+
+
+def shampoo(params, **options):
+    """The preset with options by their short names."""
+    return kp.optim.Shampoo(params, **sections(options))
+
+
 class Reference:
     """Shampoo by its definition: dense mn x mn Kronecker products, roots by SVD, float64."""
 
@@ -171,7 +203,7 @@ def trajectories(shape, options, dtype, steps=30):
     """The largest difference from the reference along a run, relative to the weights."""
     problem = Problem(shape)
     param = problem.parameter(dtype)
-    optimizer = kp.optim.Shampoo([param], **options)
+    optimizer = shampoo([param], **options)
     reference, w = Reference(shape, options), problem.w
     worst = 0.0
     for t in range(steps):
@@ -201,7 +233,7 @@ def test_float32_follows_the_float64_reference(name):
 def step_of(gradients, dtype=torch.float64, **options):
     """The change of a zero parameter, over lr = 1, by the last of some gradients."""
     param = torch.nn.Parameter(torch.zeros(gradients[0].shape, dtype=dtype))
-    optimizer = kp.optim.Shampoo([param], lr=1.0, **options)
+    optimizer = shampoo([param], lr=1.0, **options)
     for gradient in gradients:
         before = param.detach().clone()
         param.grad = gradient.to(dtype)
@@ -265,14 +297,14 @@ DIAGONAL = {"max_preconditioner_dim": 1, "grafting": "none", "start_precondition
 def test_the_diagonal_is_adam():
     options = {"lr": 0.03, "betas": (0.8, 0.95), "weight_decay": 0.1}
     run_both(
-        lambda p: kp.optim.Shampoo(p, epsilon=1e-3, **options, **DIAGONAL),
+        lambda p: shampoo(p, epsilon=1e-3, **options, **DIAGONAL),
         lambda p: torch.optim.AdamW(p, eps=1e-3, **options),
     )
 
 
 def test_the_diagonal_without_momentum_and_correction_is_rmsprop():
     run_both(
-        lambda p: kp.optim.Shampoo(
+        lambda p: shampoo(
             p, lr=0.03, betas=(0.0, 0.9), epsilon=1e-3, bias_correction=False, **DIAGONAL
         ),
         lambda p: torch.optim.RMSprop(p, lr=0.03, alpha=0.9, eps=1e-3),
@@ -281,7 +313,7 @@ def test_the_diagonal_without_momentum_and_correction_is_rmsprop():
 
 def test_the_diagonal_of_a_sum_is_adagrad():
     run_both(
-        lambda p: kp.optim.Shampoo(
+        lambda p: shampoo(
             p, lr=0.3, betas=(0.0, 0.9), epsilon=1e-3, statistics="sum", **DIAGONAL
         ),
         lambda p: torch.optim.Adagrad(p, lr=0.3, eps=1e-3),
@@ -290,13 +322,13 @@ def test_the_diagonal_of_a_sum_is_adagrad():
 
 def test_before_the_first_refresh_the_grafted_method_runs():
     run_both(
-        lambda p: kp.optim.Shampoo(p, lr=0.03, precondition_frequency=1000),
+        lambda p: shampoo(p, lr=0.03, precondition_frequency=1000),
         lambda p: torch.optim.Adam(p, lr=0.03, betas=(0.9, 0.999), eps=1e-8),
     )
     for grafting in ("sgd", "none"):
         options = {"betas": (0.0, 0.9), "grafting": grafting, "precondition_frequency": 1000}
         run_both(
-            lambda p, options=options: kp.optim.Shampoo(p, lr=1e-3, **options),
+            lambda p, options=options: shampoo(p, lr=1e-3, **options),
             lambda p: torch.optim.SGD(p, lr=1e-3),
         )
 
@@ -345,7 +377,7 @@ def test_a_resumed_run_continues_bitwise(dtype, grafting):
         "max_preconditioner_dim": 10,
     }
     whole = network(dtype)
-    whole_optimizer = kp.optim.Shampoo(whole.parameters(), **options)
+    whole_optimizer = shampoo(whole.parameters(), **options)
     train(whole, whole_optimizer, 0, 7)
     stored = io.BytesIO()
     torch.save([whole.state_dict(), whole_optimizer.state_dict()], stored)
@@ -355,7 +387,7 @@ def test_a_resumed_run_continues_bitwise(dtype, grafting):
 
     resumed = network(dtype)
     resumed.load_state_dict(weights)
-    optimizer = kp.optim.Shampoo(resumed.parameters(), lr=0.5)
+    optimizer = shampoo(resumed.parameters(), lr=0.5)
     optimizer.load_state_dict(state)
     train(resumed, optimizer, 7, 15)  # a refresh at 9, 12 and 15
     assert_equal_states(state, untouched)  # the loaded dict is not shared
@@ -380,9 +412,9 @@ def assert_equal_states(first, second):
 
 def test_load_hooks_see_and_may_change_the_state():
     model = network()
-    optimizer = kp.optim.Shampoo(model.parameters(), precondition_frequency=2)
+    optimizer = shampoo(model.parameters(), precondition_frequency=2)
     train(model, optimizer, 0, 4)
-    other = kp.optim.Shampoo(network().parameters())
+    other = shampoo(network().parameters())
 
     def faster(_, state_dict):
         groups = [{**group, "lr": 0.125} for group in state_dict["param_groups"]]
@@ -398,7 +430,7 @@ def test_load_hooks_see_and_may_change_the_state():
 
 def test_a_foreign_state_is_refused_and_nothing_changes():
     model = network()
-    optimizer = kp.optim.Shampoo(model.named_parameters())
+    optimizer = shampoo(model.named_parameters())
     train(model, optimizer, 0, 3)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(InvalidInputError, match=r"precondition_frequency.*not those of Shampoo"):
@@ -419,7 +451,7 @@ def test_a_foreign_state_is_refused_and_nothing_changes():
 
 def test_copies_are_independent(monkeypatch):
     model = network()
-    optimizer = kp.optim.Shampoo(model.parameters(), precondition_frequency=2)
+    optimizer = shampoo(model.parameters(), precondition_frequency=2)
     train(model, optimizer, 0, 3)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     train(model, optimizer, 3, 6)
@@ -440,12 +472,12 @@ def test_groups_have_their_own_options():
     a = {"lr": 1e-2, "exponent": -0.5, "grafting": "sgd", "betas": (0.5, 0.9)}
     b = {"weight_decay": 0.1, "precondition_frequency": 2, "statistics": "sum"}
     params = list(joint.parameters())
-    optimizer = kp.optim.Shampoo([{"params": params[:3], **a}], lr=1e-3)
+    optimizer = shampoo([{"params": params[:3], **a}], lr=1e-3)
     optimizer.add_param_group({"params": params[3:], **b})
     assert optimizer.param_groups[1]["start_preconditioning_step"] == 2
     separate = [
-        kp.optim.Shampoo(list(first.parameters())[:3], **a),
-        kp.optim.Shampoo(list(second.parameters())[3:], lr=1e-3, **b),
+        shampoo(list(first.parameters())[:3], **a),
+        shampoo(list(second.parameters())[3:], lr=1e-3, **b),
     ]
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
@@ -463,9 +495,9 @@ def test_groups_have_their_own_options():
 def test_schedulers_drive_the_rate():
     problem = Problem((5, 4))
     scheduled, manual = problem.parameter(), problem.parameter()
-    optimizer = kp.optim.Shampoo([scheduled], lr=0.1)
+    optimizer = shampoo([scheduled], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    by_hand = kp.optim.Shampoo([manual], lr=0.1)
+    by_hand = shampoo([manual], lr=0.1)
     for t in range(20):
         for param, each in ((scheduled, optimizer), (manual, by_hand)):
             each.zero_grad()
@@ -479,7 +511,7 @@ def test_schedulers_drive_the_rate():
 
 def test_one_cycle_moves_the_momentum_too():
     param = Problem((5, 4)).parameter()
-    optimizer = kp.optim.Shampoo([param], lr=0.1)
+    optimizer = shampoo([param], lr=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=10)
     param.grad = torch.ones_like(param)
     optimizer.step()
@@ -491,7 +523,7 @@ def test_one_cycle_moves_the_momentum_too():
 def test_a_closure_is_evaluated_with_gradients():
     problem = Problem((5, 4))
     by_closure, by_hand = problem.parameter(), problem.parameter()
-    optimizers = [kp.optim.Shampoo([param]) for param in (by_closure, by_hand)]
+    optimizers = [shampoo([param]) for param in (by_closure, by_hand)]
     for t in range(12):
 
         def closure(t=t):
@@ -512,7 +544,7 @@ def test_parameters_without_gradient_or_entries_are_skipped():
     moving, frozen = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3, 2))
     empty = torch.nn.Parameter(torch.zeros(0, 4))
     alone = torch.nn.Parameter(torch.ones(2))
-    optimizer = kp.optim.Shampoo([moving, frozen, empty], weight_decay=0.5)
+    optimizer = shampoo([moving, frozen, empty], weight_decay=0.5)
     optimizer.add_param_group({"params": [alone]})
     moving.grad, empty.grad = torch.ones(3, 2), torch.zeros(0, 4)
     optimizer.step()
@@ -578,7 +610,7 @@ def test_a_float32_operator_with_null_directions_stays_finite(epsilon):
 
 def test_an_absent_operator_says_why(monkeypatch):
     params = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(()))]
-    optimizer = kp.optim.Shampoo([("weight", params[0]), ("bias", params[1])])
+    optimizer = shampoo([("weight", params[0]), ("bias", params[1])])
     for steps in (0, 3):
         while optimizer.state.get(params[0], {}).get("step", 0) < steps:
             for param in params:
@@ -592,7 +624,7 @@ def test_an_absent_operator_says_why(monkeypatch):
         optimizer.operator(torch.zeros(3, 2))
     wide = torch.nn.Parameter(torch.zeros(2, 30))
     wide.grad = torch.ones_like(wide)
-    optimizer = kp.optim.Shampoo([wide], start_preconditioning_step=1, max_preconditioner_dim=2)
+    optimizer = shampoo([wide], start_preconditioning_step=1, max_preconditioner_dim=2)
     optimizer.step()
     assert optimizer.operator(wide).right.equal(torch.eye(30, dtype=torch.float64))
     monkeypatch.setattr(preconditioner, "available_bytes", lambda _: 1000)
@@ -603,7 +635,7 @@ def test_an_absent_operator_says_why(monkeypatch):
 def test_an_unresolved_operator_is_refused():
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.tensor([1e9, 1e9, 0.0])
-    optimizer = kp.optim.Shampoo([param], start_preconditioning_step=1, epsilon=1e-12)
+    optimizer = shampoo([param], start_preconditioning_step=1, epsilon=1e-12)
     optimizer.step()
     with pytest.raises(UnsupportedError, match=r"not resolved in torch.float32.*Raise epsilon"):
         optimizer.operator(param)
@@ -622,7 +654,7 @@ def test_a_bad_gradient_changes_nothing(bad, what, steps):
     model = network()
     named = list(model.named_parameters())
     groups = [{"params": named[:3]}, {"params": named[3:]}]
-    optimizer = kp.optim.Shampoo(groups, precondition_frequency=2, weight_decay=0.1)
+    optimizer = shampoo(groups, precondition_frequency=2, weight_decay=0.1)
     train(model, optimizer, 0, steps)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -638,7 +670,7 @@ def test_a_bad_gradient_changes_nothing(bad, what, steps):
 def test_unnamed_parameters_are_found_by_position_and_shape():
     param = torch.nn.Parameter(torch.zeros(3, 2))
     other = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = kp.optim.Shampoo([{"params": [param]}, {"params": [other]}])
+    optimizer = shampoo([{"params": [param]}, {"params": [other]}])
     other.grad = torch.full((2, 2), math.nan)
     with pytest.raises(NonFiniteError, match=r"parameter 0 of group 1, of shape \[2, 2\]"):
         optimizer.step()
@@ -646,7 +678,7 @@ def test_unnamed_parameters_are_found_by_position_and_shape():
 
 def test_sparse_complex_and_integer_parameters_are_refused():
     embedding = torch.nn.Embedding(5, 3, sparse=True)
-    optimizer = kp.optim.Shampoo(embedding.named_parameters())
+    optimizer = shampoo(embedding.named_parameters())
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UnsupportedError, match=r"'weight' has a sparse gradient.*sparse=False"):
         optimizer.step()
@@ -681,19 +713,19 @@ def test_options_are_checked_at_construction(option, value):
     param = torch.nn.Parameter(torch.zeros(2, 2))
     error = UnknownNameError if option in ("statistics", "grafting") else InvalidInputError
     with pytest.raises(error, match=option):
-        kp.optim.Shampoo([param], **{option: value})
+        shampoo([param], **{option: value})
     with pytest.raises(error, match=f"{option} of parameter group 0"):
-        kp.optim.Shampoo([{"params": [param], option: value}])
+        shampoo([{"params": [param], option: value}])
 
 
 def test_options_without_effect_are_refused():
     param = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(UnknownNameError, match=r"'weightdecay'.*Did you mean 'weight_decay'"):
-        kp.optim.Shampoo([{"params": [param], "weightdecay": 0.1}])
+        shampoo([{"params": [param], "weightdecay": 0.1}])
     with pytest.raises(InvalidInputError, match=r"grafting_beta2 is 0\.9, but grafting is 'sgd'"):
-        kp.optim.Shampoo([param], grafting="sgd", grafting_beta2=0.9)
+        shampoo([param], grafting="sgd", grafting_beta2=0.9)
     with pytest.raises(InvalidInputError, match=r"dict with 'params'.*list"):
-        kp.optim.Shampoo([param]).add_param_group([param])
+        shampoo([param]).add_param_group([param])
 
 
 # --- failures and precision -----------------------------------------------------------------
@@ -713,7 +745,7 @@ def break_eigh(monkeypatch, size):
 def test_a_failed_root_keeps_the_last_good_one_and_warns_once(monkeypatch):
     problem = Problem((5, 4))
     param = problem.parameter()
-    optimizer = kp.optim.Shampoo([("layer.weight", param)], precondition_frequency=2)
+    optimizer = shampoo([("layer.weight", param)], precondition_frequency=2)
 
     def steps(start, stop):
         for t in range(start, stop):
@@ -741,7 +773,7 @@ def test_without_any_root_the_grafted_method_goes_on(monkeypatch):
     break_eigh(monkeypatch, 5)
     with pytest.warns(RuntimeWarning, match="grafted direction"):
         run_both(
-            lambda p: kp.optim.Shampoo(p, lr=0.03, precondition_frequency=2),
+            lambda p: shampoo(p, lr=0.03, precondition_frequency=2),
             lambda p: torch.optim.Adam(p, lr=0.03),
         )
     with pytest.warns(RuntimeWarning):
@@ -811,7 +843,7 @@ def test_memory_format_does_not_matter():
     results = []
     for form in (torch.contiguous_format, torch.channels_last):
         param = torch.nn.Parameter(weight.clone().to(memory_format=form))
-        optimizer = kp.optim.Shampoo([param], precondition_frequency=1, weight_decay=0.1)
+        optimizer = shampoo([param], precondition_frequency=1, weight_decay=0.1)
         for gradient in gradients:
             param.grad = gradient.clone().to(memory_format=form)
             optimizer.step()

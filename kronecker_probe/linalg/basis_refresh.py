@@ -64,7 +64,7 @@ def off_diagonal_share(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check(A, Q)
     with torch.no_grad(), full_precision([A.device.type]):
-        return _share(A, Q)
+        return _share(A @ Q, Q)
 
 
 def warm_qr(
@@ -133,7 +133,9 @@ def continued_columns(old: Tensor, new: Tensor) -> Tensor:
     return torch.where(found, partner, in_order)
 
 
-_Replace = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# From A, A Q, diag(Q^T A Q) and the tolerance: new bases, iterations, shares and diagonals.
+_Replaced = tuple[Tensor, Tensor, Tensor, Tensor]
+_Replace = Callable[[Tensor, Tensor, Tensor, float], _Replaced]
 
 
 def _refresh(
@@ -145,15 +147,15 @@ def _refresh(
     batch, d = A.shape[:-2], A.shape[-1]
     with torch.no_grad(), full_precision([A.device.type]):
         H, held = A.reshape(-1, d, d), Q.reshape(-1, d, d)
-        before, diagonal = _share(H, held)
+        image = H @ held
+        before, diagonal = _share(image, held)
         vectors, after = held.clone(), before.clone()
         continues = torch.arange(d, device=A.device).expand(len(H), d).clone()
         iterations = torch.zeros(len(H), dtype=torch.long, device=A.device)
         refreshed, ok = torch.zeros_like(before, dtype=torch.bool), before.isfinite()
         rows = (before > tolerance).nonzero()[:, 0]
         if len(rows):
-            found, counts = replace(H[rows], held[rows], diagonal[rows], tolerance)
-            share, values = _share(H[rows], found)
+            found, counts, share, values = replace(H[rows], image[rows], diagonal[rows], tolerance)
             good = share.isfinite()
             ok[rows] = good
             rows, found = rows[good], found[good]
@@ -171,44 +173,49 @@ def _refresh(
 
 
 def _qr_iterations(
-    H: Tensor, Q: Tensor, diagonal: Tensor, tolerance: float, *, max_iterations: int
-) -> tuple[Tensor, Tensor]:
-    """Bases [b, d, d], descending, and the iterations of each."""
-    result, counts = Q.clone(), torch.zeros(len(H), dtype=torch.long, device=H.device)
+    H: Tensor, image: Tensor, diagonal: Tensor, tolerance: float, *, max_iterations: int
+) -> _Replaced:
+    bases, shares, diagonals = torch.empty_like(H), torch.empty_like(H[:, 0, 0]), diagonal.clone()
+    counts = torch.zeros(len(H), dtype=torch.long, device=H.device)
     active = torch.arange(len(H), device=H.device)
     for iteration in range(1, max_iterations + 1):
-        Q = torch.linalg.qr(H @ _descending(Q, diagonal))[0]
-        share, diagonal = _share(H, Q)
-        result[active], counts[active] = _descending(Q, diagonal), iteration
-        if iteration < max_iterations:
-            keep = share > tolerance
-            active, H, Q, diagonal = active[keep], H[keep], Q[keep], diagonal[keep]
+        Q = torch.linalg.qr(_sorted_columns(image, diagonal))[0]
+        image = H @ Q  # for the test, and for the next iteration
+        share, diagonal = _share(image, Q)
+        bases[active] = _sorted_columns(Q, diagonal)
+        diagonals[active] = diagonal.sort(dim=-1, descending=True, stable=True)[0]
+        shares[active], counts[active] = share, iteration
+        keep = share > tolerance
+        if not keep.all():
+            active, H, image, diagonal = active[keep], H[keep], image[keep], diagonal[keep]
         if not len(active):
             break
-    return result, counts
+    return bases, counts, shares, diagonals
 
 
-def _by_eigh(H: Tensor, Q: Tensor, diagonal: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    vectors = eigh_each((H + H.mT) / 2)[1]
-    return vectors, torch.zeros(len(H), dtype=torch.long, device=H.device)
+def _by_eigh(H: Tensor, image: Tensor, diagonal: Tensor, tolerance: float) -> _Replaced:
+    bases = eigh_each((H + H.mT) / 2)[1]
+    counts = torch.zeros(len(H), dtype=torch.long, device=H.device)
+    return bases, counts, *_share(H @ bases, bases)
 
 
-def _descending(Q: Tensor, diagonal: Tensor) -> Tensor:
+def _sorted_columns(columns: Tensor, diagonal: Tensor) -> Tensor:
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    return Q.gather(-1, order[..., None, :].expand_as(Q))
+    return columns.gather(-1, order[..., None, :].expand_as(columns))
 
 
-def _share(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    B = Q.mT @ (A @ Q)
+def _share(image: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """The off-diagonal share and the diagonal of B = Q^T A Q, from A Q and Q."""
+    B = Q.mT @ image
     diagonal = B.diagonal(dim1=-2, dim2=-1).clone()
     largest = B.abs().amax((-2, -1)).clamp_min(torch.finfo(B.dtype).tiny)
-    B = B / largest[..., None, None]  # squares neither overflow nor vanish
+    B /= largest[..., None, None]  # squares neither overflow nor vanish
     scaled = B.diagonal(dim1=-2, dim2=-1)
-    on = scaled.square().sum(-1)
+    on = torch.linalg.vector_norm(scaled, dim=-1)
     scaled.zero_()
-    off = B.square().sum((-2, -1))
-    total = off + on
-    share = (off / torch.where(total == 0, 1.0, total)).sqrt()
+    off = torch.linalg.vector_norm(B, dim=(-2, -1))
+    total = torch.hypot(off, on)
+    share = off / torch.where(total == 0, 1.0, total)
     return torch.where(diagonal.isfinite().all(-1), share, math.nan), diagonal
 
 

@@ -26,9 +26,9 @@ class Damping:
 
     Attributes:
         epsilon: At least 0, finite.
-        unit: "absolute"; "largest": epsilon times the largest eigenvalue, estimated from below by
-            power iteration (A^36, a few percent) so that every root solver damps alike;
-            "mean": epsilon times the mean eigenvalue tr(A) / d.
+        unit: "absolute"; "largest": epsilon times the largest eigenvalue (that of the
+            decomposition where a root is taken by one, otherwise :func:`largest_eigenvalue`, at
+            most a few percent lower); "mean": epsilon times the mean eigenvalue tr(A) / d.
     """
 
     epsilon: float = 1e-12

@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below this ||M - I|| the iteration converges quadratically, so that an error that is not even
-# halved is rounding.
-_QUADRATIC = 1e-2
-
 
 def newton_inverse_root(B: Tensor, p: int, max_iterations: int) -> tuple[Tensor, Tensor]:
     """B^(-1/p) of matrices with eigenvalues in (0, 1], by products only.
@@ -16,7 +12,8 @@ def newton_inverse_root(B: Tensor, p: int, max_iterations: int) -> tuple[Tensor,
     Guo and Higham (2006), as in Distributed Shampoo (arXiv 2309.06497): M_0 = z B,
     X_0 = z^(1/p) I with z = (p + 1) / 2, T = ((p + 1) I - M) / p, X <- X T, M <- T^p M. A small
     eigenvalue of M grows by ((p + 1) / p)^p, that is 2 to e, per iteration. A matrix stops where
-    max |M - I| <= 10 eps, or where that error stops falling; the others go on without it.
+    max |M - I| <= max(10, sqrt(d)) eps, the rounding of a product, or is not finite any more (as
+    for a matrix that is not positive definite); the others go on without it.
 
     Args:
         B: [b, d, d], symmetric, float32 or float64.
@@ -33,19 +30,17 @@ def newton_inverse_root(B: Tensor, p: int, max_iterations: int) -> tuple[Tensor,
     result = X.clone()
     iterations = torch.zeros(len(B), dtype=torch.long, device=B.device)
     active = torch.arange(len(B), device=B.device)
-    error = _error(M, eye)
-    goal = 10 * torch.finfo(B.dtype).eps
+    goal = max(10.0, B.shape[-1] ** 0.5) * torch.finfo(B.dtype).eps
     for _ in range(max_iterations):
         T = ((p + 1) * eye - M).div_(p)
         X = X @ T
         M = flush(integer_power(T, p) @ M)
-        before, error = error, _error(M, eye)
+        error = (M - eye).abs().amax((-2, -1))
         result[active] = X
         iterations[active] += 1
-        settled = (error <= goal) | ((before < _QUADRATIC) & ~(error < before / 2))
-        keep = ~settled & error.isfinite()
+        keep = (error > goal) & error.isfinite()
         if not keep.all():
-            active, X, M, error = active[keep], X[keep], M[keep], error[keep]
+            active, X, M = active[keep], X[keep], M[keep]
         if not len(active):
             break
     return (result + result.mT) / 2, iterations
@@ -71,7 +66,3 @@ def flush(M: Tensor) -> Tensor:
     loses nothing by entries below 1e-19 (float32; 1e-154 in float64).
     """
     return M.masked_fill_(M.abs() < torch.finfo(M.dtype).tiny ** 0.5, 0.0)
-
-
-def _error(M: Tensor, eye: Tensor) -> Tensor:
-    return (M - eye).abs().amax((-2, -1))

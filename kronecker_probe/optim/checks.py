@@ -37,6 +37,19 @@ def check_number(value: object, name: str, holds: Callable[[float], bool], text:
         raise InvalidInputError(f"{name} is {value!r}; it must be a finite number, {text}.")
 
 
+def check_betas(value: object, name: str) -> None:
+    """Refuses what are no two decays.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InvalidInputError(f"{name} is {value!r}; it must be two numbers in [0, 1).")
+    for one in value:
+        text = "in [0, 1); for a sum of statistics use statistics={'accumulate': 'sum'}"
+        check_number(one, name, lambda v: 0 <= v < 1, text)
+
+
 def check_gradients(
     params: Sequence[Tensor], name_of: Callable[[Tensor], str], *, skip: bool = False
 ) -> bool:

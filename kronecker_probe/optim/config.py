@@ -93,6 +93,7 @@ class Config:
 
 
 RULES = ("gradient", "whitened")
+ACCUMULATES = ("average", "sum")
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Statistics(Config):
             inverse, L = E[G R^{q-1} G^T] / Tr R^q with what is held of R (the trace-power family;
             q = 0 is KL-Shampoo, arXiv 2509.03378).
         q: Order of "whitened": 0 or 1/2.
-        beta2: Decay of the average; None for a sum, as in AdaGrad.
-        bias_correction: Divide an average by 1 - beta2^t.
+        accumulate: "average" with decay betas[1], or "sum", as in AdaGrad.
+        bias_correction: Divide averages, that of the gradient too, by 1 - beta^t.
         every: Steps from one update to the next. An update then has the weight of all steps since
             the last, 1 - beta2^every.
         batch_size: B, for root-free methods on mean losses: B G G^T in place of G G^T estimates the
@@ -117,7 +118,7 @@ class Statistics(Config):
 
     rule: str = "gradient"
     q: float = 0.0
-    beta2: float | None = 0.999
+    accumulate: str = "average"
     bias_correction: bool = True
     every: int = 1
     batch_size: int = 1
@@ -126,13 +127,12 @@ class Statistics(Config):
     def check(self) -> None:
         self._one_of("rule", RULES)
         self._number("q", lambda value: value in (0, 0.5), "0 or 1/2")
-        if self.beta2 is not None:
-            self._decay("beta2")
+        self._one_of("accumulate", ACCUMULATES)
         self._flag("bias_correction")
         self._count("every")
         self._count("batch_size")
         self._nonnegative("initial")
-        if self.initial > 0 and self.bias_correction and self.beta2 is not None:
+        if self.initial > 0 and self.bias_correction and self.accumulate == "average":
             raise InvalidInputError(
                 f"statistics.initial is {self.initial}, which a bias correction would blow up; use "
                 "bias_correction=False, or start from 0."
@@ -141,20 +141,6 @@ class Statistics(Config):
             raise InvalidInputError(
                 f"statistics.q is {self.q}, and rule='gradient' has none; use rule='whitened'."
             )
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        """What is kept of the statistics at an update, and the weight of what is new."""
-        if self.beta2 is None:
-            return 1.0, 1.0
-        kept = self.beta2**self.every
-        return kept, 1.0 - kept
-
-    def correction(self, updates: int) -> float:
-        """What the statistics are divided by after so many updates."""
-        if self.beta2 is None or not self.bias_correction:
-            return 1.0
-        return 1.0 - self.beta2 ** (self.every * updates)
 
 
 SOLVERS = ("eigh", "qr")
@@ -318,7 +304,7 @@ class Magnitude(Config):
     Attributes:
         grafting: "none"; "sgd", |M|; "adagrad", "rmsprop" (without bias correction) or "adam",
             |M / (sqrt(v) + epsilon)| with a second moment v of its own.
-        beta2: Of "rmsprop" and "adam"; None for that of the statistics.
+        beta2: Of "rmsprop" and "adam"; None for betas[1].
         epsilon: Of "adagrad", "rmsprop" and "adam".
     """
 

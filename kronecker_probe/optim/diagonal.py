@@ -22,8 +22,7 @@ class Diagonal(Preconditioner):
 
     def update(self, state: State, gradients: Tensor, step: int) -> None:
         if self.updates_now(step):
-            keep, weight = self.recipe.statistics.weights
-            weight *= self.recipe.statistics.batch_size
+            keep, weight = self.recipe.weights(self.recipe.statistics.every)
             state["second_moment"].mul_(keep).addcmul_(gradients, gradients, value=weight)
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
@@ -35,6 +34,9 @@ class Diagonal(Preconditioner):
         return powered(moment, self.correction(step), self.recipe.spectrum.power).add_(
             self.recipe.spectrum.epsilon
         )
+
+    def ready(self, state: State, step: int) -> bool:
+        return step >= self.recipe.basis.first
 
     def operator(self, state: State, block: int, step: int) -> DiagonalOperator:
         denominator = self.denominator(state["second_moment"][block].double(), step)

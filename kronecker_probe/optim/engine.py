@@ -63,7 +63,7 @@ class KroneckerOptimizer(Optimizer):
             which every option below can be set apart; a section also as a dict of some fields,
             which are changed in the optimizer's own.
         lr: Learning rate.
-        beta1: Decay of the gradient's average; 0: none.
+        betas: Decays of the gradient's average (0: none) and of the statistics.
         weight_decay: Decoupled.
         momentum: Of the update itself.
         statistics: What the factors accumulate.
@@ -88,7 +88,7 @@ class KroneckerOptimizer(Optimizer):
         params: ParamsT,
         lr: float,
         *,
-        beta1: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         statistics: Statistics | None = None,
@@ -104,7 +104,7 @@ class KroneckerOptimizer(Optimizer):
     ) -> None:
         defaults: Group = {
             "lr": lr,
-            "beta1": beta1,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "statistics": statistics or Statistics(),
@@ -121,10 +121,22 @@ class KroneckerOptimizer(Optimizer):
             raise unknown_name("nonfinite", nonfinite, NONFINITE)
         self.nonfinite = nonfinite
         self.allowed_failures = failures
+        self._forget()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drop the stacks; they are built again from the state of the parameters."""
         self._stacks: dict[int, list[Stack]] = {}
         self._failed: dict[tuple[int, int, int], int] = {}
         self._blocks = 0
-        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        held: dict[str, Any] = super().__getstate__()
+        return {**held, "nonfinite": self.nonfinite, "allowed_failures": self.allowed_failures}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not set are those of the optimizer.
@@ -218,7 +230,7 @@ class KroneckerOptimizer(Optimizer):
     ) -> None:
         """W <- (1 - lr weight_decay) W - lr U, or by way of the momentum."""
         lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
-        beta1, corrects = group["beta1"], group["statistics"].bias_correction
+        beta1, corrects = group["betas"][0], group["statistics"].bias_correction
         rates = [1.0 / (1.0 - beta1**step) if corrects else 1.0 for step in steps]
         if group["scale_by_shape"]:
             rates = [
@@ -351,7 +363,7 @@ class KroneckerOptimizer(Optimizer):
             _check_group(group, where)
         loaded = self._checked_states(state_dict, groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self._stacks, self._failed, self._blocks = {}, {}, 0
+        self._forget()
         for param, state in loaded:
             self.state[param] = state
         for number, group in enumerate(self.param_groups):
@@ -394,7 +406,7 @@ class KroneckerOptimizer(Optimizer):
 def recipe_of(group: Mapping[str, Any]) -> Recipe:
     """The choices of a group."""
     sections = [group[name] for name in SECTIONS]
-    return Recipe(*sections, beta1=group["beta1"], nesterov=group["nesterov"])
+    return Recipe(*sections, betas=tuple(group["betas"]), nesterov=group["nesterov"])
 
 
 def _check_group(group: Mapping[str, Any], where: str) -> None:
@@ -405,8 +417,8 @@ def _check_group(group: Mapping[str, Any], where: str) -> None:
             )
     for name in ("lr", "weight_decay"):
         checks.check_number(group[name], f"{name}{where}", lambda v: v >= 0, "at least 0")
-    for name in ("beta1", "momentum"):
-        checks.check_number(group[name], f"{name}{where}", lambda v: 0 <= v < 1, "in [0, 1)")
+    checks.check_number(group["momentum"], f"momentum{where}", lambda v: 0 <= v < 1, "in [0, 1)")
+    checks.check_betas(group["betas"], f"betas{where}")
     check_together(group["statistics"], group["basis"], group["spectrum"])
 
 

@@ -35,8 +35,7 @@ class Factored(Preconditioner):
     def update(self, state: State, gradients: Tensor, step: int) -> None:
         if not self.updates_now(step):
             return
-        keep, weight = self.recipe.statistics.weights
-        weight *= self.recipe.statistics.batch_size
+        keep, weight = self.recipe.weights(self.recipe.statistics.every)
         for side, end in self.each():
             rows = gradients
             if self._whitens:

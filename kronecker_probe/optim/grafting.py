@@ -8,9 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.optim.config import Magnitude, Statistics
 from kronecker_probe.optim.diagonal import divided
-from kronecker_probe.optim.preconditioner import State
+from kronecker_probe.optim.preconditioner import Recipe, State
 
 # A direction shorter than this is not stretched further (Distributed Shampoo adds the same).
 _SHORTEST = 1e-16
@@ -21,16 +20,17 @@ class Graft:
     """The direction of the grafted method on a stack of blocks, of which the norm is used.
 
     Args:
-        magnitude: Which method.
-        statistics: Whose beta2 and bias correction it has unless it says otherwise.
+        recipe: Which method, with the beta2 and the bias correction of the statistics unless it
+            has its own.
     """
 
-    def __init__(self, magnitude: Magnitude, statistics: Statistics) -> None:
+    def __init__(self, recipe: Recipe) -> None:
+        magnitude = recipe.magnitude
         self.kind = magnitude.grafting
         self.epsilon = magnitude.epsilon
-        beta2 = statistics.beta2 if magnitude.beta2 is None else magnitude.beta2
+        beta2 = recipe.betas[1] if magnitude.beta2 is None else magnitude.beta2
         self.beta2 = None if self.kind == "adagrad" else beta2
-        self.corrects = self.kind == "adam" and statistics.bias_correction
+        self.corrects = self.kind == "adam" and recipe.statistics.bias_correction
 
     @property
     def has_moment(self) -> bool:

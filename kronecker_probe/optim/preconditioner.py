@@ -26,8 +26,35 @@ class Recipe:
     inverse: Inverse
     magnitude: Magnitude
     shapes: Shapes
-    beta1: float
+    betas: tuple[float, float]
     nesterov: bool = False
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the gradient's average."""
+        return self.betas[0]
+
+    @property
+    def beta2(self) -> float | None:
+        """Decay of second moments; None for a sum."""
+        return None if self.statistics.accumulate == "sum" else self.betas[1]
+
+    def weights(self, steps: int = 1) -> tuple[float, float]:
+        """What an update keeps of second moments, and the weight of what is new.
+
+        Args:
+            steps: Since the last update.
+        """
+        if self.beta2 is None:
+            return 1.0, float(self.statistics.batch_size)
+        kept = self.beta2**steps
+        return kept, (1.0 - kept) * self.statistics.batch_size
+
+    def correction(self, steps: int) -> float:
+        """What second moments that hold so many steps are divided by."""
+        if self.beta2 is None or not self.statistics.bias_correction:
+            return 1.0
+        return 1.0 - self.beta2**steps
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,7 @@ class Preconditioner(abc.ABC):
 
     def correction(self, step: int) -> float:
         """What the statistics are divided by."""
-        return self.recipe.statistics.correction(self.updates(step))
+        return self.recipe.correction(self.recipe.statistics.every * self.updates(step))
 
     @property
     def rest(self) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def _built(
         if name in SECTIONS and isinstance(value, Mapping):
             value = chosen.get(name, SECTIONS[name]()).replace(**value)
         chosen[name] = value
-    return KroneckerOptimizer(params, lr, beta1=betas[0], **chosen)
+    return KroneckerOptimizer(params, lr, betas=betas, **chosen)
 
 
 def Shampoo(  # noqa: N802
@@ -61,7 +61,7 @@ def Shampoo(  # noqa: N802
         options: Of :class:`KroneckerOptimizer`, sections also as dicts.
     """
     sections = {
-        "statistics": Statistics(beta2=betas[1]),
+        "statistics": Statistics(),
         "spectrum": Spectrum(epsilon=epsilon),
         "magnitude": Magnitude(grafting="adam"),
     }
@@ -82,7 +82,7 @@ def ShampooSquared(  # noqa: N802
     Arguments as in :func:`Shampoo`.
     """
     sections = {
-        "statistics": Statistics(beta2=betas[1]),
+        "statistics": Statistics(),
         "spectrum": Spectrum(trace_scale=True, epsilon=epsilon, relative=True),
     }
     return _built(params, lr, betas, sections, options)
@@ -100,7 +100,7 @@ def EShampoo(  # noqa: N802
     Arguments as in :func:`Shampoo`; ``epsilon`` is Adam's.
     """
     sections = {
-        "statistics": Statistics(beta2=betas[1]),
+        "statistics": Statistics(),
         "basis": Basis(start=1),
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
     }
@@ -120,7 +120,7 @@ def SOAP(  # noqa: N802
     with complete bases is the average of the parameter's own frame.
     """
     sections = {
-        "statistics": Statistics(beta2=betas[1]),
+        "statistics": Statistics(),
         "basis": Basis(start=1, solver="qr"),
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
         "shapes": Shapes(vectors="diagonal", max_dim=10_000),
@@ -140,7 +140,7 @@ def KLShampoo(  # noqa: N802
     Arguments as in :func:`ShampooSquared`.
     """
     sections = {
-        "statistics": Statistics(rule="whitened", beta2=betas[1]),
+        "statistics": Statistics(rule="whitened"),
         "basis": Basis(start=1),
         "spectrum": Spectrum(exponent=-0.5, epsilon=epsilon, relative=True),
         "shapes": Shapes(vectors="diagonal"),
@@ -160,7 +160,7 @@ def KLSOAP(  # noqa: N802
     Arguments as in :func:`SOAP`.
     """
     sections = {
-        "statistics": Statistics(rule="whitened", beta2=betas[1]),
+        "statistics": Statistics(rule="whitened"),
         "basis": Basis(start=1, solver="qr"),
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
         "shapes": Shapes(vectors="diagonal", max_dim=10_000),
@@ -182,7 +182,7 @@ def RootFreeShampoo(  # noqa: N802
     update's own momentum is .9.
     """
     sections = {
-        "statistics": Statistics(beta2=betas[1], batch_size=batch_size),
+        "statistics": Statistics(batch_size=batch_size),
         "spectrum": Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
         "shapes": Shapes(vectors="diagonal"),
     }
@@ -231,9 +231,10 @@ def RMSpropRootFree(  # noqa: N802
     """
     sections = {
         "statistics": Statistics(
-            beta2=beta2, bias_correction=False, batch_size=batch_size, initial=1.0
+            bias_correction=False, batch_size=batch_size, initial=1.0
         ),
         "spectrum": Spectrum(power=1.0, epsilon=epsilon),
+        "basis": Basis(start=1),
         "shapes": Shapes(max_dim=1),
     }
     return _built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
@@ -251,8 +252,9 @@ def AdaGradRootFree(  # noqa: N802
     Arguments as in :func:`RMSpropRootFree`.
     """
     sections = {
-        "statistics": Statistics(beta2=None, batch_size=batch_size, initial=1.0),
+        "statistics": Statistics(accumulate="sum", batch_size=batch_size, initial=1.0),
         "spectrum": Spectrum(power=1.0, epsilon=epsilon),
+        "basis": Basis(start=1),
         "shapes": Shapes(max_dim=1),
     }
     return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})

@@ -89,7 +89,7 @@ class Rotated(Factored):
 
     def _match(self, state: State, rows: Tensor, marginals: dict[int, Tensor], step: int) -> None:
         """Scale D to the diagonals of the factors, which are its row and column sums."""
-        moment = state["second_moment"][rows] / self._moment_correction(step - 1)
+        moment = state["second_moment"][rows] / self.recipe.correction(step - 1)
         for _ in range(_SCALINGS):
             for side, wanted in marginals.items():
                 others = [k for k in range(1, moment.ndim) if k != side + 1]
@@ -97,20 +97,11 @@ class Rotated(Factored):
                 target = wanted.view([s if k in (0, side + 1) else 1 for k, s in enumerate(moment.shape)])
                 floor = _FLOOR * target.amax(dim=side + 1, keepdim=True)
                 moment = moment * torch.where(sums > floor, target / sums, 1.0)
-        state["second_moment"][rows] = moment * self._moment_correction(step - 1)
-
-    def _moment_correction(self, step: int) -> float:
-        statistics = self.recipe.statistics
-        if statistics.beta2 is None or not statistics.bias_correction:
-            return 1.0
-        return 1.0 - statistics.beta2**step
+        state["second_moment"][rows] = moment * self.recipe.correction(step - 1)
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
-        statistics, spectrum = self.recipe.statistics, self.recipe.spectrum
         rotated = self._rotate(state, gradients)
-        beta2 = statistics.beta2
-        keep, weight = (1.0, 1.0) if beta2 is None else (beta2, 1.0 - beta2)
-        weight *= statistics.batch_size
+        keep, weight = self.recipe.weights()
         state["second_moment"].mul_(keep).addcmul_(rotated, rotated, value=weight)
         average = self.average(state, rotated)
         direction = divided(average, self._denominator(state["second_moment"], step))
@@ -120,7 +111,7 @@ class Rotated(Factored):
         """D^power + epsilon, a new tensor."""
         spectrum = self.recipe.spectrum
         power = spectrum.power if spectrum.exponent is None else -spectrum.exponent
-        root = powered(moment, self._moment_correction(step), power)
+        root = powered(moment, self.recipe.correction(step), power)
         if not spectrum.relative:
             return root.add_(spectrum.epsilon)
         largest = root.flatten(1).amax(1).view(-1, *[1] * (root.ndim - 1))

@@ -9,7 +9,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from kronecker_probe.optim.config import Magnitude
 from kronecker_probe.optim.diagonal import Diagonal
 from kronecker_probe.optim.grafting import Graft
 from kronecker_probe.optim.inverse_free import InverseFree
@@ -91,16 +90,14 @@ class Stack:
         block = members[0].blocks.block
         sides = factored_sides(block, recipe.shapes, order)
         self.preconditioner = kind_of(recipe, sides)(recipe, block, sides)
-        self.graft = Graft(recipe.magnitude, recipe.statistics)
+        self.graft = Graft(recipe)
         count = sum(member.blocks.count for member in members)
         like = torch.zeros(count, *block, dtype=dtype, device=members[0].param.device)
         self.dtype = dtype
         self.state = self.preconditioner.initial(like)
         self.state["offset"] = torch.arange(first, first + count)
-        if self.graft.has_moment and not isinstance(self.preconditioner, Diagonal):
+        if self.graft.has_moment:
             self.state["graft_moment"] = torch.zeros_like(like)
-        elif isinstance(self.preconditioner, Diagonal):
-            self.graft = Graft(Magnitude(), recipe.statistics)
 
     def views(self, member: Member) -> dict[str, Tensor]:
         """A member's part of the state, by the names that the parameter's state has."""
