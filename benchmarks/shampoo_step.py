@@ -168,7 +168,7 @@ def measure(widths: tuple[int, ...], device: str, seconds: float) -> list[tuple[
 
     def shampoo() -> torch.optim.Optimizer:
         params = parameters(widths, device)
-        return kp.optim.Shampoo(params, lr=1e-6, precondition_frequency=FREQUENCY)
+        return kp.optim.Shampoo(params, lr=1e-6, basis={"frequency": FREQUENCY})
 
     count = sum(param.numel() for param in parameters(widths, device))
     ours, theirs = shampoo(), adamw()

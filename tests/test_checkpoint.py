@@ -95,7 +95,7 @@ def test_paths_that_read_the_same_are_different_places(tmp_path: Path) -> None:
 
 def test_model_and_optimizer_come_back(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    optimizer = Shampoo(model.named_parameters(), precondition_frequency=1)
+    optimizer = Shampoo(model.named_parameters(), basis={"frequency": 1})
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(5, 3)).square().sum().backward()

@@ -86,7 +86,7 @@ def steps_of(table: pd.DataFrame) -> list[int]:
 # ---------------------------------------------------------------- no trace
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "shampoo": lambda model: kp.optim.Shampoo(model.parameters(), precondition_frequency=4),
+    "shampoo": lambda model: kp.optim.Shampoo(model.parameters(), basis={"frequency": 4}),
     "adam": lambda model: torch.optim.Adam(model.parameters()),
 }
 
@@ -223,7 +223,7 @@ def test_memory_and_disk_hold_the_same_table(tmp_path: Path) -> None:
     tables = []
     for out in (None, tmp_path / "run"):
         model = network()
-        optimizer = kp.optim.Shampoo(model.parameters(), precondition_frequency=2)
+        optimizer = kp.optim.Shampoo(model.parameters(), basis={"frequency": 2})
         tracker = kp.Tracker(model, LOSS, optimizer=optimizer, out=out, every=3, probe=batch(0))
         run(model, optimizer, tracker, 7, log=True)
         tracker.finish()
@@ -398,7 +398,7 @@ def live(table: pd.DataFrame, step: int) -> pd.DataFrame:
 def test_live_is_absent_before_the_first_refresh_and_then_what_the_optimizer_holds() -> None:
     model, probe = network(), batch(9)
     optimizer = kp.optim.Shampoo(
-        model.parameters(), precondition_frequency=3, start_preconditioning_step=2
+        model.parameters(), basis={"frequency": 3, "start": 2}
     )
     tracker = kp.Tracker(model, LOSS, optimizer=optimizer, every=1, probe=probe, layers=LAYERS)
     parameters = dict(model.named_parameters())
@@ -435,7 +435,7 @@ def test_live_is_absent_before_the_first_refresh_and_then_what_the_optimizer_hol
 def test_live_is_stale_between_refreshes() -> None:
     """The operator is that of the last refresh, while the target is fresh."""
     model = network()
-    optimizer = kp.optim.Shampoo(model.parameters(), precondition_frequency=4)
+    optimizer = kp.optim.Shampoo(model.parameters(), basis={"frequency": 4})
     held = []
     for step in range(12):
         LOSS(model(batch(step)[0]), batch(step)[1]).backward()
@@ -466,7 +466,7 @@ def test_without_an_optimizer_there_is_no_live_row() -> None:
 
 def test_a_layer_that_the_optimizer_does_not_hold_is_absent_with_the_reason() -> None:
     model = network()
-    optimizer = kp.optim.Shampoo(model[0].parameters(), precondition_frequency=1)
+    optimizer = kp.optim.Shampoo(model[0].parameters(), basis={"frequency": 1})
     tracker = kp.Tracker(model, LOSS, optimizer=optimizer, every=[2])
     run(model, optimizer, tracker, 3)
     rows = live(tracker.table, 2).set_index("parameter")

@@ -48,8 +48,8 @@ def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(3, (size,), generator=generator)
 
 
-def shampoo(model: nn.Module) -> kp.optim.Shampoo:
-    return kp.optim.Shampoo(model.named_parameters(), precondition_frequency=2)
+def shampoo(model: nn.Module) -> kp.optim.KroneckerOptimizer:
+    return kp.optim.Shampoo(model.named_parameters(), basis={"frequency": 2})
 
 
 def tracked(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> kp.Tracker:

@@ -87,7 +87,7 @@ def test_a_run_holds_every_step_of_training_once(
 def test_training_is_the_plain_loop(reference: RunStore, reported: list[Progress]) -> None:
     """The same loop in ten lines, without tracker, checkpoints and accuracy."""
     workload = tiny.workload()
-    optimizer = Shampoo(workload.model.named_parameters(), lr=OPTIONS.lr, precondition_frequency=2)
+    optimizer = Shampoo(workload.model.named_parameters(), lr=OPTIONS.lr, basis={"frequency": 2})
     losses = []
     for step in range(STEPS):
         inputs, targets = workload.batch(step, OPTIONS.batch_size, OPTIONS.seed)

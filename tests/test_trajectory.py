@@ -135,7 +135,7 @@ def test_training_stays_bitwise_the_same(options: dict):
     plain, watched = network(), network()
     for model, window in ((plain, None), (watched, kp.GradientWindow(watched, 4, **options))):
         torch.manual_seed(1)
-        optimizer = kp.optim.Shampoo(model.named_parameters(), lr=0.1, precondition_frequency=2)
+        optimizer = kp.optim.Shampoo(model.named_parameters(), lr=0.1, basis={"frequency": 2})
         train(model, optimizer, range(6), window.update if window else lambda: None)
         model.random = torch.rand(3)
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):

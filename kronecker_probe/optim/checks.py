@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,32 +95,65 @@ def check_gradients(
     return True
 
 
-def check_state(state: object, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+def loaded_groups(
+    loaded: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The groups of a loaded state dict, as many and as large as the optimizer's own.
+
+    Raises:
+        InvalidInputError: No state dict of an optimizer on these parameters.
+    """
+    if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
+        raise InvalidInputError("A state dict of an optimizer has 'state' and 'param_groups'.")
+    groups = list(loaded["param_groups"])
+    theirs, ours = ([len(g["params"]) for g in some] for some in (groups, own))
+    if theirs != ours:
+        raise InvalidInputError(
+            f"The loaded state has groups of {theirs} parameters, the optimizer of {ours}. Load "
+            "the state of the same model and groups."
+        )
+    return groups
+
+
+def check_state(
+    state: object, shapes: Mapping[str, tuple[int, ...]], own: tuple[int, ...], name: str
+) -> None:
     """Refuses a loaded state that does not fit its parameter.
 
     Args:
         state: The state of one parameter, as loaded.
-        shapes: Every tensor that the optimizer may hold for it, with its shape.
+        shapes: The tensors that the optimizer holds for it, with their shapes.
+        own: The shape of the parameter, which its momentum has.
         name: The parameter, for messages.
 
     Raises:
-        InvalidInputError: Not a state of Shampoo, or one of another shape.
+        InvalidInputError: Not a state of this optimizer, or one of another shape.
     """
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise InvalidInputError(f"The loaded state of {name} is not one of this optimizer: no int 'step'.")
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(key), int) for key in ("step", "batch")
+    ):
+        raise InvalidInputError(
+            f"The loaded state of {name} is not one of this optimizer: no int 'step' and 'batch'."
+        )
+    known = {**shapes, "momentum_buffer": own}
     for key, value in state.items():
-        if key == "step":
+        if key in ("step", "batch"):
             continue
-        if key not in shapes or not isinstance(value, Tensor):
+        if key not in known or not isinstance(value, Tensor):
             raise InvalidInputError(
-                f"The loaded state of {name} holds {key!r}, which is no state of this optimizer under "
-                f"the loaded options. Known: {', '.join(sorted(shapes))}."
+                f"The loaded state of {name} holds {key!r}, which is no state of this optimizer "
+                f"under the loaded options. Known: {', '.join(sorted(known))}."
             )
-        if tuple(value.shape) != shapes[key]:
+        if tuple(value.shape) != known[key]:
             raise InvalidInputError(
                 f"{key} in the loaded state of {name} has shape {list(value.shape)}; the parameter "
-                f"needs {list(shapes[key])}. Load the state of the same model."
+                f"needs {list(known[key])}. Load the state of the same model."
             )
+    if missing := shapes.keys() - state.keys():
+        raise InvalidInputError(
+            f"The loaded state of {name} lacks {', '.join(sorted(missing))}, which the loaded "
+            "options need. Save and load all of a state dict."
+        )
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

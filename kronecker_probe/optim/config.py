@@ -19,7 +19,7 @@ from kronecker_probe.errors import InvalidInputError, unknown_name
 
 
 class Config:
-    """A frozen dataclass whose fields are checked, and which is a dict of plain values in states."""
+    """A frozen dataclass whose fields are checked; in a state dict it is a dict of them."""
 
     section: ClassVar[str]
 
@@ -360,31 +360,3 @@ class Shapes(Config):
 SECTIONS: dict[str, type[Config]] = {
     one.section: one for one in (Statistics, Basis, Spectrum, Inverse, Magnitude, Shapes)
 }
-
-
-def check_together(statistics: Statistics, basis: Basis, spectrum: Spectrum) -> None:
-    """Refuse combinations that make no sense.
-
-    Raises:
-        InvalidInputError: One of them; the message says why.
-    """
-    if spectrum.root != "eigh" and basis.solver == "qr":
-        raise InvalidInputError(
-            f"basis.solver='qr' refreshes a basis, and spectrum.root={spectrum.root!r} has none; "
-            "use root='eigh' or drop the solver."
-        )
-    if spectrum.root != "eigh" and basis.tolerance is not None:
-        raise InvalidInputError(
-            f"basis.tolerance tests a basis, and spectrum.root={spectrum.root!r} has none; use "
-            "root='eigh', or a fixed frequency."
-        )
-    if spectrum.eigenvalues != "corrected" and (basis.carry != "keep" or basis.marginals):
-        raise InvalidInputError(
-            "basis.carry and basis.marginals are about corrected eigenvalues; use "
-            "spectrum.eigenvalues='corrected', or drop them."
-        )
-    if statistics.rule == "whitened" and spectrum.root != "eigh":
-        raise InvalidInputError(
-            f"statistics.rule='whitened' needs the eigenvalues of the factors, and "
-            f"spectrum.root={spectrum.root!r} finds none; use root='eigh'."
-        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.operators.diagonal import DiagonalOperator
+from kronecker_probe.optim.config import Spectrum
 from kronecker_probe.optim.preconditioner import Preconditioner, State
 
 
@@ -27,28 +28,31 @@ class Diagonal(Preconditioner):
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         average = self.average(state, gradients)
-        return divided(average, self.denominator(state["second_moment"], step))
+        return divided(average, self._denominator(state["second_moment"], step))
 
-    def denominator(self, moment: Tensor, step: int) -> Tensor:
-        """(v / b)^power + epsilon, a new tensor."""
-        return powered(moment, self.correction(step), self.recipe.spectrum.power).add_(
-            self.recipe.spectrum.epsilon
-        )
+    def _denominator(self, moment: Tensor, step: int) -> Tensor:
+        spectrum = self.recipe.spectrum
+        return damped_power(moment, self.correction(step), spectrum.power, spectrum)
 
     def ready(self, state: State, step: int) -> bool:
         return step >= self.recipe.basis.first
 
     def operator(self, state: State, block: int, step: int) -> DiagonalOperator:
-        denominator = self.denominator(state["second_moment"][block].double(), step)
-        values = denominator.pow_(1 / self.recipe.spectrum.power)
+        moment = state["second_moment"][block : block + 1].double()
+        values = self._denominator(moment, step)[0].pow_(1 / self.recipe.spectrum.power)
         return DiagonalOperator(values.reshape(values.shape[0], -1))
 
 
-def powered(moment: Tensor, correction: float, power: float) -> Tensor:
-    """(v / b)^power, a new tensor."""
+def damped_power(moment: Tensor, correction: float, power: float, spectrum: Spectrum) -> Tensor:
+    """(v / b)^power + epsilon of blocks [K, ...], a new tensor; epsilon as ``spectrum`` has it."""
     if power == 0.5:
-        return moment.sqrt().div_(math.sqrt(correction))
-    return (moment / correction).pow_(power)
+        root = moment.sqrt().div_(math.sqrt(correction))
+    else:
+        root = (moment / correction).pow_(power)
+    if not spectrum.relative:
+        return root.add_(spectrum.epsilon)
+    largest = root.flatten(1).amax(1).view(-1, *[1] * (root.ndim - 1))
+    return root.add_(spectrum.epsilon * largest)
 
 
 def divided(average: Tensor, denominator: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final, overload
 
 import torch
@@ -14,8 +14,8 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import BlockOperator
 from kronecker_probe.optim import checks
+from kronecker_probe.optim.apply import apply_updates, new_buffer
 from kronecker_probe.optim.config import (
     SECTIONS,
     Basis,
@@ -24,16 +24,13 @@ from kronecker_probe.optim.config import (
     Shapes,
     Spectrum,
     Statistics,
-    check_together,
 )
+from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
+from kronecker_probe.optim.live import operator_of
 from kronecker_probe.optim.precision import full_precision, state_dtype
-from kronecker_probe.optim.preconditioner import Failure, Recipe
-from kronecker_probe.optim.stack import Member, Stack, stacks_of
+from kronecker_probe.optim.stack import Failed, Stack, stacks_of, state_shapes
+from kronecker_probe.optim.tiles import layout
 
-Group = dict[str, Any]
-
-# Keys of a group that are no options: torch's own, a scheduler's, and a label.
-_NOT_OPTIONS = ("params", "param_names", "initial_lr", "name")
 NONFINITE = ("raise", "skip")
 
 
@@ -56,7 +53,7 @@ class KroneckerOptimizer(Optimizer):
 
     The state is at least float32; products run without autocast and TF32. A refresh that fails
     keeps what was held (the grafted direction if there is nothing), warns once for a factor, and
-    raises after ``failures`` of them.
+    raises after more than ``failures`` in a row.
 
     Args:
         params: Parameters, ``named_parameters()`` (messages then use the names), or groups, in
@@ -73,9 +70,9 @@ class KroneckerOptimizer(Optimizer):
         magnitude: Whose length the step takes.
         shapes: How parameters are cut.
         nesterov: Of a polar factor's average.
-        scale_by_shape: Multiply the update of an m x n block by max(1, m / n)^1/2, as Muon does.
+        scale_by_shape: Multiply the update of an m x n parameter by max(1, m / n)^1/2 (Muon).
         nonfinite: A gradient that is not finite: "raise" an error, or "skip" the whole step.
-        failures: Refreshes of one factor that may fail.
+        failures: Refreshes of one factor in a row that may fail.
 
     Raises:
         InvalidInputError: An option out of range, or choices that do not go together.
@@ -91,12 +88,12 @@ class KroneckerOptimizer(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        statistics: Statistics | None = None,
-        basis: Basis | None = None,
-        spectrum: Spectrum | None = None,
-        inverse: Inverse | None = None,
-        magnitude: Magnitude | None = None,
-        shapes: Shapes | None = None,
+        statistics: Statistics | Mapping[str, Any] | None = None,
+        basis: Basis | Mapping[str, Any] | None = None,
+        spectrum: Spectrum | Mapping[str, Any] | None = None,
+        inverse: Inverse | Mapping[str, Any] | None = None,
+        magnitude: Magnitude | Mapping[str, Any] | None = None,
+        shapes: Shapes | Mapping[str, Any] | None = None,
         nesterov: bool = False,
         scale_by_shape: bool = False,
         nonfinite: str = "raise",
@@ -107,18 +104,20 @@ class KroneckerOptimizer(Optimizer):
             "betas": tuple(betas) if isinstance(betas, list) else betas,
             "weight_decay": weight_decay,
             "momentum": momentum,
-            "statistics": statistics or Statistics(),
-            "basis": basis or Basis(),
-            "spectrum": spectrum or Spectrum(),
-            "inverse": inverse or Inverse(),
-            "magnitude": magnitude or Magnitude(),
-            "shapes": shapes or Shapes(),
+            "statistics": Statistics.of(statistics or {}),
+            "basis": Basis.of(basis or {}),
+            "spectrum": Spectrum.of(spectrum or {}),
+            "inverse": Inverse.of(inverse or {}),
+            "magnitude": Magnitude.of(magnitude or {}),
+            "shapes": Shapes.of(shapes or {}),
             "nesterov": nesterov,
             "scale_by_shape": scale_by_shape,
         }
-        _check_group(defaults, "")
+        check_group(defaults, "")
         if nonfinite not in NONFINITE:
             raise unknown_name("nonfinite", nonfinite, NONFINITE)
+        if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
+            raise InvalidInputError(f"failures is {failures!r}; it must be an integer, at least 0.")
         self.nonfinite = nonfinite
         self.allowed_failures = failures
         self._forget()
@@ -127,8 +126,7 @@ class KroneckerOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drop the stacks; they are built again from the state of the parameters."""
         self._stacks: dict[int, list[Stack]] = {}
-        self._failed: dict[tuple[int, int, int], int] = {}
-        self._blocks = 0
+        self._warned: set[tuple[int, int, int, int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         held: dict[str, Any] = super().__getstate__()
@@ -136,6 +134,7 @@ class KroneckerOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and it is no option here
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -154,12 +153,12 @@ class KroneckerOptimizer(Optimizer):
         where = f" of parameter group {len(self.param_groups)}"
         group = dict(param_group)
         for key in group:
-            if key not in self.defaults and key not in _NOT_OPTIONS:
+            if key not in self.defaults and key not in NOT_OPTIONS:
                 raise unknown_name(f"option{where}", key, self.defaults)
         for section in SECTIONS:
             if isinstance(given := group.get(section), Mapping):
                 group[section] = self.defaults[section].replace(**given)
-        _check_group(self.defaults | group, where)
+        check_group(self.defaults | group, where)
         super().add_param_group(group)
         try:
             for param in self.param_groups[-1]["params"]:
@@ -188,6 +187,8 @@ class KroneckerOptimizer(Optimizer):
             NonFiniteError: A gradient is not finite or its squares overflow; no weight and no
                 state was changed.
             UnsupportedError: A gradient is sparse; nothing was changed.
+            InvalidInputError: An option was changed to what the state does not fit, and nothing
+                was changed; or the refresh of a factor failed too often.
         """
         loss = None
         if closure is not None:
@@ -198,8 +199,9 @@ class KroneckerOptimizer(Optimizer):
             for k, group in enumerate(self.param_groups)
         ]
         every = [param for _, _, params in active for param in params]
-        for _, group, _ in active:
-            _check_group(group, "")
+        for k, group, _ in active:
+            check_group(group, f" of parameter group {k}")
+        self._check_changes()
         if not checks.check_gradients(every, self._name, skip=self.nonfinite == "skip"):
             return loss
         with full_precision(param.device.type for param in every):
@@ -209,6 +211,7 @@ class KroneckerOptimizer(Optimizer):
         return loss
 
     def _step_group(self, number: int, group: Group, params: list[Tensor]) -> None:
+        recipe = recipe_of(group)
         self._build(number, group, params)
         steps = {}
         for param in params:
@@ -221,84 +224,71 @@ class KroneckerOptimizer(Optimizer):
                 turn = stack.step([one for one in members if steps[id(one.param)] == step], step)
                 parts |= turn.directions
                 self._note(turn.failures, step)
-        recipe = recipe_of(group)
-        updates = [_assembled(param, recipe, parts) for param in params]
-        self._apply(group, params, updates, [steps[id(param)] for param in params])
-
-    def _apply(
-        self, group: Group, params: list[Tensor], updates: list[Tensor], steps: list[int]
-    ) -> None:
-        """W <- (1 - lr weight_decay) W - lr U, or by way of the momentum."""
-        lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
-        beta1, corrects = group["betas"][0], group["statistics"].bias_correction
-        rates = [1.0 / (1.0 - beta1**step) if corrects else 1.0 for step in steps]
-        if group["scale_by_shape"]:
-            rates = [
-                rate * math.sqrt(max(1.0, p.shape[0] / (p.numel() / p.shape[0]))) if p.ndim else rate
-                for rate, p in zip(rates, params, strict=True)
-            ]
-        if mu == 0:
-            if decay > 0:
-                torch._foreach_mul_(params, 1 - lr * decay)
-            if len(set(rates)) == 1:
-                torch._foreach_add_(params, _as(updates, params), alpha=-lr * rates[0])
-            else:
-                torch._foreach_mul_(updates, rates)
-                torch._foreach_add_(params, _as(updates, params), alpha=-lr)
-            return
-        torch._foreach_mul_(updates, rates)
-        if decay > 0:
-            wide = [p.to(u.dtype) for p, u in zip(params, updates, strict=True)]
-            torch._foreach_add_(updates, wide, alpha=decay)
-        buffers = [self._buffer(param) for param in params]
-        torch._foreach_mul_(buffers, mu)
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(params, _as(buffers, params), alpha=-lr)
+        updates = [_assembled(param, recipe.shapes, parts) for param in params]
+        apply_updates(group, params, updates, [steps[id(p)] for p in params], self._buffer)
 
     def _buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=state_dtype(param.dtype))
+            state["momentum_buffer"] = new_buffer(param)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
 
+    def _check_changes(self) -> None:
+        """Let the stacks know of options that changed since the last step, or refuse them."""
+        for number, stacks in self._stacks.items():
+            recipe = recipe_of(self.param_groups[number])
+            for stack in stacks:
+                if stack.recipe != recipe:
+                    check_change(stack.recipe, recipe, f" of parameter group {number}")
+                    stack.follow(recipe)
+
     def _build(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
-        """Stacks for the parameters that have none, filled with their loaded state if any."""
-        known = self._stacks.setdefault(number, [])
-        having = {id(member.param) for stack in known for member in stack.members}
-        new = [param for param in params if id(param) not in having]
-        if not new:
-            return
-        for stack in stacks_of(new, recipe_of(group), state_dtype, self._blocks):
+        """Stacks for the parameters that have none.
+
+        Those with a state, after a copy or a load, come first, and together as they were before:
+        the rounding of a batched product can depend on the batch.
+        """
+        if number not in self._stacks:
+            self._stacks[number] = []
+            having = [p for p in group["params"] if "batch" in self.state.get(p, {})]
+            for members in _by_batch(having, lambda p: int(self.state[p]["batch"])):
+                self._stack(number, group, members)
+        new = [param for param in params if "batch" not in self.state.get(param, {})]
+        if new:
+            held = (self.state[p]["batch"] for p in group["params"] if self.state.get(p))
+            batch = 1 + max(held, default=-1)
+            self._stack(number, group, new)
+            for param in new:
+                self.state[param] |= {"step": 0, "batch": batch}
+
+    def _stack(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
+        known = self._stacks[number]
+        first = sum(stack.blocks for stacks in self._stacks.values() for stack in stacks)
+        for stack in stacks_of(params, recipe_of(group), state_dtype, first):
             known.append(stack)
-            self._blocks += len(stack.state["offset"])
             for member in stack.members:
                 state = self.state[member.param]
-                if "step" in state:
+                if "batch" in state:
                     stack.fill(member, state)
                 state |= stack.views(member)
-        for param in new:
-            self.state[param].setdefault("step", 0)
 
-    def _note(self, failures: Iterable[tuple[Tensor, Failure]], step: int) -> None:
-        """Warn of a factor's first failure, and stop after too many."""
-        for param, failure in failures:
-            key = id(param), failure.block, failure.side
-            self._failed[key] = count = self._failed.get(key, 0) + 1
-            message = (
-                f"{failure.reason[:1].upper()}{failure.reason[1:]} of {self._name(param)} at step "
-                f"{step}."
-            )
-            if count > self.allowed_failures:
+    def _note(self, failures: Iterable[Failed], step: int) -> None:
+        """Warn of a factor's first failure, and stop after too many in a row."""
+        for failed in failures:
+            name = self._name(failed.param)
+            message = f"No {failed.what} of factor {failed.side} of {name} was found at step {step}"
+            if failed.count > self.allowed_failures:
                 raise InvalidInputError(
-                    f"{message} It failed {count} times; raise spectrum.epsilon, or "
-                    "lower the learning rate."
+                    f"{message}, {failed.count} times in a row. Raise spectrum.epsilon, or lower "
+                    "the learning rate. No weight of this parameter group was changed."
                 )
-            if count == 1:
+            if failed.key not in self._warned:
+                self._warned.add(failed.key)
                 warnings.warn(
-                    f"{message} Going on with the last good one, or the grafted direction.",
+                    f"{message}: going on with the last good one, or the grafted direction.",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
     def operator(self, param: Tensor) -> Operator:
@@ -332,7 +322,7 @@ class KroneckerOptimizer(Optimizer):
                 f"no preconditioner yet: no step was taken with a gradient ({self._name(param)})"
             )
         self._build(number, group, [param])
-        return _operator(param, self._stacks[number], state["step"], self._name(param))
+        return operator_of(param, self._stacks[number], state["step"], self._name(param))
 
     def state_dict(self) -> StateDict:
         """As torch has it, with the sections of options as plain dicts."""
@@ -345,11 +335,41 @@ class KroneckerOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state, copied and in its own precision, after checking that it fits.
 
+        As with every optimizer of torch the options come with it: after loading the state of
+        another preset this optimizer is that preset.
+
         Raises:
             InvalidInputError: Not a state of this optimizer on parameters of these shapes;
                 nothing was changed.
         """
-        groups = [dict(group) for group in state_dict["param_groups"]]
+        incoming: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def check(_: Optimizer, loaded: StateDict) -> StateDict:
+            groups = self._checked_groups(loaded)
+            incoming.extend(self._checked_states(loaded, groups))
+            return {**loaded, "param_groups": groups}
+
+        def restore(_: Optimizer) -> None:
+            for param, state in incoming:
+                self.state[param] = state
+            for number, group in enumerate(self.param_groups):
+                self._build(number, group, [])
+
+        # Torch casts the state to the dtype of the parameter, which would round the statistics of
+        # bfloat16 parameters: put exact copies instead, before the caller's hooks see them.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_groups(self, loaded: StateDict) -> list[Group]:
+        """The loaded groups with their sections as configs."""
+        groups = [dict(group) for group in checks.loaded_groups(loaded, self.param_groups)]
         for index, group in enumerate(groups):
             where = f" of loaded parameter group {index}"
             missing = [key for key in self.defaults if key not in group]
@@ -360,37 +380,19 @@ class KroneckerOptimizer(Optimizer):
                 )
             for section, kind in SECTIONS.items():
                 group[section] = kind.of(group[section])
-            _check_group(group, where)
-        loaded = self._checked_states(state_dict, groups)
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        self._forget()
-        for param, state in loaded:
-            self.state[param] = state
-        for number, group in enumerate(self.param_groups):
-            self._build(number, group, [p for p in group["params"] if self.state.get(p)])
+            check_group(group, where)
+        return groups
 
     def _checked_states(
-        self, state_dict: StateDict, groups: Sequence[Group]
-    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        self, loaded: StateDict, groups: Sequence[Group]
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Copies of the loaded states with their parameters, in the precision of the state."""
-        found = []
-        for own, given in zip(self.param_groups, groups, strict=False):
-            for param, key in zip(own["params"], given["params"], strict=False):
-                state = state_dict["state"].get(key)
-                if state is None:
-                    continue
-                (stack, *_) = stacks = stacks_of([param], recipe_of(given), state_dtype, 0)
-                shapes = {
-                    name: tuple(view.shape)
-                    for one in stacks
-                    for member in one.members
-                    for name, view in one.views(member).items()
-                }
-                shapes["momentum_buffer"] = tuple(param.shape)
-                checks.check_state(state, shapes, self._name(param))
-                found.append((param, {k: _copied(v, param) for k, v in state.items()}))
-                del stack
-        return found
+        for own, given in zip(self.param_groups, groups, strict=True):
+            for param, key in zip(own["params"], given["params"], strict=True):
+                if state := loaded["state"].get(key):
+                    shapes = state_shapes(param, recipe_of(given))
+                    checks.check_state(state, shapes, tuple(param.shape), self._name(param))
+                    yield param, {name: _copied(value, param) for name, value in state.items()}
 
     def _name(self, param: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
@@ -403,34 +405,14 @@ class KroneckerOptimizer(Optimizer):
         raise AssertionError("a parameter of this optimizer")
 
 
-def recipe_of(group: Mapping[str, Any]) -> Recipe:
-    """The choices of a group."""
-    sections = [group[name] for name in SECTIONS]
-    return Recipe(*sections, betas=tuple(group["betas"]), nesterov=group["nesterov"])
+def _by_batch(params: Sequence[Tensor], batch: Callable[[Tensor], int]) -> Iterator[list[Tensor]]:
+    for _, members in itertools.groupby(sorted(params, key=batch), key=batch):
+        yield list(members)
 
 
-def _check_group(group: Mapping[str, Any], where: str) -> None:
-    for name, kind in SECTIONS.items():
-        if not isinstance(group[name], kind):
-            raise InvalidInputError(
-                f"{name}{where} is a {type(group[name]).__name__}; give a {kind.__name__}."
-            )
-    for name in ("lr", "weight_decay"):
-        checks.check_number(group[name], f"{name}{where}", lambda v: v >= 0, "at least 0")
-    checks.check_number(group["momentum"], f"momentum{where}", lambda v: 0 <= v < 1, "in [0, 1)")
-    checks.check_betas(group["betas"], f"betas{where}")
-    check_together(group["statistics"], group["basis"], group["spectrum"])
-
-
-def _assembled(param: Tensor, recipe: Recipe, parts: Mapping[tuple[int, int], Tensor]) -> Tensor:
-    from kronecker_probe.optim.tiles import layout
-
-    cut = layout(param.shape, recipe.shapes)
+def _assembled(param: Tensor, shapes: Shapes, parts: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    cut = layout(param.shape, shapes)
     return cut.assemble([parts[id(param), k] for k in range(len(cut.tiles))], param)
-
-
-def _as(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    return [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
 
 
 def _copied(value: Any, param: Tensor) -> Any:
@@ -439,57 +421,3 @@ def _copied(value: Any, param: Tensor) -> Any:
     if not value.is_floating_point():
         return value.clone()
     return value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)
-
-
-def _operator(param: Tensor, stacks: Sequence[Stack], step: int, name: str) -> Operator:
-    """The operators of a parameter's blocks, in their grid."""
-    found: dict[tuple[int, ...], Operator] = {}
-    for stack in stacks:
-        for member in stack.members:
-            if member.param is not param:
-                continue
-            found |= _member_operators(stack, member, step, name)
-    rows = sorted({place[0] for place in found})
-    columns = sorted({place[1] for place in found})
-    if len(rows) == len(columns) == 1:
-        return found[rows[0], columns[0]]
-    return BlockOperator([[found[r, c] for c in columns] for r in rows])
-
-
-def _member_operators(
-    stack: Stack, member: Member, step: int, name: str
-) -> dict[tuple[int, ...], Operator]:
-    """Those of a tile, by the first row and column of each block."""
-    one, tile = stack.preconditioner, member.blocks
-    m = param_rows = member.layout.shape[0]
-    if len(member.layout.shape) > 2 and any(g > 1 for g in tile.grid[1:]):
-        raise UnsupportedError(
-            f"{name} is cut along several of its {len(member.layout.shape)} merged dimensions, so "
-            "that its blocks are no rectangles of the m x n matrix; use shapes.merge=0"
-        )
-    if (member.param.shape[0] if member.param.ndim else 1) != param_rows:
-        raise UnsupportedError(
-            f"{name} has its first dimension merged with others into {m}, so that its blocks are "
-            "none of the m x n matrix; use shapes.merge=0"
-        )
-    ready = one.ready(stack.state, step)
-    found = {}
-    for k in range(tile.count):
-        row = member.start + k
-        if ready is False or (ready is not True and not bool(ready[row])):
-            first = one.recipe.basis.first
-            raise UnsupportedError(
-                f"no preconditioner yet: the first refresh is at step {first}, {step} steps were "
-                f"taken ({name})"
-                if step < first
-                else f"no preconditioner yet: no refresh of {name} succeeded in {step} steps"
-            )
-        try:
-            operator = one.operator(stack.state, row, step)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{name}: {error}") from error
-        i, j = (k // tile.grid[1], k % tile.grid[1]) if len(tile.grid) > 1 else (k, 0)
-        corner = tile.corner[0][0], tile.corner[1][0] if len(tile.corner) > 1 else 0
-        block = tile.block[0], tile.block[1] if len(tile.block) > 1 else 1
-        found[corner[0] + i * block[0], corner[1] + j * block[1]] = operator
-    return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kronecker_probe.linalg.basis_refresh import BasisRefresh
 from kronecker_probe.optim.contractions import add_outer, completed, contract, unfold
-from kronecker_probe.optim.preconditioner import Preconditioner, State
+from kronecker_probe.optim.preconditioner import Failure, Preconditioner, State
 
 
 class Factored(Preconditioner):
@@ -27,8 +28,8 @@ class Factored(Preconditioner):
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
                 state[f"whitened_trace_{end}"] = like.new_full((len(like),), float(size))
-        # the step of the last refresh, tests, refreshes and QR iterations of each factor
-        for name in ("refreshed", "tests", "refreshes", "iterations"):
+        # the step of the last refresh; tests, refreshes, iterations and failures in a row
+        for name in ("refreshed", "tests", "refreshes", "iterations", "failures"):
             state[name] = torch.zeros(len(like), len(self.sides), dtype=torch.int64)
         return state
 
@@ -36,6 +37,8 @@ class Factored(Preconditioner):
         if not self.updates_now(step):
             return
         keep, weight = self.recipe.weights(self.recipe.statistics.every)
+        if self.recipe.statistics.rule == "whitened":
+            weight /= self.missing  # sides without a factor are whitened by the identity
         for side, end in self.each():
             rows = gradients
             if self._whitens:
@@ -58,7 +61,7 @@ class Factored(Preconditioner):
     def hold_whitener(
         self, state: State, end: str, rows: Tensor, values: Tensor, vectors: Tensor
     ) -> None:
-        """Keep Q lambda^{(q-1)/2} of refreshed factors, within their rank.
+        """Keep Q lambda^{(q-1)/2} of refreshed factors, within their rank; of zero, what was held.
 
         Args:
             state: Of the stack.
@@ -70,8 +73,36 @@ class Factored(Preconditioner):
         if not self._whitens:
             return
         q = self.recipe.statistics.q
-        state[f"whitener_{end}"][rows] = vectors * values.pow((q - 1) / 2).unsqueeze(-2)
-        state[f"whitened_trace_{end}"][rows] = values.pow(q).sum(-1)
+        some = values[:, 0] > 0
+        rows, values, vectors = rows[some.to(rows.device)], values[some], vectors[some]
+        null = values <= 0
+        powers = values.masked_fill(null, 1.0).pow((q - 1) / 2).masked_fill(null, 0.0)
+        state[f"whitener_{end}"][rows] = vectors * powers.unsqueeze(-2)
+        state[f"whitened_trace_{end}"][rows] = values.pow(q).masked_fill(null, 0.0).sum(-1)
+
+    def count_failures(
+        self, state: State, place: int, rows: Tensor, ok: Tensor, what: str
+    ) -> list[Failure]:
+        """Count failures in a row of one side's factors, and tell of those of now.
+
+        Args:
+            state: Of the stack.
+            place: Which of the sides.
+            rows: Blocks that were due.
+            ok: Which of them succeeded, [b].
+            what: What was looked for.
+        """
+        where, ok = rows.cpu(), ok.cpu()
+        counts = state["failures"]
+        counts[where, place] = torch.where(ok, 0, counts[where, place] + 1)
+        return [Failure(block, self.sides[place], what) for block in where[~ok].tolist()]
+
+    def count_tests(self, state: State, place: int, rows: Tensor, found: BasisRefresh) -> None:
+        """Count tests, refreshes and QR iterations of one side's bases."""
+        where = rows.cpu()
+        state["tests"][where, place] += 1
+        state["refreshes"][where, place] += found.refreshed.cpu().long()
+        state["iterations"][where, place] += found.iterations.cpu()
 
     def full_factor(self, state: State, end: str, step: int, rows: Tensor) -> Tensor:
         """A / b of some blocks, [b, r, r], both triangles."""

@@ -63,7 +63,10 @@ class InverseFree(Preconditioner):
             rows = unfold(whitened, side)
             found[end] = self._velocity(state[f"inverse_{end}"], rows, scale, damping)
         for end, new in found.items():  # all from the factors before the step
-            self._move(state[f"inverse_{end}"], state[f"velocity_{end}"].lerp_(new, 1 - rule.decay))
+            velocity = state[f"velocity_{end}"]
+            sound = new.flatten(1).isfinite().all(1)  # the product of huge numbers may overflow
+            new = torch.where(sound.view(-1, *[1] * (new.ndim - 1)), new, velocity)
+            self._move(state[f"inverse_{end}"], velocity.lerp_(new, 1 - rule.decay))
 
     def _velocity(self, inverse: Tensor, rows: Tensor, scale: float, damping: Tensor) -> Tensor:
         """Half of [scale X X^T + damping K^T K - I], X the whitened gradient along one side."""
@@ -107,21 +110,12 @@ class InverseFree(Preconditioner):
         return direction.clone() if direction is gradients else direction
 
     def operator(self, state: State, block: int, step: int) -> Operator:
-        factors = []
-        for side, size in enumerate(self.block):
-            device = next(iter(state.values())).device
-            if side not in self.sides:
-                factors.append(torch.eye(size, dtype=torch.float64, device=device))
-                continue
-            held = state[f"inverse_{side}"][block].double()
-            if self._diagonal:
-                factors.append(held.square().reciprocal().diag())
-            else:
-                factors.append(torch.linalg.inv(held @ held.mT))
-        left, *others = factors
-        right = others[0] if others else left.new_ones(1, 1)
-        for one in others[1:]:
-            right = torch.kron(right, one)
+        held = {side: state[f"inverse_{side}"][block].double() for side in self.sides}
+        if self._diagonal:
+            powers = {side: one.square().reciprocal().diag() for side, one in held.items()}
+        else:
+            powers = {side: torch.linalg.inv(one @ one.mT) for side, one in held.items()}
+        left, right = self.product(state, powers)
         if self._diagonal:
             return DiagonalOperator(torch.outer(left.diagonal(), right.diagonal()))
         return KroneckerOperator(left, right)

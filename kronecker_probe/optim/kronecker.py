@@ -1,4 +1,4 @@
-"""Kronecker products of inverse roots: Shampoo, its square, KL-Shampoo and their root-free forms."""
+"""Kronecker products of inverse roots: Shampoo, its square, KL-Shampoo, root-free ones."""
 
 from __future__ import annotations
 
@@ -57,63 +57,75 @@ class Kronecker(Factored):
         failures: list[Failure] = []
         for place, (_, end) in enumerate(self.each()):
             factor = self.full_factor(state, end, step, rows)
-            ok = self._refresh_side(state, end, place, factor, rows, step)
+            ok = self._refresh_side(state, end, place, factor, rows)
+            state["refreshed"][rows.cpu()[ok.cpu()], place] = step
             if place == 0 and self.recipe.spectrum.trace_scale:
                 trace = factor.diagonal(dim1=1, dim2=2).sum(1)[ok]
-                power = self.recipe.spectrum.power
-                state[f"root_{end}"][rows[ok]] *= trace.pow(power)[:, None, None]
-            failed = rows[~ok.to(rows.device)].tolist()
-            failures += [Failure(k, self.sides[place], self._why(end)) for k in failed]
+                good = rows[ok.to(rows.device)]
+                state[f"root_{end}"][good] *= self._scale(trace)[:, None, None]
+            failures += self.count_failures(state, place, rows, ok, "inverse root")
         return failures
 
-    def _why(self, end: str) -> str:
-        return f"no {self.recipe.spectrum.root} inverse root of factor {end} was found"
+    def _scale(self, trace: Tensor) -> Tensor:
+        """S^power of the product of k factors over S, which estimates H.
+
+        With the trace T of each factor the product of k of them has T^k where H has T; an absent
+        factor, of r rows, is the identity times T / r.
+        """
+        return (trace.pow(len(self.sides) - 1) * self.missing).pow(self.recipe.spectrum.power)
 
     def _refresh_side(
-        self, state: State, end: str, place: int, factor: Tensor, rows: Tensor, step: int
+        self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
     ) -> Tensor:
         """Renew the roots of ``rows``; which of them succeeded, [b]."""
-        spectrum = self.recipe.spectrum
-        if spectrum.root != "eigh":
-            return self._iterate(state, end, place, factor, rows, step)
+        solved = torch.zeros(len(rows), dtype=torch.bool, device=factor.device)
+        if self.recipe.spectrum.root != "eigh":
+            solved = self._iterate(state, end, place, factor, rows)
+            if bool(solved.all()):
+                return solved
+        rest = ~solved
+        solved[rest] = self._decompose(state, end, place, factor[rest], rows[rest.to(rows.device)])
+        return solved
+
+    def _decompose(
+        self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Roots from eigenvalues; those in a basis that passed its test are renewed too."""
         if self._holds_basis:
-            values, vectors, solved, renewed = self._tested(state, end, place, factor, rows)
+            values, vectors, solved = self._tested(state, end, place, factor, rows)
         else:
             values, vectors, solved = eigh_each(factor)
-            renewed = solved
+            state["refreshes"][rows.cpu()[solved.cpu()], place] += 1
         values = values.clamp_min(0)
-        damped = values + self._epsilon(values)[:, None]
+        epsilon = self._epsilon(values)[:, None]
+        damped = values + epsilon
+        if self.recipe.spectrum.epsilon == 0:
+            rounding = values.shape[1] * torch.finfo(values.dtype).eps
+            damped = damped.masked_fill(damped <= rounding * values.amax(1, keepdim=True), 0.0)
         powers = inverse_powers(damped, self.exponent)
         solved &= powers.isfinite().all(1)
-        good = rows[(renewed & solved).to(rows.device)]
-        chosen = renewed & solved
-        state[f"root_{end}"][good] = (vectors * powers.unsqueeze(1) @ vectors.mT)[chosen]
-        self.hold_whitener(state, end, good, damped[chosen], vectors[chosen])
-        state["refreshed"][good.cpu(), place] = step
-        state["refreshes"][good.cpu(), place] += 1
+        good = rows[solved.to(rows.device)]
+        roots = vectors * powers.unsqueeze(1) @ vectors.mT
+        state[f"root_{end}"][good] = roots[solved]
+        self.hold_whitener(state, end, good, damped[solved], vectors[solved])
         return solved
 
     def _tested(
         self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eigenvalues and bases of ``rows``, which are sound, and which were renewed."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues and bases of ``rows``, and which are sound."""
         found = refreshed_basis(self.recipe.basis, factor, state[f"basis_{end}"][rows])
         state[f"basis_{end}"][rows] = found.vectors
-        state["tests"][rows.cpu(), place] += 1
-        state["iterations"][rows.cpu(), place] += found.iterations.cpu()
-        first = (state["refreshed"][rows.cpu(), place] == 0).to(found.refreshed.device)
-        return found.diagonal, found.vectors, found.ok, found.refreshed | (first & found.ok)
+        self.count_tests(state, place, rows, found)
+        return found.diagonal, found.vectors, found.ok
 
-    def _iterate(
-        self, state: State, end: str, place: int, factor: Tensor, rows: Tensor, step: int
-    ) -> Tensor:
+    def _iterate(self, state: State, end: str, place: int, factor: Tensor, rows: Tensor) -> Tensor:
+        """Roots by products alone; which of them are within the tolerance of their residual."""
         spectrum = self.recipe.spectrum
-        unit = "largest" if spectrum.relative else "absolute"
-        solver = _ITERATIONS[spectrum.root]
-        roots = solver(factor, round(-1 / self.exponent), Damping(spectrum.epsilon, unit))
+        damping = Damping(spectrum.epsilon, "largest" if spectrum.relative else "absolute")
+        roots = _ITERATIONS[spectrum.root](factor, round(-1 / self.exponent), damping)
         good = rows[roots.ok.to(rows.device)]
         state[f"root_{end}"][good] = roots.values[roots.ok]
-        state["refreshed"][good.cpu(), place] = step
         state["refreshes"][good.cpu(), place] += 1
         state["iterations"][good.cpu(), place] += roots.iterations[roots.ok].cpu()
         return roots.ok
@@ -131,18 +143,10 @@ class Kronecker(Factored):
         return average
 
     def operator(self, state: State, block: int, step: int) -> KroneckerOperator:
-        factors = []
-        for side, size in enumerate(self.block):
-            if side in self.sides:
-                root = state[f"root_{side}"][block]
-                factors.append(self._inverse_power(root, side))
-            else:
-                factors.append(torch.eye(size, dtype=torch.float64, device=state_device(state)))
-        left, *others = factors
-        right = others[0] if others else left.new_ones(1, 1)
-        for one in others[1:]:
-            right = torch.kron(right, one)
-        return KroneckerOperator(left, right)
+        held = {
+            side: self._inverse_power(state[f"root_{side}"][block], side) for side in self.sides
+        }
+        return KroneckerOperator(*self.product(state, held))
 
     def _inverse_power(self, root: Tensor, side: int) -> Tensor:
         """A^(-1/power) of a held inverse root A, the pseudo-inverse where epsilon is 0."""
@@ -172,8 +176,3 @@ def refreshed_basis(basis: Basis, factor: Tensor, held: Tensor) -> BasisRefresh:
 def inverse_powers(values: Tensor, exponent: float) -> Tensor:
     """values^exponent, 0 where a value is 0: the pseudo-inverse."""
     return torch.where(values > 0, values, math.inf).pow(exponent)
-
-
-def state_device(state: State) -> torch.device:
-    """Where the tensors of a state are, its counters apart."""
-    return next(t.device for t in state.values() if t.is_floating_point())

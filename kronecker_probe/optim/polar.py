@@ -17,6 +17,8 @@ from kronecker_probe.optim.preconditioner import Preconditioner, State
 class Polar(Preconditioner):
     """U V^T of M = U S V^T, exact ("eigh") or by five Newton-Schulz steps ("matmul").
 
+    Where the exact one is not found, Newton-Schulz takes its place.
+
     It equals (M M^T)^{-1/4} M (M^T M)^{-1/4}: Shampoo whose factors hold M alone. With
     ``nesterov``, M is beta1 M + (1 - beta1) G once more.
     """
@@ -38,7 +40,9 @@ class Polar(Preconditioner):
         self.average(state, gradients)
         filtered = self.filtered(state, gradients, step)
         if self.recipe.spectrum.root == "eigh":
-            return polar(filtered)
+            found = polar(filtered)
+            if bool(found.isfinite().all()):
+                return found
         return newton_schulz(filtered).to(gradients.dtype)
 
     def operator(self, state: State, block: int, step: int) -> KroneckerOperator:

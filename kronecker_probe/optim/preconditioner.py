@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kronecker_probe.errors import UnsupportedError
+from kronecker_probe.linalg.memory import available_bytes
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
 
@@ -64,12 +66,12 @@ class Failure:
     Attributes:
         block: Which of those given.
         side: Which dimension.
-        reason: Why.
+        what: What was not found.
     """
 
     block: int
     side: int
-    reason: str
+    what: str
 
 
 class Preconditioner(abc.ABC):
@@ -100,8 +102,10 @@ class Preconditioner(abc.ABC):
 
     @abc.abstractmethod
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
-        """P^-power M of the averaged gradients, a new tensor [K, *block], without a bias correction
-        of M, which is part of the rate."""
+        """P^-power M of the averaged gradients, a new tensor [K, *block].
+
+        The bias correction of M is not in it, but in the rate.
+        """
 
     def filtered(self, state: State, gradients: Tensor, step: int) -> Tensor:
         """M [K, *block], the running average that this step's direction is of."""
@@ -144,11 +148,47 @@ class Preconditioner(abc.ABC):
         return self.recipe.correction(self.recipe.statistics.every * self.updates(step))
 
     @property
+    def missing(self) -> int:
+        """Entries of a block over those of the sides that have a factor."""
+        return math.prod(self.block) // math.prod(self.block[side] for side in self.sides)
+
+    @property
     def rest(self) -> tuple[int, ...]:
         """Entries of a block over each side that has a factor."""
         size = math.prod(self.block)
         return tuple(size // self.block[side] for side in self.sides)
 
+    def product(self, state: State, factors: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """The factors [r, r] of all sides as left and right one, the identity where there is none.
+
+        Raises:
+            UnsupportedError: An identity, or a product, that is too large to be held.
+        """
+        device = next(t.device for t in state.values() if t.is_floating_point())
+        left, *others = (
+            factors[side].double() if side in factors else _identity(size, device)
+            for side, size in enumerate(self.block)
+        )
+        right = left.new_ones(1, 1)
+        for one in others:
+            _check_memory(len(right) * len(one), device, "product of its factors")
+            right = torch.kron(right, one)
+        return left, right
+
     def each(self) -> Iterator[tuple[int, str]]:
         """The sides that have a factor, with the end of their names."""
         return ((side, str(side)) for side in self.sides)
+
+
+def _identity(size: int, device: torch.device) -> Tensor:
+    _check_memory(size, device, "factor of a dimension above shapes.max_dim, the identity")
+    return torch.eye(size, dtype=torch.float64, device=device)
+
+
+def _check_memory(size: int, device: torch.device, what: str) -> None:
+    needed = 8 * size**2
+    if needed > available_bytes(device) // 2:
+        raise UnsupportedError(
+            f"the {what}, is [{size}, {size}] and would take {needed / 1e9:.1f} GB. Raise "
+            "shapes.max_dim or cut it by shapes.block_size, or do not measure it."
+        )

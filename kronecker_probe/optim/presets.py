@@ -30,7 +30,11 @@ Betas = tuple[float, float]
 
 
 def _built(
-    params: ParamsT, lr: float, betas: Betas, sections: Mapping[str, Config], options: dict[str, Any]
+    params: ParamsT,
+    lr: float,
+    betas: Betas,
+    sections: Mapping[str, Config],
+    options: dict[str, Any],
 ) -> KroneckerOptimizer:
     """The optimizer of a preset's sections with what the caller changes."""
     known = inspect.signature(KroneckerOptimizer).parameters
@@ -44,7 +48,7 @@ def _built(
     return KroneckerOptimizer(params, lr, betas=betas, **chosen)
 
 
-def Shampoo(  # noqa: N802
+def Shampoo(
     params: ParamsT,
     lr: float = 1e-2,
     betas: Betas = (0.9, 0.999),
@@ -68,7 +72,7 @@ def Shampoo(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def ShampooSquared(  # noqa: N802
+def ShampooSquared(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.9, 0.999),
@@ -88,7 +92,7 @@ def ShampooSquared(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def EShampoo(  # noqa: N802
+def EShampoo(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.9, 0.999),
@@ -107,7 +111,7 @@ def EShampoo(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def SOAP(  # noqa: N802
+def SOAP(
     params: ParamsT,
     lr: float = 3e-3,
     betas: Betas = (0.95, 0.95),
@@ -128,7 +132,7 @@ def SOAP(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def KLShampoo(  # noqa: N802
+def KLShampoo(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.9, 0.98),
@@ -148,7 +152,7 @@ def KLShampoo(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def KLSOAP(  # noqa: N802
+def KLSOAP(
     params: ParamsT,
     lr: float = 3e-3,
     betas: Betas = (0.9, 0.98),
@@ -168,7 +172,7 @@ def KLSOAP(  # noqa: N802
     return _built(params, lr, betas, sections, options)
 
 
-def RootFreeShampoo(  # noqa: N802
+def RootFreeShampoo(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.0, 0.99),
@@ -189,7 +193,7 @@ def RootFreeShampoo(  # noqa: N802
     return _built(params, lr, betas, sections, {"momentum": 0.9, **options})
 
 
-def InverseFreeShampoo(  # noqa: N802
+def InverseFreeShampoo(
     params: ParamsT,
     lr: float = 1e-3,
     batch_size: int = 1,
@@ -211,7 +215,7 @@ def InverseFreeShampoo(  # noqa: N802
     return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
 
 
-def RMSpropRootFree(  # noqa: N802
+def RMSpropRootFree(
     params: ParamsT,
     lr: float = 1e-3,
     beta2: float = 0.999,
@@ -230,9 +234,7 @@ def RMSpropRootFree(  # noqa: N802
         options: As in :func:`Shampoo`. The update's own momentum is .9.
     """
     sections = {
-        "statistics": Statistics(
-            bias_correction=False, batch_size=batch_size, initial=1.0
-        ),
+        "statistics": Statistics(bias_correction=False, batch_size=batch_size, initial=1.0),
         "spectrum": Spectrum(power=1.0, epsilon=epsilon),
         "basis": Basis(start=1),
         "shapes": Shapes(max_dim=1),
@@ -240,7 +242,7 @@ def RMSpropRootFree(  # noqa: N802
     return _built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
 
 
-def AdaGradRootFree(  # noqa: N802
+def AdaGradRootFree(
     params: ParamsT,
     lr: float = 1e-2,
     epsilon: float = 1e-5,
@@ -260,7 +262,7 @@ def AdaGradRootFree(  # noqa: N802
     return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
 
 
-def Muon(  # noqa: N802
+def Muon(
     params: ParamsT, lr: float = 0.02, beta1: float = 0.95, **options: Any
 ) -> KroneckerOptimizer:
     """The polar factor of the averaged gradient by Newton-Schulz (Jordan et al., 2024).

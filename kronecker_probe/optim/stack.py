@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -48,22 +49,62 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A factor that was not refreshed.
+
+    Attributes:
+        param: Of which parameter.
+        tile: Of which tile.
+        block: Which block of the tile.
+        side: Which dimension.
+        what: What was not found.
+        count: How many times in a row.
+    """
+
+    param: Tensor
+    tile: int
+    block: int
+    side: int
+    what: str
+    count: int
+
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        """The same for every failure of the factor."""
+        return id(self.param), self.tile, self.block, self.side
+
+
+@dataclass(frozen=True)
 class Turn:
     """What a step of some members gave: their directions, and what was not refreshed."""
 
     directions: dict[tuple[int, int], Tensor]
-    failures: list[tuple[Tensor, Failure]]
+    failures: list[Failed]
 
 
-def kind_of(recipe: Recipe, sides: tuple[int, ...]) -> type[Preconditioner]:
-    """Which preconditioner blocks with factors on these sides have."""
-    if recipe.spectrum.eigenvalues == "polar":
-        return Polar
+def preconditioner_of(recipe: Recipe, block: tuple[int, ...], order: int) -> Preconditioner:
+    """The preconditioner of blocks of this shape.
+
+    Blocks without any factor have a second moment of every entry, or diagonal inverse factors.
+
+    Args:
+        recipe: The choices.
+        block: Shape of the blocks.
+        order: Dimensions of their parameters.
+    """
+    kind = recipe.spectrum.eigenvalues
+    sides = factored_sides(block, recipe.shapes, order)
+    if kind == "polar":
+        return Polar(recipe, block, sides)
+    if kind == "inverse-free":
+        if not sides:
+            sides = tuple(k for k, size in enumerate(block) if size > 1) or (0,)
+            inverse = recipe.inverse.replace(structure="diagonal")
+            recipe = dataclasses.replace(recipe, inverse=inverse)
+        return InverseFree(recipe, block, sides)
     if not sides:
-        return Diagonal
-    if recipe.spectrum.eigenvalues == "inverse-free":
-        return InverseFree
-    return Rotated if recipe.spectrum.eigenvalues == "corrected" else Kronecker
+        return Diagonal(recipe, block, sides)
+    return (Rotated if kind == "corrected" else Kronecker)(recipe, block, sides)
 
 
 @final
@@ -87,17 +128,23 @@ class Stack:
         first: int,
     ) -> None:
         self.members = list(members)
-        block = members[0].blocks.block
-        sides = factored_sides(block, recipe.shapes, order)
-        self.preconditioner = kind_of(recipe, sides)(recipe, block, sides)
-        self.graft = Graft(recipe)
-        count = sum(member.blocks.count for member in members)
-        like = torch.zeros(count, *block, dtype=dtype, device=members[0].param.device)
+        self.block = members[0].blocks.block
+        self.blocks = sum(member.blocks.count for member in members)
+        self.order = order
         self.dtype = dtype
+        self.follow(recipe)
+        device = members[0].param.device
+        like = torch.zeros(self.blocks, *self.block, dtype=dtype, device=device)
         self.state = self.preconditioner.initial(like)
-        self.state["offset"] = torch.arange(first, first + count)
+        self.state["offset"] = torch.arange(first, first + self.blocks)
         if self.graft.has_moment:
             self.state["graft_moment"] = torch.zeros_like(like)
+
+    def follow(self, recipe: Recipe) -> None:
+        """Go on with other choices, for which the state is of the same form."""
+        self.recipe = recipe
+        self.preconditioner = preconditioner_of(recipe, self.block, self.order)
+        self.graft = Graft(recipe)
 
     def views(self, member: Member) -> dict[str, Tensor]:
         """A member's part of the state, by the names that the parameter's state has."""
@@ -106,8 +153,7 @@ class Stack:
     def fill(self, member: Member, given: Mapping[str, Any]) -> None:
         """Copy a member's part from the state of its parameter."""
         for name, tensor in self.state.items():
-            if name != "offset":
-                tensor[member.rows].copy_(given[member.key(name)])
+            tensor[member.rows].copy_(given[member.key(name)])
 
     @torch.no_grad()
     def step(self, active: Sequence[Member], step: int) -> Turn:
@@ -128,8 +174,22 @@ class Stack:
             stop = start + member.blocks.count
             directions[id(member.param), member.tile] = direction[start:stop]
             start = stop
-        owners = [member.param for member in active for _ in range(member.blocks.count)]
-        return Turn(directions, [(owners[failure.block], failure) for failure in failures])
+        return Turn(directions, self._failed(active, failures, state))
+
+    def _failed(
+        self, active: Sequence[Member], failures: Sequence[Failure], state: State
+    ) -> list[Failed]:
+        """Failures by parameter, tile and block."""
+        found = []
+        places = [(one, k) for one in active for k in range(one.blocks.count)] if failures else []
+        sides = self.preconditioner.sides
+        for failure in failures:
+            member, block = places[failure.block]
+            count = int(state["failures"][failure.block, sides.index(failure.side)])
+            found.append(
+                Failed(member.param, member.tile, block, failure.side, failure.what, count)
+            )
+        return found
 
     def _direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         one = self.preconditioner
@@ -140,7 +200,7 @@ class Stack:
         filtered = one.filtered(state, gradients, step)
         graft = self.graft.direction(state, filtered, step)
         if ready is False:
-            return graft
+            return graft if self.graft.has_moment else graft.clone()
         direction = self.graft.scaled(direction, graft)
         if ready is True:
             return direction
@@ -182,6 +242,17 @@ def stacks_of(
         stacks.append(Stack(recipe, members, 1 if key[3] else 2, key[1], first))
         first += counts[key]
     return stacks
+
+
+def state_shapes(param: Tensor, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors that stacks hold for a parameter."""
+    ghost = param.to("meta")
+    return {
+        name: tuple(view.shape)
+        for stack in stacks_of([ghost], recipe, lambda dtype: dtype, 0)
+        for member in stack.members
+        for name, view in stack.views(member).items()
+    }
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Training:
         self.optimizer = Shampoo(
             self.model.named_parameters(),
             lr=options.lr,
-            precondition_frequency=options.precondition_frequency,
+            basis={"frequency": options.precondition_frequency},
         )
         self._check_data(device)
         self.tracker = Tracker(
