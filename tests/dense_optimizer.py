@@ -62,13 +62,14 @@ class Dense:
     def __init__(self, rule: Rule, W: np.ndarray) -> None:
         self.rule, self.W = rule, W.copy()
         m, n = W.shape
-        eye = rule.initial
-        self.L, self.R = eye * np.eye(m), eye * np.eye(n)
+        # partial traces of initial I
+        self.L, self.R = rule.initial * n * np.eye(m), rule.initial * m * np.eye(n)
         self.M, self.v, self.buffer = np.zeros((m, n)), np.zeros((m, n)), np.zeros((m, n))
         self.D = np.full((m, n), rule.initial)
         self.QL, self.QR = np.eye(m), np.eye(n)
         self.whiten_L, self.whiten_R = np.eye(m), np.eye(n)
         self.trace_L, self.trace_R = float(m), float(n)
+        self.started = False
         self.operator: np.ndarray | None = None  # P^-power
         self.t = self.updates = 0
 
@@ -100,6 +101,13 @@ class Dense:
         keep = 1.0 if r.beta2 is None else r.beta2**r.every
         weight = (1.0 if r.beta2 is None else 1 - keep) * r.batch
         left, right = G @ G.T, G.T @ G
+        if r.whitened is not None and not self.started:
+            # multiples of the identity whose product has the mean square of G
+            self.started, size = True, float(np.sqrt((G * G).mean()))
+            self.whiten_L *= size ** (r.whitened - 1)
+            self.whiten_R *= size ** (r.whitened - 1)
+            self.trace_L *= size**r.whitened
+            self.trace_R *= size**r.whitened
         if r.whitened is not None:
             left = G @ self.whiten_R @ G.T / self.trace_R
             right = G.T @ self.whiten_L @ G / self.trace_L

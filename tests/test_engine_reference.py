@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Build, Rule]] = {
     "RootFreeShampoo": (
         lambda p: optim.RootFreeShampoo(p, lr=0.01, batch_size=8, weight_decay=0.1),
         Rule(beta1=0.0, beta2=0.99, exponents=1.0, trace=True, power=1.0, batch=8, mu=0.9,
-             epsilon=1e-3, relative=True, decay=0.1),
+             epsilon=1e-3, relative=True, decay=0.1, initial=1.0, correct=False, start=1),
     ),
     "RMSpropRootFree": (
         lambda p: optim.RMSpropRootFree(p, lr=0.01, batch_size=4),

@@ -227,7 +227,9 @@ RATIOS = {
         lambda m, n: (m * n) ** -0.5,
     ),
     "root-free": (
-        lambda p, **o: optim.RootFreeShampoo(p, momentum=0.0, **o),
+        lambda p, **o: optim.RootFreeShampoo(
+            p, momentum=0.0, statistics={"initial": 0.0, "bias_correction": True}, **o
+        ),
         lambda m, n: 1.0,
     ),
 }

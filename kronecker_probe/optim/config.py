@@ -111,7 +111,8 @@ class Statistics(Config):
             the last, 1 - beta2^every.
         batch_size: B, for root-free methods on mean losses: B G G^T in place of G G^T estimates the
             same matrix at any batch size (arXiv 2402.03496).
-        initial: The multiple of the identity that an average starts from; 0 with bias correction.
+        initial: c of the estimate c I of H that is there before the first gradient; 0 with bias
+            correction.
     """
 
     section: ClassVar[str] = "statistics"
@@ -136,6 +137,11 @@ class Statistics(Config):
             raise InvalidInputError(
                 f"statistics.initial is {self.initial}, which a bias correction would blow up; use "
                 "bias_correction=False, or start from 0."
+            )
+        if self.rule == "whitened" and self.initial > 0:
+            raise InvalidInputError(
+                f"statistics.initial is {self.initial}, but rule='whitened' starts in the units of "
+                "the first gradient; use 0."
             )
         if self.rule == "gradient" and self.q != 0:
             raise InvalidInputError(

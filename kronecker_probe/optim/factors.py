@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,12 @@ class Factored(Preconditioner):
         for side, end in self.each():
             size = self.block[side]
             eye = torch.eye(size, dtype=like.dtype, device=like.device)
-            state[f"factor_{end}"] = statistics.initial * eye.repeat(len(like), 1, 1)
+            # a partial trace of initial I
+            initial = statistics.initial * (math.prod(self.block) // size)
+            state[f"factor_{end}"] = initial * eye.repeat(len(like), 1, 1)
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
-                state[f"whitened_trace_{end}"] = like.new_full((len(like),), float(size))
+                state[f"whitened_trace_{end}"] = like.new_zeros(len(like))
         # the step of the last refresh; tests, refreshes, iterations and failures in a row
         for name in ("refreshed", "tests", "refreshes", "iterations", "failures"):
             state[name] = torch.zeros(len(like), len(self.sides), dtype=torch.int64)
@@ -36,6 +40,8 @@ class Factored(Preconditioner):
     def update(self, state: State, gradients: Tensor, step: int) -> None:
         if not self.updates_now(step):
             return
+        if self._whitens:
+            self._start_whiteners(state, gradients)
         keep, weight = self.recipe.weights(self.recipe.statistics.every)
         if self.recipe.statistics.rule == "whitened":
             weight /= self.missing  # sides without a factor are whitened by the identity
@@ -49,12 +55,30 @@ class Factored(Preconditioner):
     def _whitens(self) -> bool:
         return self.recipe.statistics.rule == "whitened" and len(self.sides) > 1
 
+    def _start_whiteners(self, state: State, gradients: Tensor) -> None:
+        """Let factors of the first gradient that is not zero be whitened in its own units.
+
+        Each factor is found from what is held of the others. If those are off by c, it is by 1/c,
+        and their product goes to and fro between c and 1/c. So they start as multiples of the
+        identity whose product has the mean square of G.
+        """
+        square = gradients.square().flatten(1).mean(1)
+        unset = (state[f"whitened_trace_{self.sides[0]}"] == 0) & (square > 0)
+        if not bool(unset.any()):
+            return
+        scale = square[unset].pow(1 / len(self.sides))
+        q = self.recipe.statistics.q
+        for side, end in self.each():
+            state[f"whitener_{end}"][unset] *= scale.pow((q - 1) / 2)[:, None, None]
+            state[f"whitened_trace_{end}"][unset] = self.block[side] * scale.pow(q)
+
     def _whitened(self, state: State, gradients: Tensor, side: int) -> Tensor:
         """G times the whiteners of all other sides, over the roots of their traces."""
         for other, end in self.each():
             if other != side:
                 gradients = contract(gradients, state[f"whitener_{end}"].mT, other)
-                trace = state[f"whitened_trace_{end}"]
+                held = state[f"whitened_trace_{end}"]
+                trace = torch.where(held > 0, held, 1.0)  # 0 before the first gradient
                 gradients = gradients / trace.sqrt().view(-1, *[1] * (gradients.ndim - 1))
         return gradients
 

@@ -136,12 +136,13 @@ def KLShampoo(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.9, 0.98),
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-3,
     **options: Any,
 ) -> KroneckerOptimizer:
     """Factors that minimize KL (arXiv 2509.03378), power 1/2, no grafting.
 
-    Arguments as in :func:`ShampooSquared`.
+    Arguments as in :func:`ShampooSquared`. ``epsilon`` bounds what the null space of the first,
+    singular factors does to the steps until the next refresh.
     """
     sections = {
         "statistics": Statistics(rule="whitened"),
@@ -182,11 +183,13 @@ def RootFreeShampoo(
 ) -> KroneckerOptimizer:
     """P^-1 M with P = B L kron R / Tr L: Shampoo squared without the root (arXiv 2402.03496).
 
-    Arguments as in :func:`ShampooSquared`, and B, the batch over which the loss is a mean. The
-    update's own momentum is .9.
+    Arguments as in :func:`ShampooSquared`, and B, the batch over which the loss is a mean. P starts
+    from the identity, as a step without the root has the units of 1 / G: from 0 the first ones
+    would be huge. The update's own momentum is .9.
     """
     sections = {
-        "statistics": Statistics(batch_size=batch_size),
+        "statistics": Statistics(bias_correction=False, batch_size=batch_size, initial=1.0),
+        "basis": Basis(start=1),
         "spectrum": Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
         "shapes": Shapes(vectors="diagonal"),
     }

@@ -36,7 +36,7 @@ class Rotated(Factored):
         for side, end in self.each():
             eye = torch.eye(self.block[side], dtype=like.dtype, device=like.device)
             state[f"basis_{end}"] = eye.repeat(len(like), 1, 1)
-        state["second_moment"] = torch.zeros_like(like)
+        state["second_moment"] = torch.full_like(like, self.recipe.statistics.initial)
         return self.with_momentum(state, like)
 
     def refresh(self, state: State, step: int) -> list[Failure]:
