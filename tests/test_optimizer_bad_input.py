@@ -278,5 +278,7 @@ def test_no_gradient_for_long_and_then_some(name: str, dtype: torch.dtype) -> No
             assert all(torch.equal(param, torch.ones_like(param)) for param in params)
     for param in params:
         assert param.isfinite().all()
+        # float16 weights of 1 round such steps away
+        assert dtype == torch.float16 or not torch.equal(param, torch.ones_like(param))
         held = optimizer.state[param].values()
         assert all(v.isfinite().all() for v in held if isinstance(v, torch.Tensor))

@@ -82,9 +82,7 @@ def test_the_operator_of_muon_has_the_polar_factor_for_its_direction() -> None:
 def test_the_operator_holds_the_root_of_the_stale_damped_factors() -> None:
     rng = np.random.default_rng(5)
     gradients = [torch.tensor(rng.standard_normal((4, 3))) for _ in range(7)]
-    _, optimizer, param = step_of(
-        gradients, betas=(0.5, 0.9), epsilon=1e-2, basis={"frequency": 5}
-    )
+    _, optimizer, param = step_of(gradients, betas=(0.5, 0.9), epsilon=1e-2, basis={"frequency": 5})
     weights = np.array([0.9**k for k in range(4, -1, -1)])
     weights = weights / weights.sum()  # the bias-corrected EMA of the first five gradients
     G = np.stack([gradient.numpy() for gradient in gradients[:5]])
