@@ -126,7 +126,8 @@ class Dense:
             q = r.whitened
             corrected = r.estimate == "corrected"
             floor = [r.epsilon] * 2 if corrected else adds
-            self.whiten_L, self.whiten_R = power_of(L, q - 1, floor[0]), power_of(R, q - 1, floor[1])
+            self.whiten_L = power_of(L, q - 1, floor[0])
+            self.whiten_R = power_of(R, q - 1, floor[1])
             self.trace_L = float(np.trace(power_of(L, q, floor[0])))
             self.trace_R = float(np.trace(power_of(R, q, floor[1])))
         if r.estimate == "kronecker":

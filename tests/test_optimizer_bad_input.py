@@ -156,7 +156,7 @@ def test_groups_and_guards_are_checked() -> None:
     param = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(InvalidInputError, match=r"dict with 'params'.*list"):
         optim.Shampoo([param]).add_param_group([param])
-    with pytest.raises(InvalidInputError, match="statistics is 'mean'|statistics is a str"):
+    with pytest.raises(InvalidInputError, match="statistics is a str"):
         optim.Shampoo([param], statistics="mean")
     with pytest.raises(InvalidInputError, match="failures is -1"):
         optim.Shampoo([param], failures=-1)

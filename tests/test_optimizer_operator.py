@@ -127,7 +127,7 @@ def test_an_absent_operator_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     break_eigh(monkeypatch, 5)
     with pytest.warns(RuntimeWarning):
         _, optimizer, param = step_of([torch.ones(5, 4)], basis={"frequency": 1})
-    with pytest.raises(UnsupportedError, match="no refresh of parameter 0.* in 1 steps"):
+    with pytest.raises(UnsupportedError, match=r"no refresh of parameter 0.* in 1 steps"):
         optimizer.operator(param)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,67 +92,6 @@ def check_gradients(
             "changed: skip this batch, clip, or lower the learning rate."
         )
     return True
-
-
-def loaded_groups(
-    loaded: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """The groups of a loaded state dict, as many and as large as the optimizer's own.
-
-    Raises:
-        InvalidInputError: No state dict of an optimizer on these parameters.
-    """
-    if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
-        raise InvalidInputError("A state dict of an optimizer has 'state' and 'param_groups'.")
-    groups = list(loaded["param_groups"])
-    theirs, ours = ([len(g["params"]) for g in some] for some in (groups, own))
-    if theirs != ours:
-        raise InvalidInputError(
-            f"The loaded state has groups of {theirs} parameters, the optimizer of {ours}. Load "
-            "the state of the same model and groups."
-        )
-    return groups
-
-
-def check_state(
-    state: object, shapes: Mapping[str, tuple[int, ...]], own: tuple[int, ...], name: str
-) -> None:
-    """Refuses a loaded state that does not fit its parameter.
-
-    Args:
-        state: The state of one parameter, as loaded.
-        shapes: The tensors that the optimizer holds for it, with their shapes.
-        own: The shape of the parameter, which its momentum has.
-        name: The parameter, for messages.
-
-    Raises:
-        InvalidInputError: Not a state of this optimizer, or one of another shape.
-    """
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(key), int) for key in ("step", "batch")
-    ):
-        raise InvalidInputError(
-            f"The loaded state of {name} is not one of this optimizer: no int 'step' and 'batch'."
-        )
-    known = {**shapes, "momentum_buffer": own}
-    for key, value in state.items():
-        if key in ("step", "batch"):
-            continue
-        if key not in known or not isinstance(value, Tensor):
-            raise InvalidInputError(
-                f"The loaded state of {name} holds {key!r}, which is no state of this optimizer "
-                f"under the loaded options. Known: {', '.join(sorted(known))}."
-            )
-        if tuple(value.shape) != known[key]:
-            raise InvalidInputError(
-                f"{key} in the loaded state of {name} has shape {list(value.shape)}; the parameter "
-                f"needs {list(known[key])}. Load the state of the same model."
-            )
-    if missing := shapes.keys() - state.keys():
-        raise InvalidInputError(
-            f"The loaded state of {name} lacks {', '.join(sorted(missing))}, which the loaded "
-            "options need. Save and load all of a state dict."
-        )
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

@@ -27,8 +27,9 @@ from kronecker_probe.optim.config import (
 )
 from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
 from kronecker_probe.optim.live import operator_of
+from kronecker_probe.optim.loading import checked_groups, checked_states
 from kronecker_probe.optim.precision import full_precision, state_dtype
-from kronecker_probe.optim.stack import Failed, Stack, stacks_of, state_shapes
+from kronecker_probe.optim.stack import Failed, Stack, stacks_of
 from kronecker_probe.optim.tiles import layout
 
 NONFINITE = ("raise", "skip")
@@ -345,8 +346,8 @@ class KroneckerOptimizer(Optimizer):
         incoming: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: Optimizer, loaded: StateDict) -> StateDict:
-            groups = self._checked_groups(loaded)
-            incoming.extend(self._checked_states(loaded, groups))
+            groups = checked_groups(loaded, self.param_groups, self.defaults)
+            incoming.extend(checked_states(loaded, groups, self.param_groups, self._name))
             return {**loaded, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
@@ -367,33 +368,6 @@ class KroneckerOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _checked_groups(self, loaded: StateDict) -> list[Group]:
-        """The loaded groups with their sections as configs."""
-        groups = [dict(group) for group in checks.loaded_groups(loaded, self.param_groups)]
-        for index, group in enumerate(groups):
-            where = f" of loaded parameter group {index}"
-            missing = [key for key in self.defaults if key not in group]
-            if missing:
-                raise InvalidInputError(
-                    f"The options{where} lack {', '.join(missing)}: they are not those of this "
-                    "optimizer."
-                )
-            for section, kind in SECTIONS.items():
-                group[section] = kind.of(group[section])
-            check_group(group, where)
-        return groups
-
-    def _checked_states(
-        self, loaded: StateDict, groups: Sequence[Group]
-    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Copies of the loaded states with their parameters, in the precision of the state."""
-        for own, given in zip(self.param_groups, groups, strict=True):
-            for param, key in zip(own["params"], given["params"], strict=True):
-                if state := loaded["state"].get(key):
-                    shapes = state_shapes(param, recipe_of(given))
-                    checks.check_state(state, shapes, tuple(param.shape), self._name(param))
-                    yield param, {name: _copied(value, param) for name, value in state.items()}
-
     def _name(self, param: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
             for position, other in enumerate(group["params"]):
@@ -413,11 +387,3 @@ def _by_batch(params: Sequence[Tensor], batch: Callable[[Tensor], int]) -> Itera
 def _assembled(param: Tensor, shapes: Shapes, parts: Mapping[tuple[int, int], Tensor]) -> Tensor:
     cut = layout(param.shape, shapes)
     return cut.assemble([parts[id(param), k] for k in range(len(cut.tiles))], param)
-
-
-def _copied(value: Any, param: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if not value.is_floating_point():
-        return value.clone()
-    return value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)

@@ -1,0 +1,137 @@
+"""States that are loaded: what fits, as copies in their own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.optim.config import SECTIONS
+from kronecker_probe.optim.groups import Group, check_group, recipe_of
+from kronecker_probe.optim.precision import state_dtype
+from kronecker_probe.optim.stack import state_shapes
+
+
+def checked_groups(
+    loaded: Mapping[str, Any], own: Sequence[Group], options: Mapping[str, Any]
+) -> list[Group]:
+    """The loaded groups with their sections as configs.
+
+    Args:
+        loaded: A state dict.
+        own: The groups of the optimizer.
+        options: What each group must have.
+
+    Raises:
+        InvalidInputError: Not a state dict of this optimizer on these parameters, or an option
+            out of range.
+    """
+    groups = [dict(group) for group in _same_groups(loaded, own)]
+    for index, group in enumerate(groups):
+        where = f" of loaded parameter group {index}"
+        missing = [key for key in options if key not in group]
+        if missing:
+            raise InvalidInputError(
+                f"The options{where} lack {', '.join(missing)}: they are not those of this "
+                "optimizer."
+            )
+        for section, kind in SECTIONS.items():
+            group[section] = kind.of(group[section])
+        check_group(group, where)
+    return groups
+
+
+def checked_states(
+    loaded: Mapping[str, Any],
+    groups: Sequence[Group],
+    own: Sequence[Group],
+    name_of: Callable[[Tensor], str],
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Copies of the loaded states with their parameters, in the precision of the state.
+
+    Args:
+        loaded: A state dict.
+        groups: Its groups, checked.
+        own: Those of the optimizer.
+        name_of: The name of a parameter in messages.
+
+    Raises:
+        InvalidInputError: One that does not fit its parameter.
+    """
+    for ours, given in zip(own, groups, strict=True):
+        for param, key in zip(ours["params"], given["params"], strict=True):
+            if state := loaded["state"].get(key):
+                shapes = state_shapes(param, recipe_of(given))
+                _check_state(state, shapes, tuple(param.shape), name_of(param))
+                yield param, {name: _copied(value, param) for name, value in state.items()}
+
+
+def _same_groups(
+    loaded: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The groups of a loaded state dict, as many and as large as the optimizer's own.
+
+    Raises:
+        InvalidInputError: No state dict of an optimizer on these parameters.
+    """
+    if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
+        raise InvalidInputError("A state dict of an optimizer has 'state' and 'param_groups'.")
+    groups = list(loaded["param_groups"])
+    theirs, ours = ([len(g["params"]) for g in some] for some in (groups, own))
+    if theirs != ours:
+        raise InvalidInputError(
+            f"The loaded state has groups of {theirs} parameters, the optimizer of {ours}. Load "
+            "the state of the same model and groups."
+        )
+    return groups
+
+
+def _check_state(
+    state: object, shapes: Mapping[str, tuple[int, ...]], own: tuple[int, ...], name: str
+) -> None:
+    """Refuses a loaded state that does not fit its parameter.
+
+    Args:
+        state: The state of one parameter, as loaded.
+        shapes: The tensors that the optimizer holds for it, with their shapes.
+        own: The shape of the parameter, which its momentum has.
+        name: The parameter, for messages.
+
+    Raises:
+        InvalidInputError: Not a state of this optimizer, or one of another shape.
+    """
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(key), int) for key in ("step", "batch")
+    ):
+        raise InvalidInputError(
+            f"The loaded state of {name} is not one of this optimizer: no int 'step' and 'batch'."
+        )
+    known = {**shapes, "momentum_buffer": own}
+    for key, value in state.items():
+        if key in ("step", "batch"):
+            continue
+        if key not in known or not isinstance(value, Tensor):
+            raise InvalidInputError(
+                f"The loaded state of {name} holds {key!r}, which is no state of this optimizer "
+                f"under the loaded options. Known: {', '.join(sorted(known))}."
+            )
+        if tuple(value.shape) != known[key]:
+            raise InvalidInputError(
+                f"{key} in the loaded state of {name} has shape {list(value.shape)}; the parameter "
+                f"needs {list(known[key])}. Load the state of the same model."
+            )
+    if missing := shapes.keys() - state.keys():
+        raise InvalidInputError(
+            f"The loaded state of {name} lacks {', '.join(sorted(missing))}, which the loaded "
+            "options need. Save and load all of a state dict."
+        )
+
+
+def _copied(value: Any, param: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return value.clone()
+    return value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)
