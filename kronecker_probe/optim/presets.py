@@ -45,7 +45,7 @@ def _built(
         if name in SECTIONS and isinstance(value, Mapping):
             value = chosen.get(name, SECTIONS[name]()).replace(**value)
         chosen[name] = value
-    return KroneckerOptimizer(params, lr, betas=betas, **chosen)
+    return KroneckerOptimizer(params, lr, **{"betas": betas, **chosen})
 
 
 def Shampoo(
