@@ -46,8 +46,9 @@ def test_a_failed_factor_keeps_the_last_good_one_and_warns_once(
     with monkeypatch.context() as broken:
         break_eigh(broken, 5)
         text = f"No {what} of factor 0 of parameter 'layer.weight' was found at step 4"
-        with pytest.warns(RuntimeWarning, match=text):
+        with pytest.warns(RuntimeWarning, match=text) as warned:
             run(optimizer, param, 2, 4)
+        assert [one.filename for one in warned] == [__file__]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run(optimizer, param, 4, 8)

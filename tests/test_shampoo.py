@@ -269,3 +269,44 @@ def test_the_squared_product_of_a_single_factor_is_that_factor(shape):
         basis={"start": K, "frequency": 10**6},
     )
     assert float(3.0 * change.norm() / gradients[-1].norm()) == pytest.approx(1, rel=WHITE_NOISE)
+
+
+def test_the_squared_product_of_three_factors_has_the_scale_of_their_target():
+    rng = np.random.default_rng(3)
+    K, shape = 400, (6, 5, 4)
+    gradients = [2.0 * torch.tensor(rng.standard_normal(shape)) for _ in range(K + 1)]
+    change, optimizer, param = step_of(
+        gradients,
+        preset=optim.ShampooSquared,
+        betas=(0.0, 1 - 1e-6),
+        basis={"start": K, "frequency": 10**6},
+        shapes={"merge": 6},
+    )
+    assert {"root_0", "root_1", "root_2"} <= optimizer.state[param].keys()
+    assert float(2.0 * change.norm() / gradients[-1].norm()) == pytest.approx(1, rel=WHITE_NOISE)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("max_dim", [1024, 20])
+def test_whitened_factors_have_the_scale_of_their_target(q, scale, max_dim):
+    """From the first refreshes on: no factor starts in units of its own.
+
+    The first is when all factors have full rank: the null space of a singular one whitens by
+    1 / epsilon.
+    """
+    rng = np.random.default_rng(3)
+    gradients = [scale * torch.tensor(rng.standard_normal((16, 24))) for _ in range(200)]
+    for steps in (30, 36, 43, 200):
+        change, *_ = step_of(
+            gradients[:steps],
+            preset=optim.KLShampoo,
+            betas=(0.0, 1 - 1e-6),
+            epsilon=1e-12,
+            statistics={"q": q},
+            shapes={"max_dim": max_dim},
+            basis={"start": 8, "frequency": 3},
+        )
+        ratio = float(scale * change.norm() / gradients[steps - 1].norm())
+        # few samples in the first, which is what the factors cost that are not known yet
+        assert ratio == pytest.approx(1, rel=0.3 if steps < 200 else 2 * WHITE_NOISE)

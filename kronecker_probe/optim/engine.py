@@ -289,7 +289,7 @@ class KroneckerOptimizer(Optimizer):
                 warnings.warn(
                     f"{message}: going on with the last good one, or the grafted direction.",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=6,  # the caller's step, below two wrappers of torch
                 )
 
     def operator(self, param: Tensor) -> Operator:

@@ -88,7 +88,7 @@ def check_change(before: Recipe, after: Recipe, where: str) -> None:
         if value != old[name]:
             raise InvalidInputError(
                 f"{name}{where} was {old[name]!r} and is {value!r} now, which the state built by "
-                "the steps so far does not fit. Build another optimizer."
+                "the steps so far does not fit. Set it back, or build another optimizer."
             )
 
 

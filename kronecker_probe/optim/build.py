@@ -1,0 +1,109 @@
+"""Optimizers by name, with settings as text: what the command line builds."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.optim.config import SECTIONS
+from kronecker_probe.optim.presets import PRESETS
+
+TORCH: MappingProxyType[str, Callable[..., Optimizer]] = MappingProxyType(
+    {
+        "adamw": torch.optim.AdamW,
+        "adam": torch.optim.Adam,
+        "sgd": torch.optim.SGD,
+        "rmsprop": torch.optim.RMSprop,
+        "adagrad": torch.optim.Adagrad,
+    }
+)
+"""Optimizers of torch that can be tracked by name."""
+
+# Their steps have the length of Adam's, so that a rate that suits one suits all.
+LIKE_ADAM = frozenset({"shampoo", "shampoo-squared", "eshampoo", "soap", "kl-soap", "adamw", "adam"})
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """All that :func:`build_optimizer` knows."""
+    return (*PRESETS, *TORCH)
+
+
+def build_optimizer(
+    name: str, params: ParamsT, lr: float | None = None, settings: Sequence[str] = ()
+) -> Optimizer:
+    """An optimizer by its name.
+
+    Args:
+        name: A preset ("soap", "shampoo-squared", ...), or one of torch's ("adamw", "sgd", ...).
+        params: Parameters, named parameters or groups.
+        lr: Learning rate; None for the optimizer's own default.
+        settings: "option=value", or "section.field=value" of a preset, such as
+            "basis.tolerance=0.1"; values as in Python, names of choices without quotes.
+
+    Raises:
+        UnknownNameError: No such optimizer, option, section or field.
+        InvalidInputError: A malformed setting, one given twice, or a value out of range.
+    """
+    known = {**PRESETS, **TORCH}
+    if name not in known:
+        raise unknown_name("optimizer", name, known)
+    options = read_settings(settings, name in PRESETS)
+    if lr is not None:
+        if "lr" in options:
+            raise InvalidInputError("lr is given twice: as the learning rate and as a setting.")
+        options["lr"] = lr
+    build = known[name]
+    if name in TORCH:
+        accepted = [p for p in inspect.signature(build).parameters if p not in ("self", "params")]
+        for option in options:
+            if option not in accepted:
+                raise unknown_name(f"option of {name}", option, accepted)
+    return build(params, **options)
+
+
+def read_settings(settings: Sequence[str], sections: bool) -> dict[str, Any]:
+    """Settings as the keywords of an optimizer.
+
+    Args:
+        settings: The texts.
+        sections: Whether the optimizer has sections.
+
+    Raises:
+        UnknownNameError: No such section or field.
+        InvalidInputError: A malformed setting, or one given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in settings:
+        path, equals, value = text.partition("=")
+        section, dot, field = path.strip().partition(".")
+        if not equals or not section or (dot and not field):
+            raise InvalidInputError(
+                f"Setting {text!r} is none; write option=value or section.field=value, for "
+                "example basis.tolerance=0.1."
+            )
+        if dot and not sections:
+            raise InvalidInputError(f"Setting {text!r} has a section; torch's optimizers have none.")
+        if dot and section not in SECTIONS:
+            raise unknown_name("section", section, SECTIONS)
+        place = found.setdefault(section, {}) if dot else found
+        key = field if dot else section
+        if key in place:
+            raise InvalidInputError(f"Setting {path.strip()!r} is given twice.")
+        place[key] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or the text itself: a name of a choice."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,54 @@
+"""Optimizers by name, with settings as text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kronecker_probe import optim
+from kronecker_probe.errors import InvalidInputError, UnknownNameError
+from kronecker_probe.optim.build import build_optimizer, optimizer_names
+
+
+def params() -> list[torch.Tensor]:
+    return [torch.ones(3, 2, requires_grad=True), torch.ones(3, requires_grad=True)]
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_every_name_builds_an_optimizer_that_steps(name: str) -> None:
+    held = params()
+    optimizer = build_optimizer(name, held, lr=0.01)
+    for _ in range(3):
+        for one in held:
+            one.grad = torch.ones_like(one)
+        optimizer.step()
+    assert all(bool(torch.isfinite(one).all()) and bool((one != 1).any()) for one in held)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_settings_reach_their_sections() -> None:
+    settings = ["basis.tolerance=0.1", "basis.solver=qr", "weight_decay=0.2", "betas=(0.8, 0.9)",
+                "shapes.block_size=None"]  # fmt: skip
+    optimizer = build_optimizer("eshampoo", params(), settings=settings)
+    (group,) = optimizer.param_groups
+    assert group["basis"] == optim.Basis(start=1, tolerance=0.1, solver="qr")
+    assert (group["weight_decay"], group["betas"]) == (0.2, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(("name", "settings", "error", "told"), [
+    ("soup", [], UnknownNameError, "soap"),
+    ("soap", ["basis.tolerence=1"], UnknownNameError, "tolerance"),
+    ("soap", ["bases.tolerance=1"], UnknownNameError, "basis"),
+    ("soap", ["basis.tolerance"], InvalidInputError, "section.field=value"),
+    ("soap", ["basis.=1"], InvalidInputError, "section.field=value"),
+    ("soap", ["basis.frequency=1", "basis.frequency=2"], InvalidInputError, "twice"),
+    ("soap", ["basis.frequency=often"], InvalidInputError, "frequency"),
+    ("soap", ["lr=1"], InvalidInputError, "twice"),
+    ("adamw", ["basis.frequency=1"], InvalidInputError, "section"),
+    ("adamw", ["weight_decey=1"], UnknownNameError, "weight_decay"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(
+    name: str, settings: list[str], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        build_optimizer(name, params(), lr=0.1, settings=settings)
