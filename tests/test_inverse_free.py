@@ -8,7 +8,7 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.optim.engine import recipe_of
+from kronecker_probe.optim.groups import recipe_of
 from kronecker_probe.optim.inverse_free import InverseFree
 
 # Two float64 programs in another order of operations, 30 steps
