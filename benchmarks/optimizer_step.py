@@ -1,0 +1,222 @@
+"""An optimizer's step beside AdamW's, beside the floor of its own products, and beside peers.
+
+Everything is measured in one run, in turn: steps without a refresh, steps with one, and their
+mean over a cycle of F steps. The floor of a method is what no implementation of it can leave out:
+the matrix products of a step at the cost of plain ones, and one AdamW step; symmetric products
+count half. Peers are measured where they can be imported (``distributed_shampoo``, ``soap`` and
+``pytorch_optimizer``), with equal roots, intervals, grafting and no blocking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import device, environment
+from kronecker_probe import optim
+
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+BATCH = 128
+
+
+def mlp() -> nn.Module:
+    layers = [nn.Linear(n, m) for n, m in itertools.pairwise((784, 512, 512, 10))]
+    return nn.Sequential(*layers)
+
+
+class GPT(nn.Module):
+    """The parameters of a small GPT: 2 blocks of width 128, a byte vocabulary, 64 positions."""
+
+    def __init__(self, width: int = 128, blocks: int = 2) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, width)
+        self.positions = nn.Embedding(64, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 256, bias=False)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"MLP 784-512-512-10": mlp, "GPT, 2 x 128": GPT}
+
+
+def parameters(model: Callable[[], nn.Module], on: torch.device) -> list[nn.Parameter]:
+    """Parameters with gradients as a batch of BATCH vectors gives them."""
+    torch.manual_seed(0)
+    params = list(model().to(on).parameters())
+    for param in params:
+        if param.ndim == 2:
+            m, n = param.shape
+            param.grad = 1e-2 * torch.randn(m, BATCH, device=on) @ torch.randn(BATCH, n, device=on)
+        else:
+            param.grad = 1e-2 * torch.randn_like(param)
+    return params
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-6, foreach=True)
+
+
+def ours(frequency: int) -> dict[str, Build]:
+    """Presets at equal settings: Adam grafting for Shampoo, whole matrices."""
+    every = {"frequency": frequency}
+    return {
+        "Shampoo": lambda p: optim.Shampoo(p, lr=1e-6, basis=every, shapes={"vectors": "diagonal"}),
+        "EShampoo": lambda p: optim.EShampoo(
+            p, lr=1e-6, basis=every, shapes={"vectors": "diagonal"}
+        ),
+        "SOAP": lambda p: optim.SOAP(p, lr=1e-6, basis=every),
+    }
+
+
+def floor_products(params: list[nn.Parameter], second: int) -> Callable[[], None]:
+    """Statistics (symmetric: half) and ``second`` pairs of products of each matrix's shape."""
+    work = []
+    for param in params:
+        if param.ndim != 2:
+            continue
+        m, n = param.shape
+        work.append((param.grad, torch.randn(m, m, device=param.device),
+                     torch.randn(n, n, device=param.device)))  # fmt: skip
+
+    def products() -> None:
+        for G, left, right in work:
+            h, k = (G.shape[0] + 1) // 2, (G.shape[1] + 1) // 2
+            torch.mm(G[:h], G.T), torch.mm(G.T[:k], G)
+            for _ in range(second):
+                (left @ G) @ right
+
+    return products
+
+
+def peers(frequency: int) -> dict[str, Build]:
+    """Those that can be imported."""
+    found: dict[str, Build] = {}
+    if importlib.util.find_spec("distributed_shampoo"):
+        found |= _distributed_shampoo(frequency)
+    if importlib.util.find_spec("soap"):
+        from soap import SOAP  # type: ignore[import-not-found]
+
+        found["SOAP (authors')"] = lambda p: SOAP(p, lr=1e-6, precondition_frequency=frequency)
+    if importlib.util.find_spec("pytorch_optimizer"):
+        from pytorch_optimizer import SOAP as PackagedSOAP  # type: ignore[import-not-found]
+
+        found["SOAP (pytorch_optimizer)"] = lambda p: PackagedSOAP(
+            p, lr=1e-6, precondition_frequency=frequency
+        )
+    return found
+
+
+def _distributed_shampoo(frequency: int) -> dict[str, Build]:
+    import distributed_shampoo as ds  # type: ignore[import-not-found]
+
+    graft = ds.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8)
+    common = {"lr": 1e-6, "betas": (0.9, 0.999), "epsilon": 1e-8, "max_preconditioner_dim": 1024,
+              "precondition_frequency": frequency}  # fmt: skip
+    return {
+        "Distributed Shampoo": lambda p: ds.DistributedShampoo(
+            p, grafting_config=graft, **common
+        ),
+        "Distributed Shampoo, corrected": lambda p: ds.DistributedShampoo(
+            p,
+            preconditioner_config=ds.DefaultEigenvalueCorrectedShampooConfig,
+            start_preconditioning_step=frequency,
+            **common,
+        ),
+    }  # fmt: skip
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of all tensors of more than one number, each storage once."""
+    seen: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Tensor):
+            if value.numel() > 1:
+                storage = value.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for one in value.values():
+                visit(one)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                visit(one)
+        elif hasattr(value, "__dict__") and type(value).__module__.startswith("distributed"):
+            visit(vars(value))
+
+    for state in optimizer.state.values():
+        visit(state)
+    return sum(seen.values())
+
+
+def clock(on: torch.device) -> float:
+    if on.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
+    """Print the table of one model at one interval."""
+    model = MODELS[name]
+    built: dict[str, torch.optim.Optimizer] = {"AdamW": adamw(parameters(model, on))}
+    built |= {k: f(parameters(model, on)) for k, f in ours(frequency).items()}
+    built |= {k: f(parameters(model, on)) for k, f in peers(frequency).items()}
+    floors = {k: floor_products(parameters(model, on), k) for k in (1, 2)}
+    calls: dict[str, Callable[[], object]] = {k: o.step for k, o in built.items()}
+    calls |= {f"floor {k}": call for k, call in floors.items()}
+    for _ in range(2 * frequency):
+        for optimizer in built.values():
+            optimizer.step()
+    times: dict[str, list[list[float]]] = {k: [] for k in calls}
+    for _ in range(cycles):
+        for rows in times.values():
+            rows.append([])
+        for _ in range(frequency):
+            for k, call in calls.items():
+                start = clock(on)
+                call()
+                times[k][-1].append(clock(on) - start)
+    count = sum(p.numel() for p in parameters(model, on))
+    median = statistics.median
+    unit = median(itertools.chain(*times["AdamW"]))
+    print(f"\n{name}, F = {frequency}: AdamW {unit:.3f} ms")
+    print(f"  {'':34s}{'plain':>8s}{'refresh':>9s}{'amortized':>11s}{'x floor':>9s}{'B/param':>9s}")
+    for k, optimizer in built.items():
+        plain = median(x for row in times[k] for x in sorted(row)[: max(1, frequency - 1)])
+        peak = median(max(row) for row in times[k])
+        mean = median(statistics.mean(row) for row in times[k])
+        below = floor_of(k, times, unit)
+        print(
+            f"  {k:34s}{plain / unit:8.1f}{peak / unit:9.1f}{mean / unit:11.1f}"
+            f"{plain / below if below else float('nan'):9.2f}{state_bytes(optimizer) / count:9.1f}"
+        )
+
+
+def floor_of(name: str, times: dict[str, list[list[float]]], unit: float) -> float:
+    """Products and one AdamW step, milliseconds; 0 for AdamW itself."""
+    if name == "AdamW":
+        return 0.0
+    pairs = 1 if name in ("Shampoo", "Distributed Shampoo") else 2
+    return statistics.median(itertools.chain(*times[f"floor {pairs}"])) + unit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cycles", type=int, default=8)
+    parser.add_argument("--frequencies", type=int, nargs="+", default=[10])
+    options = parser.parse_args(sys.argv[1:])
+    print(f"Optimizer steps; {environment()}")
+    for name in MODELS:
+        for frequency in options.frequencies:
+            measure(name, frequency, options.cycles, device())
+
+
+if __name__ == "__main__":
+    main()
