@@ -9,6 +9,7 @@ MODULES = (
     "kronecker_floor",
     "tracker_overhead",
     "shampoo_step",
+    "roots",
     "shared_layers",
     "planner_grid",
     "whole_transformer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,27 +35,53 @@ def eigh_descending(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check(A)
     symmetric = A.mT.add(A).mul_(0.5)
-    solved = _solve(symmetric)
-    if solved is None and A.dtype != torch.float64:
-        solved = _solve(symmetric.double())
-    if solved is None:
+    values, vectors, solved = eigh_each(symmetric.view(-1, *A.shape[-2:]))
+    if not solved.all():
         raise InvalidInputError(
             f"The symmetric eigensolver failed on a finite matrix of shape {list(A.shape)} with "
             f"entries up to {float(A.abs().max()):.3g}, in float64 too. Add a damping epsilon or "
             "rescale the matrix."
         )
-    values, vectors = solved
-    return values.flip(-1).to(A.dtype), vectors.flip(-1).to(A.dtype)
+    return values.view(A.shape[:-1]), vectors.view(A.shape)
 
 
-def _solve(A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The solver's answer (ascending), or None if it failed or is not finite."""
+def eigh_each(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Descending eigenpairs of each matrix of a batch; one that fails leaves the others alone.
+
+    The batch is solved in its own dtype, matrix by matrix if the batch as a whole raises; those
+    without a finite answer are solved once more in float64.
+
+    Args:
+        A: [b, n, n], symmetric and finite, float32 or float64.
+
+    Returns:
+        Eigenvalues [b, n], eigenvectors [b, n, n] as columns, and whether each matrix was solved
+        [b]; the pairs of one that was not are NaN.
+    """
+    values, vectors = _solve(A)
+    solved = _finite(values, vectors)
+    if A.dtype != torch.float64 and not bool(solved.all()):
+        rows = (~solved).nonzero()[:, 0]
+        again = _solve(A[rows].double())
+        values[rows], vectors[rows] = again[0].to(A.dtype), again[1].to(A.dtype)
+        solved = _finite(values, vectors)
+    return values.flip(-1), vectors.flip(-1), solved
+
+
+def _solve(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenpairs of [b, n, n]; NaN where the solver raises."""
     try:
         values, vectors = torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return None
-    finite = values.isfinite().all() & vectors.isfinite().all()
-    return (values, vectors) if finite else None
+        if len(A) == 1:
+            return torch.full_like(A[..., 0], math.nan), torch.full_like(A, math.nan)
+        each = [_solve(A[i : i + 1]) for i in range(len(A))]
+        return torch.cat([pair[0] for pair in each]), torch.cat([pair[1] for pair in each])
+    return values, vectors
+
+
+def _finite(values: Tensor, vectors: Tensor) -> Tensor:
+    return values.isfinite().all(-1) & vectors.isfinite().flatten(1).all(-1)
 
 
 def _check(A: Tensor) -> None:
