@@ -23,7 +23,7 @@ bench: $(VENV)/.installed
 figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze shampoo-square --preset default --out figures
 	$(BIN)/kronecker-probe analyze honest-numbers --preset default --out figures
-	$(BIN)/kronecker-probe analyze batch-and-labels --preset quick --out figures
+	$(BIN)/kronecker-probe analyze batch-and-labels --preset default --out figures
 	$(BIN)/kronecker-probe analyze adagrad-view --preset default --out figures
 	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
 	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png

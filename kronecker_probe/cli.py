@@ -46,7 +46,14 @@ from kronecker_probe.errors import (
     unknown_name,
 )
 from kronecker_probe.interruption import ending, resumable, terminable
-from kronecker_probe.terminal import console, errors, progress_shown, show_run, show_table
+from kronecker_probe.terminal import (
+    console,
+    errors,
+    progress_shown,
+    show_probes,
+    show_run,
+    show_table,
+)
 
 DONE, FAILED, USAGE = 0, 1, 2
 
@@ -192,6 +199,7 @@ def track(
                 overwrite=overwrite,
                 keep_checkpoints=keep_checkpoints.value,
             )
+        show_probes(training.probed)
         with resumable(training), progress_shown(options.steps) as show:
             training.run(show)
         show_run(directory)

@@ -136,7 +136,8 @@ MetricsOption = Annotated[
         "--metrics",
         metavar="SPEC",
         help="Metric, as 'cosine' or 'kl_divergence:damping=0.01' (docs/metrics.md); may be "
-        "repeated. Default: cosine and the errors.",
+        "repeated. Those that are neither the cosine, its errors nor the best scale are of the "
+        "sample matrix only, whatever --estimates says. Default: cosine and the errors.",
         show_default=False,
     ),
 ]

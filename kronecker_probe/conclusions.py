@@ -6,24 +6,28 @@ Used for the titles of the figures, the report, and the end of a run on the comm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pandas as pd
 
+from kronecker_probe.optimum_gaps import Gap, differences, gaps
+from kronecker_probe.table_numbers import Number, listed, numbers
 from kronecker_probe.tables import (
+    ABSTAINING,
     METRICS,
-    NUMBERS,
-    as_float,
-    error_told,
+    abstentions,
     first_shares,
     is_bracket,
     kind_remark,
     label,
+    matrices,
+    number_of,
     number_told,
     of_best_kind,
     scores,
     steps_told,
+    truncation_remark,
+    vectors_told,
 )
 
 __all__ = [
@@ -35,8 +39,6 @@ __all__ = [
     "training_headline",
 ]
 
-# Kronecker products without a fit: the ones that the optimum bounds and a reader chooses among
-_CHOICES = ("shampoo-squared", "kfac", "shampoo")
 # what is logged along a run, the most telling first
 _LOSSES = {"train_loss": "training loss", "probe_loss": "loss on the probe set"}
 _ACCURACIES = {
@@ -44,77 +46,8 @@ _ACCURACIES = {
     "probe_accuracy": "accuracy on the probe set",
     "train_accuracy": "training accuracy",
 }
+UNKNOWN = "cannot be told from this sample"
 _EQUAL = 5e-4  # differences that three decimals do not show
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far one approximation falls behind the optimal Kronecker product, at worst.
-
-    Attributes:
-        approximation: its name in the table.
-        worst: the largest difference in cosine (or in an error) over the rows of the table. Of
-            estimates it may be negative: an approximation whose number lies above the optimum's.
-        stderr: its standard error, the larger one of the two numbers'; NaN without.
-        estimated: whether it is a difference of estimates, which have an error, and not of
-            numbers of the sample, which the optimum bounds.
-        parameter: where it is largest.
-        step: when it is largest; None for a table of one shot.
-    """
-
-    approximation: str
-    worst: float
-    stderr: float
-    estimated: bool
-    parameter: str
-    step: int | None
-
-    def __str__(self) -> str:
-        """Three decimals, rounded up so that "within" is true, or with ± the error's own."""
-        if math.isnan(self.stderr):
-            return _within(self.worst)
-        return f"{self.worst:.3f} ± {error_told(self.stderr)}"
-
-    @property
-    def indistinguishable(self) -> bool:
-        """Whether an estimate lies at or above the optimum, which is possible by its error only."""
-        return self.estimated and self.worst < _EQUAL
-
-    @property
-    def excuse(self) -> str:
-        """How an estimate that is :attr:`indistinguishable` stands to the optimum."""
-        if math.isnan(self.stderr):
-            return "gap within error"
-        if -self.worst <= 2 * self.stderr:
-            return f"gap within its error of {error_told(self.stderr)}"
-        return f"estimated {-self.worst:.3f} ± {error_told(self.stderr)} above it, which is noise"
-
-
-def gaps(table: pd.DataFrame, metric: str = "cosine") -> list[Gap]:
-    """Each Kronecker approximation's worst gap to the optimum, the smallest gap first.
-
-    For the errors, the gap is the error in excess of the optimum's. Undefined values are left
-    out; without an optimum there is no gap.
-    """
-    wide = scores(table, metric)
-    if "optimal" not in wide:
-        return []
-    errors, lows = scores(table, metric, "stderr"), scores(table, metric, "low")
-    found = []
-    for name in _CHOICES:
-        if name not in wide:
-            continue
-        gap = (wide["optimal"] - wide[name]) * (1 if metric == "cosine" else -1)
-        if gap.notna().any():
-            place: Any = gap.idxmax()  # (step, parameter)
-            pair = ["optimal", name]
-            # two cosines of one sample move together: the larger error bounds that of the gap
-            stderr = float(errors.loc[place, pair].max(skipna=False))
-            step = int(place[0]) if "step" in table else None
-            estimated = bool(lows.loc[place, pair].notna().any())
-            worst = float(gap.max())
-            found.append(Gap(name, worst, stderr, estimated, str(place[1]), step))
-    return sorted(found, key=lambda found_gap: found_gap.worst)
 
 
 def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
@@ -122,7 +55,9 @@ def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
 
     It says which kind of estimate it is about, where the table holds several.
     """
-    remark = kind_remark(table, metric)
+    table = matrices(table)
+    remarks = (kind_remark(table, metric), truncation_remark(table))
+    remark = "; ".join(filter(None, remarks))
     return _headline(table, metric) + (f" ({remark})" if remark else "")
 
 
@@ -138,24 +73,49 @@ def _headline(table: pd.DataFrame, metric: str) -> str:
     if not ranking:
         return _range_headline(wide, metric)
     steps, layers = (wide.index.get_level_values(level) for level in ("step", "parameter"))
-    closest, farthest = ranking[0], ranking[-1]
-    where = ""
-    if layers.nunique() > 1:
-        undefined = wide[[gap.approximation for gap in ranking]].isna().any(axis=None)
-        where = " in every layer where it is defined" if undefined else " in every layer"
-    verb = "stays" if steps.nunique() > 1 else "is"
+    closest = ranking[0]
     of = "the optimal Kronecker product" if metric == "cosine" else "the optimal product's error"
-    within = f"{verb} within {closest} of {of}"
-    if closest.indistinguishable:
-        within = f"{verb} indistinguishable from {of} ({closest.excuse})"
-    sentence = f"{label(closest.approximation)} {within}{where}"
-    if farthest.worst > closest.worst + _EQUAL:
+    if closest.known:
+        undefined = wide[[gap.approximation for gap in ranking]].isna().any(axis=None)
+        verb = "stays" if steps.nunique() > 1 else "is"
+        within = f"{verb} within {closest} of {of}"
+        if closest.indistinguishable:
+            within = f"{verb} indistinguishable from {of} (difference {closest})"
+        sentence = f"{label(closest.approximation)} {within}"
+        sentence += _where(closest, layers.nunique(), bool(undefined))
+    else:
+        how_far, off = _unknown(ranking)
+        sentence = f"{how_far[:1].upper()}{how_far[1:]} from {of} {UNKNOWN} ({off})"
+    farthest = max((gap for gap in ranking if gap.known), key=lambda gap: gap.worst, default=None)
+    if farthest and farthest.worst > closest.worst + _EQUAL and not farthest.indistinguishable:
         place = [farthest.parameter] if layers.nunique() > 1 else []
         place += [f"step {farthest.step}"] if steps.nunique() > 1 else []
-        far = f"{farthest.worst:.3f}" if math.isnan(farthest.stderr) else str(farthest)
+        exact = farthest.difference.kind == "plugin"
+        far = f"{farthest.worst:.3f}" if exact else str(farthest)
         lag = f"up to {far} ({', '.join(place)})" if place else far
         sentence += f"; {label(farthest.approximation)} lags by {lag}"
     return sentence
+
+
+def _unknown(ranked: list[Gap]) -> tuple[str, str]:
+    """Of the rules whose gaps the sample cannot tell: "how far K-FAC is", and their gaps."""
+    lost = [gap for gap in ranked if not gap.known]
+    names = listed(label(gap.approximation) for gap in lost)
+    how_far = f"how far {names} {'are' if len(lost) > 1 else 'is'}"
+    return how_far, f"difference {', '.join(str(gap.difference) for gap in lost)}"
+
+
+def _where(gap: Gap, layers: int, undefined: bool) -> str:
+    """In which layers a gap of a headline holds."""
+    if gap.unclear:
+        if layers == 1:
+            return " where this sample can tell, which it cannot at every step"
+        count = len(gap.unclear)
+        names = f" ({', '.join(gap.unclear)})" if count <= 3 else ""
+        return f" where this sample can tell, which it cannot in {count} of {layers} layers{names}"
+    if layers == 1:
+        return ""
+    return " in every layer where it is defined" if undefined else " in every layer"
 
 
 def _range_headline(wide: pd.DataFrame, metric: str) -> str:
@@ -184,16 +144,20 @@ def conclusions(table: pd.DataFrame) -> list[str]:
             approximations; undefined values (NaN) are told as such.
 
     Returns:
-        The sentences, in the table's order of parameters.
+        The sentences, in the table's order of parameters; vectors, of which there is nothing to
+        say, are counted in a last one.
     """
     if table.empty:
         return []
+    remark = vectors_told(table)
+    table = matrices(table)
     wide = scores(table)
     told = _told(table)
-    return [
+    sentences = [
         _conclusion(table, told, pd.DataFrame(wide.xs(name, level="parameter")), str(name))
         for name in wide.index.get_level_values("parameter").unique()
     ]
+    return sentences + ([f"{remark}."] if remark else [])
 
 
 _Told: TypeAlias = dict[tuple[int, str, str], str]  # (step, parameter, approximation) -> text
@@ -203,7 +167,7 @@ def _told(table: pd.DataFrame) -> _Told:
     """Every cosine that :func:`~kronecker_probe.tables.scores` shows, with its error."""
     texts = {}
     for row in of_best_kind(table).to_dict("records"):
-        value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+        value, stderr, low, high = number_of(row)
         plain = math.isnan(stderr) and math.isnan(low)  # three decimals suffice in a sentence
         text = f"{value:.3f}" if plain else number_told(value, stderr, low, high, is_bracket(row))
         step = int(row["step"]) if "step" in row else 0
@@ -223,6 +187,8 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
     last = wide[defined.to_numpy()].iloc[-1].dropna()
     texts = {str(name): told[step, parameter, str(name)] for name in last.index}
     when = f"at step {step} " if "step" in table else ""
+    if parameter in abstentions(table) or kind_remark(table) == ABSTAINING:
+        when += "in plug-in numbers, as the estimates abstain, "
     if "optimal" not in last:
         parts = [f"{label(name)} has cosine {text}" for name, text in texts.items()]
         clauses = [when + ", ".join(parts)]
@@ -235,14 +201,15 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
         now = rows[rows["step"] == step] if "step" in rows else rows
         clauses = [when + _ranking(gaps(now), f"cosine {texts['optimal']}{trend}")]
         if "eigen-corrected" in last:
-            above = float(last["eigen-corrected"]) - float(last["optimal"])
-            clear = above > max(_EQUAL, _uncertainty(table, parameter, step))
-            beyond = ", beyond any Kronecker product" if clear else ""
+            (above,) = differences(now, "eigen-corrected", "optimal").values()
+            beyond = ", beyond any Kronecker product" if above.low > _EQUAL else ""
             clauses.append(f"correcting the eigenvalues gives {texts['eigen-corrected']}{beyond}")
         if "live" in last:
             clauses.append(f"the optimizer's live preconditioner is at {texts['live']}")
     if undefined:
         clauses.append(f"{place} {why}")
+    if truncated := truncation_remark(table[table["parameter"] == parameter]):
+        clauses.append(f"all {truncated}, which makes cosines too high")
     return f"{parameter}: {'; '.join(clauses)}."
 
 
@@ -252,19 +219,27 @@ def _ranking(ranked: list[Gap], reached: str) -> str:
     if not ranked:
         return f"{best} has {reached}"
     closest, *others = ranked
-    if closest.indistinguishable:
+    how_far, off = _unknown(ranked) if not all(gap.known for gap in ranked) else ("", "")
+    if not closest.known:
+        sentence = f"{how_far} from {best} {UNKNOWN} ({off}; {reached})"
+    elif closest.indistinguishable:
         sentence = f"{label(closest.approximation)} is indistinguishable from {best} "
-        sentence += f"({closest.excuse}; {reached})"
+        sentence += f"(difference {closest}; {reached})"
     else:
         sentence = f"{label(closest.approximation)} comes within {closest} of {best} ({reached})"
-    for gap in others:
+    for gap in (gap for gap in others if gap.known):
         near = "indistinguishable too" if gap.indistinguishable else f"within {gap}"
         sentence += f", {label(gap.approximation)} {near}"
+    if how_far and closest.known:
+        sentence += f"; {how_far} {UNKNOWN} ({off})"
     return sentence
 
 
 def spectrum_headline(table: pd.DataFrame) -> str:
-    """The share of ||H||^2 in the first Kronecker singular value: the title of the spectra.
+    """The share of ||H||^2 in the best Kronecker product: the title of the spectra.
+
+    Of H itself where every layer has a population estimate of the optimum's cosine; otherwise of
+    the sample matrix, whose spectrum is drawn.
 
     Args:
         table: rows of one step.
@@ -272,12 +247,40 @@ def spectrum_headline(table: pd.DataFrame) -> str:
     shares = first_shares(table)
     if not shares:
         return "Kronecker singular values, relative to the largest"
-    least = min(shares, key=lambda name: shares[name])
-    energy = [f"{100 * share**2:.0f}%" for share in sorted(shares.values())]
-    if len(shares) == 1:
-        return f"One Kronecker product holds {energy[0]} of ‖H‖² in {least}"
+    estimated = population_optimum(table)
+    if estimated.keys() >= shares.keys():
+        said = {name: max(0.0, estimated[name].value) for name in shares}
+        least = min(said, key=lambda name: said[name])
+        whose, about = "‖H‖²", "an estimated "
+    else:
+        said, whose, about = shares, "the sample matrix's squared norm", ""
+        least = min(said, key=lambda name: said[name])
+    energy = [f"{100 * share**2:.0f}%" for share in sorted(said.values())]
+    if len(said) == 1:
+        sure = f" ({_squares(estimated[least])})" if about else ""
+        return f"One Kronecker product holds {about}{energy[0]}{sure} of {whose} in {least}"
     span = energy[0] if energy[0] == energy[-1] else f"{energy[0]} ({least}) to {energy[-1]}"
-    return f"One Kronecker product holds {span} of ‖H‖², layer by layer"
+    return f"One Kronecker product holds {about}{span} of {whose}, layer by layer"
+
+
+def population_optimum(table: pd.DataFrame) -> dict[str, Number]:
+    """The population cosine of the optimal product of each parameter that has one.
+
+    Args:
+        table: rows of one step.
+    """
+    rows = table[(table["approximation"] == "optimal") & table["parameter"].notna()]
+    found = {
+        str(name): numbers(pd.DataFrame(of), "cosine", math.inf).get("optimal")
+        for name, of in rows.groupby("parameter", sort=False)
+    }
+    return {name: one for name, one in found.items() if one and one.kind == "population"}
+
+
+def _squares(cosine: Number) -> str:
+    """The interval of a cosine's square, in percent."""
+    low, high = (100 * min(1.0, max(0.0, end)) ** 2 for end in (cosine.low, cosine.high))
+    return f"{low:.0f} to {high:.0f}%"
 
 
 def training_headline(table: pd.DataFrame) -> str:
@@ -304,17 +307,6 @@ def _course(what: str, first: list[float], last: list[float]) -> str:
     return f"{what} {verb} from {shown(first[1])} to {shown(last[1])} by step {last[0]:.0f}"
 
 
-def _uncertainty(table: pd.DataFrame, parameter: str, step: int) -> float:
-    """Half the widest interval among the cosines of one parameter and step; 0 without any."""
-    rows = of_best_kind(table)
-    rows = rows[rows["parameter"] == parameter]
-    rows = rows[rows["step"] == step] if "step" in rows else rows
-    if not {"low", "high"} <= set(rows):
-        return 0.0
-    widths = (rows["high"] - rows["low"]).dropna()
-    return float(widths.max()) / 2 if len(widths) else 0.0
-
-
 def _why(table: pd.DataFrame, parameter: str, steps: list[int]) -> str:
     """The last note beside a cosine that is undefined at one of ``steps``, the optimum's first."""
     rows = table[(table["parameter"] == parameter) & (table["metric"] == "cosine")]
@@ -327,11 +319,6 @@ def _why(table: pd.DataFrame, parameter: str, steps: list[int]) -> str:
             if len(notes):
                 return str(notes.iloc[-1])
     return "no reason noted"
-
-
-def _within(gap: float) -> str:
-    """Three decimals, rounded up, so that "within 0.012" is true."""
-    return f"{max(math.ceil(gap * 1000 - 1e-6), 1) / 1000:.3f}"
 
 
 def _span(values: pd.Series[Any]) -> str:

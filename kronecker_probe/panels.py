@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError
@@ -21,6 +22,10 @@ GREY = "#666666"
 SHADE = "#ececec"
 TICKS = [1, 2, 5, 10]  # steps between ticks, times a power of 10
 _DECADE = 10.0
+# last gap between probed steps over the first, above which a linear axis hides the early ones
+_UNEVEN = 10
+_MARKER_ROOM = 0.03  # the share of the axis that a marker takes
+_CEILING = 1.02  # of cosines, with room for the marker of a 1
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,10 @@ def limits(values: NDArray[np.float64], metric: str) -> View:
     if metric != "cosine" and low > 0 and high / low > _DECADE:
         return View(low / 1.15, high * 1.15, True)
     pad = 0.06 * (high - low) or 0.05
-    return View(low - pad, high + pad, False)
+    top = high + pad
+    if metric == "cosine" and high <= _CEILING:  # no cosine lies above 1
+        top = min(top, _CEILING)
+    return View(low - pad, top, False)
 
 
 def in_view(
@@ -205,12 +213,43 @@ def in_view(
     span = (high - low) or 0.1
     # an error's bar may reach 0, which no log scale shows
     least = low - span if metric == "cosine" else max(low - span, low / 2)
-    bars = [np.clip(end[columns].to_numpy(), least, high + span).ravel() for end in ends]
+    kept = [column for column in columns if all(column in end for end in ends)]
+    bars = [np.clip(end[kept].to_numpy(), least, high + span).ravel() for end in ends]
     return np.concatenate([values.ravel(), *bars])
 
 
+def set_step_axis(ax: Axes, steps: NDArray[np.int64]) -> None:
+    """A linear axis, or a logarithmic one with room for step 0 where early steps are denser."""
+    gaps = np.diff(steps)
+    if len(gaps) < 4 or gaps[-1] < _UNEVEN * gaps[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
+        return
+    first = float(steps[steps > 0][0])
+    ax.set_xscale("symlog", linthresh=first, linscale=0.4)
+    decades = 10.0 ** np.arange(np.ceil(np.log10(first)), np.floor(np.log10(steps[-1])) + 1)
+    ax.xaxis.set_major_locator(FixedLocator([0.0, *decades]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def marked_steps(ax: Axes, steps: NDArray[np.int64], number: int, lines: int) -> list[int]:
+    """Which steps have a marker: about seven, staggered by line, and none on top of another."""
+    every = max(1, len(steps) // 7)
+    chosen = list(range(number * every // lines, len(steps), every))
+    at = ax.xaxis.get_transform().transform(steps.astype(float))
+    apart = _MARKER_ROOM * float(at[-1] - at[0])
+    kept: list[int] = []
+    for place in reversed(chosen):  # the last one stays: a run's end is what is read first
+        if not kept or at[kept[-1]] - at[place] >= apart:
+            kept.append(place)
+    return kept[::-1]
+
+
 def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
-    """Names at the right end of the lines in view, moved apart where they would overlap."""
+    """Names at the right end of the lines, moved apart where they would overlap.
+
+    A line whose end lies below the panel is named at its foot, with the value.
+    """
     ax.margins(x=0.02)
     ax.get_xlim()  # settles the limits, which the transforms below need
     to_axes = ax.transData + ax.transAxes.inverted()
@@ -224,21 +263,43 @@ def label_ends(ax: Axes, lines: pd.DataFrame) -> None:
         for name, end in ends.items()
         if len(end)
     }
-    names = [name for name in sorted(points, key=lambda n: points[n][2]) if points[name][2] >= 0]
-    heights = apart([points[name][2] for name in names], gap=0.07)
+    names = sorted(points, key=lambda n: points[n][2])
+    heights = apart([max(points[name][2], 0.0) for name in names], gap=0.07)
     for name, height in zip(names, heights, strict=True):
-        color = style(name).color
+        color, (_, value, at) = style(name).color, points[name]
+        look: dict[str, Any] = {"va": "center", "fontsize": 8, "color": color, "parse_math": False}
+        if at < 0:  # no annotation, which is not drawn for a point outside
+            ax.text(1.04, height, _hidden(name, value), transform=ax.transAxes, **look)
+            continue
         ax.annotate(
             short(name),
             xy=points[name][:2],
             xytext=(1.04, height),
             textcoords="axes fraction",
-            verticalalignment="center",
-            fontsize=8,
-            color=color,
-            parse_math=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0, 0.5)},
+            **look,
         )
+
+
+def label_hidden(ax: Axes, lines: pd.DataFrame) -> None:
+    """The lines that end below the panel, with their values, on a strip added under the others."""
+    ends = {
+        str(name): float(lines[name].dropna().iloc[-1]) for name in lines.dropna(axis=1, how="all")
+    }
+    low, high = ax.get_ylim()
+    hidden = {name: value for name, value in ends.items() if value < low}
+    if not hidden:
+        return
+    strip = 0.09  # of the panel, a line of text
+    ax.set_ylim(low - (high - low) * strip * len(hidden) / (1 - strip * len(hidden)), high)
+    for number, (name, value) in enumerate(hidden.items()):
+        text, color = _hidden(name, value), style(name).color
+        at = (0.02, 0.02 + strip * number)
+        ax.text(*at, text, transform=ax.transAxes, fontsize=8, color=color, parse_math=False)
+
+
+def _hidden(name: str, value: float) -> str:
+    return f"{short(name)} ↓ {value:.3f}"
 
 
 def say(ax: Axes, text: str) -> None:

@@ -14,17 +14,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from kronecker_probe import conclusions
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.gap_figure import plot_gap as plot_gap  # noqa: PLC0414
+from kronecker_probe.optimum_gaps import RULES
 from kronecker_probe.panels import (
     GREY,
     SHADE,
@@ -32,10 +28,14 @@ from kronecker_probe.panels import (
     Panels,
     in_view,
     label_ends,
+    label_hidden,
     limits,
+    marked_steps,
     say,
+    set_step_axis,
     style,
 )
+from kronecker_probe.table_numbers import Number
 from kronecker_probe.tables import (
     METRICS,
     PLUGIN,
@@ -47,13 +47,14 @@ from kronecker_probe.tables import (
     scores,
     shape,
     short,
+    vectors,
+    vectors_told,
 )
 from kronecker_probe.training_figure import plot_training as plot_training  # noqa: PLC0414
 
-# last gap between probed steps over the first, above which a linear axis hides the early ones
-_UNEVEN = 10
 MAX_PANELS = 24  # unless parameters= asks for more
 _ROUNDING = 1e-9  # singular values below this share of the first are not resolved
+_FEW_LINES = 3  # up to so many, all have their intervals drawn
 _DIRECT_LABELS = 6  # beyond so many panels, one legend takes the place of labels at the lines
 
 
@@ -69,7 +70,8 @@ def plot_trajectory(
 
     The optimal Kronecker product is the ceiling (for errors, the floor) of every Kronecker
     product, and the region beyond it is shaded; only other structures can enter it. Whiskers are
-    the 95 % intervals of estimates, at the steps that have a marker. A parameter whose estimates
+    the 95 % intervals of estimates, at the steps that have a marker: those of the optimum and,
+    among more than three lines, of the closest rule alone. A parameter whose estimates
     abstain at some step is drawn in plug-in numbers at all of them, and its title says so.
 
     Args:
@@ -92,12 +94,12 @@ def plot_trajectory(
             "The table has no 'step' column, so there is no trajectory; use plot_ladder."
         )
     wide = _scores(table, metric)
-    names = _chosen(wide.index.get_level_values("parameter").unique(), parameters)
+    names = _chosen(table, wide.index.get_level_values("parameter").unique(), parameters)
     panels = Panels.make(
         len(names), axes, figure, width=3.6, height=3.2 if len(names) <= 6 else 2.7
     )
     shown = wide[wide.index.get_level_values("parameter").isin(names)]
-    ends = _ends(table, metric, shown)
+    ends = [end[_with_whiskers(shown, metric)] for end in _ends(table, metric, shown)]
     view = limits(in_view(shown, metric, ends), metric)
     why = abstentions(table, metric)
     for ax, name in zip(panels.axes, names, strict=True):
@@ -106,10 +108,12 @@ def plot_trajectory(
         _set_title(ax, shape(table, name), why.get(name))
         ax.set_yscale("log" if view.log else "linear")
         ax.set_ylim(view.low, view.high)
-        _set_step_axis(ax, lines.index.to_numpy())
+        set_step_axis(ax, lines.index.to_numpy())
         _draw_lines(ax, lines, bars, metric)
         if len(names) <= _DIRECT_LABELS:
             label_ends(ax, lines)
+        else:
+            label_hidden(ax, lines)
     panels.finish(
         _title(table, wide, names, parameters, metric),
         "optimizer step",
@@ -117,20 +121,6 @@ def plot_trajectory(
         legend=len(names) > _DIRECT_LABELS,
     )
     return panels.axes
-
-
-def _set_step_axis(ax: Axes, steps: NDArray[np.int64]) -> None:
-    """A linear axis, or a logarithmic one with room for step 0 where early steps are denser."""
-    gaps = np.diff(steps)
-    if len(gaps) < 4 or gaps[-1] < _UNEVEN * gaps[0]:
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
-        return
-    first = float(steps[steps > 0][0])
-    ax.set_xscale("symlog", linthresh=first, linscale=0.4)
-    decades = 10.0 ** np.arange(np.ceil(np.log10(first)), np.floor(np.log10(steps[-1])) + 1)
-    ax.xaxis.set_major_locator(FixedLocator([0.0, *decades]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _ends(table: pd.DataFrame, metric: str, shown: pd.DataFrame) -> list[pd.DataFrame]:
@@ -146,29 +136,32 @@ def _set_title(ax: Axes, name: str, why: str | None) -> None:
     ax.set_title(text, fontsize=9, loc="left", parse_math=False)
 
 
+def _with_whiskers(shown: pd.DataFrame, metric: str) -> list[str]:
+    """The lines whose intervals are drawn: of many, the optimum and the rule closest to it."""
+    names = [str(name) for name in shown.columns]
+    if len(names) <= _FEW_LINES:
+        return names
+    means = shown[[name for name in names if name in RULES]].mean().dropna()
+    best = [str(means.idxmax() if metric == "cosine" else means.idxmin())] if len(means) else []
+    return [name for name in names if name == "optimal" or name in best] or names
+
+
 def _draw_lines(ax: Axes, lines: pd.DataFrame, bars: Sequence[pd.DataFrame], metric: str) -> None:
     steps = lines.index.to_numpy()
     low, high = ax.get_ylim()
     if "optimal" in lines and metric != "best_scale":
         beyond = high if metric == "cosine" else low
         ax.fill_between(steps, lines["optimal"], beyond, color=SHADE, linewidth=0, zorder=0)
-    hidden = []
     for number, name in enumerate(lines.columns):
-        defined = lines[name].dropna()
-        if defined.empty:
+        drawn = np.flatnonzero(lines[name].notna())
+        if not len(drawn):
             continue
-        look, every = style(name), max(1, len(defined) // 7)
+        look = style(name)
         # staggered, so that lines which coincide still show both their markers
-        start = number * every // len(lines.columns)
-        lower, upper = (end[name].to_numpy()[start::every] for end in bars)
-        ax.vlines(
-            steps[start::every],
-            lower,
-            upper,
-            color=look.color,
-            linewidth=1.4,
-            zorder=2.5,
-        )
+        marked = [int(drawn[i]) for i in marked_steps(ax, steps[drawn], number, len(lines.columns))]
+        if name in bars[0]:
+            lower, upper = (end[name].to_numpy()[marked] for end in bars)
+            ax.vlines(steps[marked], lower, upper, color=look.color, linewidth=1.4, zorder=2.5)
         ax.plot(
             steps,
             lines[name].to_numpy(),
@@ -177,15 +170,10 @@ def _draw_lines(ax: Axes, lines: pd.DataFrame, bars: Sequence[pd.DataFrame], met
             linewidth=2.4 if name == "optimal" else 1.5,
             marker="o" if name == "optimal" and len(steps) == 1 else look.marker,
             markersize=5,
-            markevery=(start, every),
+            markevery=marked,
             label=label(name),
             zorder=2 if name == "optimal" else 3,
         )
-        if defined.iloc[-1] < low:
-            hidden.append((name, float(defined.iloc[-1])))
-    for number, (name, value) in enumerate(hidden):
-        text, color = f"{short(name)} ↓ {value:.3f}", style(name).color
-        ax.text(0.02, 0.03 + 0.08 * number, text, transform=ax.transAxes, fontsize=8, color=color)
     if not lines.notna().any(axis=None):
         say(ax, "undefined")
 
@@ -222,7 +210,7 @@ def plot_ladder(
     check_metric(metric)
     table = at_step(table, step)
     wide = _scores(table, metric)
-    names = _chosen(wide.index.get_level_values("parameter").unique(), parameters)
+    names = _chosen(table, wide.index.get_level_values("parameter").unique(), parameters)
     panels = Panels.make(len(names), axes, figure, width=3.9, height=2.1, columns=3)
     shown, *ends = (one.droplevel("step").loc[names] for one in (wide, *_ends(table, metric, wide)))
     view = limits(in_view(shown, metric, ends), metric)
@@ -313,8 +301,8 @@ def plot_spectrum(
         step = int(rows["step"].max())
     table = at_step(table, step)
     rows = table[table["metric"] == "singular_value"]
-    names = _chosen(rows["parameter"].unique(), parameters)
-    shares = first_shares(table)
+    names = _chosen(table, rows["parameter"].unique(), parameters)
+    shares, estimated = first_shares(table), conclusions.population_optimum(table)
     panels = Panels.make(len(names), axes, figure, width=3.2, height=2.4)
     spectra = {name: _relative(rows[rows["parameter"] == name]) for name in names}
     floor = min((float(one.min()) for one in spectra.values() if len(one)), default=1.0)
@@ -322,10 +310,13 @@ def plot_spectrum(
         ax.set_title(shape(table, name), fontsize=9, loc="left", parse_math=False)
         ax.set_yscale("log")
         ax.set_ylim(floor / 2, 2.5)
-        _draw_spectrum(ax, spectra[name], shares.get(name))
+        _draw_spectrum(ax, spectra[name], shares.get(name), estimated.get(name))
     when = f"At step {step}: " if step is not None else ""
     title = when + conclusions.spectrum_headline(table[table["parameter"].isin(names)])
-    panels.finish(f"{title} ({PLUGIN})", "k (rank of the singular value)", "σₖ / σ₁", legend=False)
+    title += f" (drawn: {PLUGIN})"
+    remark = vectors_told(table) if parameters is None else ""
+    title += f"; {remark}" if remark else ""
+    panels.finish(title, "k (rank of the singular value)", "σₖ / σ₁", legend=False)
     return panels.axes
 
 
@@ -338,7 +329,9 @@ def _relative(rows: pd.DataFrame) -> NDArray[np.float64]:
     return relative[relative > _ROUNDING]
 
 
-def _draw_spectrum(ax: Axes, relative: NDArray[np.float64], share: float | None) -> None:
+def _draw_spectrum(
+    ax: Axes, relative: NDArray[np.float64], share: float | None, estimated: Number | None
+) -> None:
     if not len(relative):
         say(ax, "undefined (H = 0)")
         return
@@ -352,7 +345,8 @@ def _draw_spectrum(ax: Axes, relative: NDArray[np.float64], share: float | None)
     )
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     if share is not None:
-        text = f"σ₁/‖H‖ = {share:.3f}\n{100 * share**2:.0f}% of ‖H‖²"
+        text = f"σ₁/‖H‖, sample: {share:.3f}"
+        text += f"\npopulation: {estimated}" if estimated else ""
         ax.text(0.96, 0.93, text, transform=ax.transAxes, fontsize=8, ha="right", va="top")
 
 
@@ -363,10 +357,14 @@ def _scores(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return wide
 
 
-def _chosen(available: Iterable[Any], parameters: Sequence[str] | None) -> list[str]:
+def _chosen(
+    table: pd.DataFrame, available: Iterable[Any], parameters: Sequence[str] | None
+) -> list[str]:
+    """Those asked for; by default the first ones, without vectors where there are matrices."""
     known = [str(name) for name in available]
     if parameters is None:
-        return known[:MAX_PANELS]
+        narrow = set(vectors(table))
+        return ([name for name in known if name not in narrow] or known)[:MAX_PANELS]
     asked = [parameters] if isinstance(parameters, str) else list(parameters)
     for name in asked:
         if name not in known:
@@ -383,8 +381,10 @@ def _title(
     parameters: Sequence[str] | None,
     metric: str,
 ) -> str:
-    count = wide.index.get_level_values("parameter").nunique()
     if parameters is not None:
         return conclusions.headline(table[table["parameter"].isin(names)], metric)
+    left_out, remark = set(vectors(table)), vectors_told(table)
+    layers = set(wide.index.get_level_values("parameter"))
+    count = len(layers - left_out if remark else layers)
     cut = f" (the first {len(names)} of {count} layers are drawn)" if count > len(names) else ""
-    return conclusions.headline(table, metric) + cut
+    return conclusions.headline(table, metric) + cut + (f"; {remark}" if remark else "")

@@ -53,7 +53,8 @@ _FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
         "Along the run",
         "Cosine similarity to H against the optimizer step. The optimal Kronecker product is the "
         "ceiling of all Kronecker products; only other structures reach the shaded region. "
-        "A name with ↓ lies below the panel, at the value given. Whiskers are 95% intervals.",
+        "A name with ↓ lies below the panel, at the value given. Whiskers are 95% "
+        "intervals: among many lines, those of the optimum and of the closest rule.",
     ),
     "ladder": (
         plots.plot_ladder,
@@ -66,7 +67,8 @@ _FIGURES: dict[str, tuple[Callable[..., Any], str, str]] = {
         plots.plot_spectrum,
         "Kronecker spectrum",
         "Singular values of the rearranged matrix R(H) relative to the largest. The first alone, "
-        "over ‖H‖, is the cosine of the optimal Kronecker product; the slower the others fall, "
+        "over ‖H‖, is the cosine of the optimal Kronecker product of that matrix, here the sample "
+        "matrix; the slower the others fall, "
         "the less any one product can capture.",
     ),
     "training": (

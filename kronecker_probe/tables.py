@@ -30,6 +30,8 @@ LABELS = {
     "identity": "identity",
     "live": "live (held by the optimizer)",
 }
+# Share of a target's energy that truncation may drop without a word.
+NEGLIGIBLE = 1e-3
 METRICS = {
     "cosine": "cosine similarity to H",
     "relative_error": "relative error ‖H − P‖ / ‖H‖",
@@ -39,7 +41,9 @@ METRICS = {
 # kinds of estimate, the one to show first, with their names in sentences
 KIND_NAMES = {"population": "population", "held-out": "held-out", "plugin": "plug-in"}
 PLUGIN = "plug-in numbers, of the sample matrix itself"  # a remark in titles
+ABSTAINING = "plug-in numbers: the estimates abstain"  # another
 NUMBERS = ("value", "stderr", "low", "high")  # the columns of a number and its error
+_NOTHING = 1e-12  # rounding of double precision, summed over a layer
 
 
 def label(approximation: str) -> str:
@@ -211,15 +215,28 @@ def kind_remark(table: pd.DataFrame, metric: str = "cosine") -> str:
     if not estimated:
         rows = _scored(table, metric)
         told = "kind" in rows and rows["kind"].isin(["population", "held-out"]).any()
-        return "plug-in numbers: the estimates abstain" if found and told else ""
+        return ABSTAINING if found and told else ""
     if plugin:
         few = ", ".join(plugin) if len(plugin) <= 3 else f"{len(plugin)} layers"
         return f"{estimated[0]} estimates, but plug-in numbers in {few}"
     return f"{estimated[0]} estimates"
 
 
+def truncation_remark(table: pd.DataFrame) -> str:
+    """What truncation left out of the targets, in words; "" where it was next to nothing."""
+    dropped = table.loc[table["metric"] == "dropped_energy", "value"].max()
+    if not dropped > NEGLIGIBLE:
+        return ""
+    return f"of targets truncated by up to {100 * dropped:.2g}% of their energy"
+
+
 def number(value: float, places: int = 3) -> str:
-    """Fixed decimals in the range where they tell something, else three digits."""
+    """Fixed decimals in the range where they tell something, else three digits.
+
+    What is below any rounding of these numbers is 0, whatever its sign.
+    """
+    if abs(value) < _NOTHING:
+        value = 0.0
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.{places}f}"
     return f"{value:.3g}"
@@ -248,10 +265,55 @@ def number_told(value: float, stderr: float, low: float, high: float, bracket: b
 
 def row_told(row: Mapping[Any, Any]) -> str:
     """:func:`number_told` of one row of a table; "-" for what is undefined."""
-    value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+    value, stderr, low, high = number_of(row)
     if math.isnan(value):
         return "-"
     return number_told(value, stderr, low, high, is_bracket(row))
+
+
+def number_of(row: Mapping[Any, Any]) -> tuple[float, float, float, float]:
+    """Value, stderr, low and high of one row of a table.
+
+    A plug-in number is that of the sample matrix: what a metric says of its own numerical error
+    (the quadrature of a divergence, the gradients of a direction) is no error of the data.
+    """
+    value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+    if as_text(row.get("kind")) == "plugin":
+        return value, math.nan, math.nan, math.nan
+    return value, stderr, low, high
+
+
+def as_text(value: Any) -> str:
+    """A cell of a table as text: "" where it is missing."""
+    return "" if value is None or pd.isna(value) else str(value)
+
+
+def vectors(table: pd.DataFrame) -> list[str]:
+    """The measured parameters with one row or column, whose H one Kronecker product is itself."""
+    if not {"m", "n", "approximation"} <= set(table):
+        return []
+    rows = table[table["approximation"].notna() & table["m"].notna() & table["n"].notna()]
+    narrow = rows[(rows["m"] == 1) | (rows["n"] == 1)]
+    return [str(name) for name in narrow["parameter"].unique()]
+
+
+def matrices(table: pd.DataFrame) -> pd.DataFrame:
+    """The table without its :func:`vectors`; all of it where there is nothing else."""
+    left_out = vectors(table)
+    measured = table.loc[table["approximation"].notna(), "parameter"].nunique()
+    if len(left_out) == measured:
+        return table
+    return table[~table["parameter"].isin(left_out).fillna(False).astype(bool)]
+
+
+def vectors_told(table: pd.DataFrame) -> str:
+    """What :func:`matrices` leaves out, in words; "" for nothing."""
+    left_out = vectors(table)
+    measured = table.loc[table["approximation"].notna(), "parameter"].nunique()
+    if not left_out or len(left_out) == measured:
+        return ""
+    count = f"{len(left_out)} vector{'s' * (len(left_out) > 1)}"
+    return f"{count} left out, where the optimal Kronecker product is H"
 
 
 def is_bracket(row: Mapping[Any, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kronecker_probe.tables import KIND_NAMES, NUMBERS, as_float, error_told, is_bracket, number
+from kronecker_probe.tables import (
+    KIND_NAMES,
+    METRICS,
+    error_told,
+    is_bracket,
+    last_step,
+    number,
+    number_of,
+    ordered,
+    short,
+)
 
 if TYPE_CHECKING:
     from kronecker_probe.tracking.training import Progress
@@ -31,8 +41,8 @@ HEADS = {"optimal": "optimal", "eigen-corrected": "eigen-corr."}
 def progress_shown(steps: int) -> Iterator[Callable[[Progress], None]]:
     """Shows how far a training is; yields the function to call after every step.
 
-    In a terminal a bar with loss, accuracy and time left; elsewhere, about every tenth of the
-    steps, a plain line on standard error.
+    In a terminal a bar with loss, the last test accuracy and its step, and time left; elsewhere,
+    about every tenth of the steps, a plain line on standard error.
     """
     if not console.is_terminal:
         yield _lines(steps)
@@ -42,7 +52,7 @@ def progress_shown(steps: int) -> Iterator[Callable[[Progress], None]]:
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TextColumn("loss {task.fields[loss]}"),
-        progress.TextColumn("accuracy {task.fields[accuracy]}"),
+        progress.TextColumn("test accuracy {task.fields[accuracy]}"),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
@@ -65,8 +75,8 @@ def _lines(steps: int) -> Callable[[Progress], None]:
         if tenth > told:
             told = tenth
             errors.print(
-                f"step {state.step} of {steps}, loss {state.loss:.4f}, accuracy {_share(state)}, "
-                f"{time.monotonic() - started:.0f} s",
+                f"step {state.step} of {steps}, loss {state.loss:.4f}, "
+                f"test accuracy {_share(state)}, {time.monotonic() - started:.0f} s",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -75,7 +85,16 @@ def _lines(steps: int) -> Callable[[Progress], None]:
 
 
 def _share(state: Progress) -> str:
-    return "-" if math.isnan(state.accuracy) else f"{state.accuracy:.3f}"
+    """The accuracy with the step at which it was measured: only probed steps are."""
+    if math.isnan(state.accuracy):
+        return "-"
+    return f"{state.accuracy:.3f} (step {state.tested_at})"
+
+
+def show_probes(steps: Sequence[int]) -> None:
+    """Say before a training starts which steps it will probe."""
+    told = ", ".join(map(str, steps))
+    errors.print(f"probes at steps {told} ({len(steps)})", soft_wrap=True, highlight=False)
 
 
 def show_run(directory: Path) -> None:
@@ -125,20 +144,20 @@ def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
     Returns:
         The title, the table, and the lines that say what its signs mean.
     """
-    from kronecker_probe.tables import METRICS, last_step, ordered, short
-
     rows = now[(now["metric"] == metric) & now["approximation"].notna()]
     if "kind" not in rows:
         rows = rows.assign(kind="plugin")
     records = rows.to_dict("records")
-    names = ordered(rows["approximation"])
+    names, absent = _defined(rows, ordered(rows["approximation"]))
     kinds = _kinds(rows)
-    floors = _floors(now) if metric == "cosine" else {}
+    # the floor is that of plug-in numbers
+    floors = _floors(now) if metric == "cosine" and "plugin" in kinds else {}
     step = last_step(now)
     what = "cosine to H" if metric == "cosine" else METRICS.get(metric, "")
     what = f"{what[:1].upper()}{what[1:]}" or metric
     title = f"{what}{'' if step is None else f' at step {step}'}"
-    title = f"[bold]{escape(f'{title}: {_kinds_told(rows, kinds)}')}[/]"
+    about = _data_told(rows)
+    title = f"[bold]{escape(f'{title}: {_kinds_told(rows, kinds)}{about}')}[/]"
     shown = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:
@@ -157,7 +176,41 @@ def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
             head = KIND_NAMES[kind] if len(kinds) > 1 else escape(str(parameter))
             beside = floor if kind == "plugin" else [""] * len(floor)
             shown.add_row(head, *(cells.get(name, "-") for name in names), *beside)
-    return title, shown, [escape(line) for line in _legend(records, kinds, bool(floors))]
+    legend = _legend(records, kinds, bool(floors))
+    if metric not in METRICS:
+        legend.append("of the sample matrix only: this metric has no population or held-out form")
+    return title, shown, [escape(line) for line in legend + absent]
+
+
+def _defined(rows: pd.DataFrame, names: list[str]) -> tuple[list[str], list[str]]:
+    """The approximations with a number somewhere, and a line about each of the others."""
+    valued = set(rows.loc[rows["value"].notna(), "approximation"])
+    if not valued:
+        return names, []
+    lines = []
+    for name in (name for name in names if name not in valued):
+        notes = rows.loc[(rows["approximation"] == name) & rows["note"].notna(), "note"]
+        why = str(notes.iloc[0]) if len(notes) else "no reason noted"
+        more = " (other layers: the like)" if notes.nunique() > 1 else ""
+        lines.append(f"{short(name)}: undefined in every layer: {why}{more}")
+    return [name for name in names if name in valued], lines
+
+
+def _data_told(rows: pd.DataFrame) -> str:
+    """The target, its label draws and the number of data: "; fisher, 2 label draws, N = 200"."""
+    draws = [str(one) for one in rows["draws"].dropna().unique()] if "draws" in rows else []
+    parts = [", ".join(draws)] if draws else []
+    if "fisher" in draws and "n_columns" in rows:
+        parts += [f"{n} label draw{'s' * (n != 1)}" for n in _range(rows["n_columns"])]
+    if "n_data" in rows:
+        parts += [f"N = {n}" for n in _range(rows["n_data"])]
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _range(column: pd.Series[Any]) -> list[Any]:
+    """The one value of a column as a list, or "least to most"; empty without any."""
+    found = sorted({int(value) for value in column.dropna()})
+    return found if len(found) < 2 else [f"{found[0]} to {found[-1]}"]
 
 
 def _kinds(rows: pd.DataFrame) -> list[str]:
@@ -185,10 +238,10 @@ def _floors(now: pd.DataFrame) -> dict[str, str]:
 def _legend(records: list[dict[Any, Any]], kinds: list[str], floors: bool) -> list[str]:
     """What the signs in the cells mean, as far as there are any."""
     shown = [row for row in records if not math.isnan(row["value"])]
-    bars = [row for row in shown if math.isnan(as_float(row.get("stderr")))]
-    bars = [row for row in bars if not math.isnan(as_float(row.get("low")))]
+    bars = [row for row in shown if math.isnan(number_of(row)[1])]
+    bars = [row for row in bars if not math.isnan(number_of(row)[2])]
     told = []
-    if any(not math.isnan(as_float(row.get("stderr"))) for row in shown):
+    if any(not math.isnan(number_of(row)[1]) for row in shown):
         told.append("±: standard error")
     if any(is_bracket(row) for row in bars):
         told.append("[ ] b: bracket, held-out to in-sample")
@@ -201,7 +254,7 @@ def _legend(records: list[dict[Any, Any]], kinds: list[str], floors: bool) -> li
 
 def _cell(row: dict[Any, Any]) -> str:
     """A number, and under it its error, without the zeros before the points."""
-    value, stderr, low, high = (as_float(row.get(key)) for key in NUMBERS)
+    value, stderr, low, high = number_of(row)
     if math.isnan(value):
         return "-"
     if not math.isnan(stderr):

@@ -225,10 +225,15 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
         values = wide[wide["parameter"] == layer].set_index("approximation")["value"]
         order = ["optimal", "shampoo-squared", "kfac", "shampoo", "eigen-corrected", "diagonal"]
         assert row.split()[1:7] == [f"{values[name]:.3f}" for name in order]
-        assert row.split()[7] == "-"  # no refresh of the roots in four steps
+        assert len(row.split()) == 7
         assert f"- {layer}: at step 4" in printed
     for path in (*(store.figures / name for name in FIGURES), store.report):
         assert str(path) in printed
+    assert "probes at steps 0, 4 (2)" in printed
+    assert "test accuracy 0." in printed
+    assert "(step 0)" in printed  # the step that the accuracy is of
+    assert "live: undefined in every layer: " in printed  # no refresh of the roots in four steps
+    assert "; ggn, N = 16" in printed
 
 
 def test_the_table_keeps_every_digit_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,16 +540,25 @@ def test_a_measurement_that_fails_is_noted_in_its_run(
 @pytest.mark.parametrize(
     ("options", "titles", "row"),
     [
-        (["--metrics", "trace_ratio"], ["trace_ratio at step 0: plug-in numbers"], "0.weight"),
+        (
+            ["--metrics", "trace_ratio"],
+            ["trace_ratio at step 0: plug-in numbers; ggn, N = 64"],
+            "0.weight",
+        ),
         (
             ["--metrics", "best_scale", "--metrics", "relative_error"],
             [
-                "Best scale c of c·P at step 0: population and plug-in numbers",
-                "Relative error ‖H − P‖ / ‖H‖ at step 0: population and plug-in numbers",
+                "Best scale c of c·P at step 0: population and plug-in numbers; ggn, N = 64",
+                "Relative error ‖H − P‖ / ‖H‖ at step 0: population and plug-in numbers; "
+                "ggn, N = 64",
             ],
             "population",
         ),
-        (["--estimates", "held-out"], ["Cosine to H at step 0: held-out numbers"], "0.weight"),
+        (
+            ["--estimates", "held-out"],
+            ["Cosine to H at step 0: held-out numbers; ggn, N = 64"],
+            "0.weight",
+        ),
     ],
 )
 def test_measure_prints_whatever_was_asked_for(
@@ -732,6 +746,17 @@ def test_exit_codes_of_the_process(
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code, printed
     assert message in " ".join(printed.split())
+
+
+def test_the_package_is_a_command() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "kronecker_probe", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "track" in ran.stdout
+    assert "measure" in ran.stdout
 
 
 def test_run_json_is_plain_json(run: tuple[Path, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -266,6 +267,8 @@ def test_kfac_of_draws_without_factors_is_a_row_without_value() -> None:
 
 # ---------------------------------------------------------------- operators of one's own
 
+ONE = kp.DiagonalOperator(torch.ones(3, 4))
+
 
 def test_extra_operators_get_the_metrics_that_do_not_depend_on_scale() -> None:
     given = factors()
@@ -287,16 +290,61 @@ def test_extra_operators_get_the_metrics_that_do_not_depend_on_scale() -> None:
 
 def test_an_extra_operator_cannot_pass_for_an_approximation() -> None:
     extra = {"layer": {"optimal": kp.DiagonalOperator(torch.ones(3, 4))}}
-    with pytest.raises(InvalidInputError, match=r"extra for 'layer'.*'optimal'.*rename"):
-        kp.compare({"layer": factors()}, extra=extra)
-    table = kp.compare({"layer": factors()}, ["kfac"], extra=extra).table  # no clash here
-    assert set(table["approximation"].dropna()) == {"kfac", "optimal"}
+    for names in (None, ["kfac"]):  # asked for or not
+        with pytest.raises(InvalidInputError, match=r"extra for 'layer'.*'optimal'.*rename"):
+            kp.compare({"layer": factors()}, names, extra=extra)
+    with pytest.raises(InvalidInputError, match=r"'optimal:rank=2' of an approximation"):
+        kp.compare({"layer": factors()}, extra={"layer": {"optimal:rank=2": ONE}})
 
 
 def test_an_extra_operator_of_another_shape_is_refused() -> None:
     extra = {"layer": {"mine": kp.DiagonalOperator(torch.ones(4, 3))}}
-    with pytest.raises(InvalidInputError, match=r"4.*3"):
+    with pytest.raises(InvalidInputError, match=r"'layer' .* 'mine' on 4 x 3 .* layer is 3 x 4"):
         kp.compare({"layer": factors()}, extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (ONE, "extra= of type DiagonalOperator; give a mapping"),
+        ([ONE], "extra= of type list; give a mapping"),
+        ({"layer": ONE}, "extra for 'layer' is a DiagonalOperator; give a mapping"),
+        ({"layer": [ONE]}, "extra for 'layer' is a list"),
+        ({"layer": None}, "extra for 'layer' is a NoneType"),
+        ({"layer": {3: ONE}}, "extra for 'layer' names an operator 3; give a string"),
+        ({"layer": {"mine": torch.eye(12)}}, "extra for 'layer' has a Tensor as 'mine'; give an"),
+        ({3: {"mine": ONE}}, "parameter of extra"),
+    ],
+)
+def test_what_is_no_mapping_to_operators_is_refused(extra: object, says: str) -> None:
+    with pytest.raises((InvalidInputError, UnknownNameError), match=re.escape(says)):
+        kp.compare({"layer": factors()}, extra=extra)
+
+
+# ---------------------------------------------------------------- truncated draws
+
+
+def test_a_truncated_target_says_what_was_dropped() -> None:
+    """Rank 1 of two singular values 2 and 1 drops a fifth of the energy, on every row told."""
+    p = torch.nn.Parameter(torch.zeros(6, 5))
+    window = kp.GradientWindow([("w", p)], size=4, form="low-rank", rank=1)
+    whole = kp.GradientWindow([("w", p)], size=4, form="dense")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        u, v = (torch.linalg.qr(torch.randn(side, 2)).Q for side in (6, 5))
+        p.grad = u @ torch.diag(torch.tensor([2.0, 1.0])) @ v.T
+        window.update()
+        whole.update()
+    for given in (window.samples(), window.samples()["w"]):
+        table = kp.compare(given, ["optimal"]).table
+        assert value(table, metric="dropped_energy") == pytest.approx(0.2, rel=1e-5)
+        told = table[table["kind"].isna() | (table["kind"] == "plugin")]
+        assert all_say(told, r"truncation to rank 1 dropped 20 % of the energy: cosines are")
+    exact = kp.compare(whole.samples(), ["optimal"]).table
+    assert not (exact["metric"] == "dropped_energy").any()
+    assert not exact["note"].str.contains("truncat").any()
+    found = {one.subject: one.level for one in kp.diagnose(kp.compare(window.samples()))}
+    assert found == {"truncated target": "abstained"}
 
 
 # ---------------------------------------------------------------- undefined

@@ -47,7 +47,8 @@ def test_a_close_rule_is_called_good_with_its_gap_and_error() -> None:
     found = diagnose([cosine("optimal", 0.912), cosine("shampoo-squared", 0.902, 0.004)])
     one = found["distance to the optimum"]
     assert one.level == "good"
-    assert "within 0.010 ± 0.004" in one.message
+    assert "Shampoo² is within 0.02 of the best" in one.message
+    assert "(difference 0.010 ± 0.004)" in one.message
     assert one.evidence["gap"] == pytest.approx(0.010)
 
 
@@ -153,9 +154,9 @@ def test_a_bracketed_scale_is_judged_by_its_ends() -> None:
     ("gap", "stderr", "advice"),
     [
         # 2 stderr = .018 must come down to |.008 - .02|: (.018 / .012)^2 = 2.25 times 256 = 576
-        (0.008, 0.009, "about 580 data would settle it"),
+        (0.008, 0.009, "580 to 1740 data would settle it"),
         # .016 to .0145: 1.2 times, but a few data more than there are decide nothing
-        (0.0055, 0.008, "about 340 data would settle it"),
+        (0.0055, 0.008, "340 to 1020 data would settle it"),
         (0.0195, 0.008, "at the threshold of 0.02, and more data will not settle it"),
     ],
 )
@@ -186,7 +187,7 @@ def test_under_the_noise_it_abstains_and_names_the_data_that_would_settle_it() -
     one = found["distance to the optimum"]
     assert one.level == "abstained"
     # 2 stderr = .06 must come down to .02: nine times the 256 data
-    assert "about 2310 data" in one.advice
+    assert one.advice == "2310 to 6930 data would settle it"
 
 
 def test_numbers_of_different_kinds_are_never_compared() -> None:
@@ -253,12 +254,16 @@ def test_the_scale(scale: float, told: bool) -> None:
     assert ("scale" in diagnose(rows)) == told
 
 
-def run_of(lags: dict[int, float], draws: str = "trajectory") -> list[Row]:
+def run_of(lags: dict[int, float], draws: str = "trajectory", rule: str = "shampoo") -> list[Row]:
     rows = []
     for step, lag in lags.items():
         more = {"step": step, "draws": draws}
         rows += [cosine("shampoo", 0.8, math.nan, "plugin", **more),
+                 cosine("shampoo-squared", 0.82, math.nan, "plugin", **more),
                  cosine("live", 0.8 - lag, math.nan, "plugin", **more)]  # fmt: skip
+        if rule:
+            rows.append({"parameter": "fc", "metric": "live_rule", "value": math.nan,
+                         "note": f"live follows {rule}", "step": step})  # fmt: skip
     return rows
 
 
@@ -266,7 +271,7 @@ def test_stale_live_factors_say_since_when() -> None:
     found = diagnose(run_of({0: 0.0, 100: 0.3, 200: 0.01, 400: 0.2, 800: 0.2}))
     one = found["staleness"]
     assert one.level == "warning"
-    assert one.message == "the live factors lag by 0.20 since step 400"
+    assert one.message == "the live factors lag by 0.20 behind fresh Shampoo since step 400"
     assert "adaptive tolerance" in one.advice
 
 
@@ -292,6 +297,110 @@ def test_plugin_numbers_are_judged_by_their_noise_floor() -> None:
 
 def test_fresh_live_factors_say_nothing() -> None:
     assert "staleness" not in diagnose(run_of({0: 0.3, 100: 0.3, 200: 0.01}))
+
+
+def test_staleness_is_told_against_the_rule_that_is_followed_only() -> None:
+    late = {0: 0.0, 400: 0.2}
+    squared = diagnose(run_of(late, rule="shampoo-squared"))["staleness"]
+    assert "lag by 0.22 behind fresh Shampoo² since" in squared.message
+    assert not {"staleness", "live factors"} & set(diagnose(run_of(late, rule="")))
+    # behind fresh Shampoo by .045, which is not stale, but behind its square by .065
+    little = {0: 0.0, 400: 0.045}
+    assert "staleness" not in diagnose(run_of(little))
+    assert "staleness" in diagnose(run_of(little, rule="shampoo-squared"))
+
+
+def truncated(share: float, step: int = 0) -> Row:
+    return {"parameter": "fc", "metric": "dropped_energy", "value": share, "step": step}
+
+
+def test_a_truncated_target_is_not_judged() -> None:
+    rows = run_of({0: 0.0, 400: 0.3})
+    rows += [cosine("optimal", 0.95, math.nan, "plugin", step=400, draws="trajectory")]
+    assert "distance to the optimum" in diagnose([*rows, truncated(0.41)])  # of another step
+    found = diagnose([*rows, truncated(0.41, 400)])
+    assert set(found) == {"truncated target"}
+    assert found["truncated target"].level == "abstained"
+    assert "dropped 41 % of the energy" in found["truncated target"].message
+    assert "window_memory" in found["truncated target"].advice
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.0, "good"), (0.005, "good"), (0.03, "abstained")])
+def test_no_difference_finer_than_what_was_dropped_is_judged(share: float, level: str) -> None:
+    """.01 is within .02 if both cosines are known to .005, and not if they are to .03."""
+    more = {"draws": "trajectory", "step": 0}
+    rows = [cosine("optimal", 0.95, math.nan, "plugin", **more),
+            cosine("kfac", 0.94, math.nan, "plugin", **more), truncated(share)]  # fmt: skip
+    one = diagnose(rows)["distance to the optimum"]
+    assert one.level == level
+    assert ("off by up to 0.005" in one.message) == (share == 0.005)
+
+
+def test_the_drop_is_added_to_what_counts_as_stale() -> None:
+    rows = run_of({0: 0.0, 400: 0.08})
+    assert "staleness" in diagnose([*rows, truncated(0.02, 400)])
+    assert "staleness" not in diagnose([*rows, truncated(0.04, 400)])
+
+
+def test_a_significant_difference_is_not_called_indistinguishable() -> None:
+    for value in (0.947, 0.953):
+        rows = [cosine("optimal", 0.95, 0.001), cosine("kfac", value, 0.001)]
+        message = diagnose(rows)["distance to the optimum"].message
+        assert "indistinguishable" not in message
+        assert "within 0.02 of the best" in message
+    assert "(difference -0.003 ± 0.001)" in message
+
+
+def test_a_run_is_told_by_its_step_and_gets_no_advice_that_it_cannot_follow() -> None:
+    wide = [bracket("optimal", 0.95, 0.90, 0.98), cosine("shampoo-squared", 0.90, 0.005)]
+    table = pd.DataFrame([row | {"step": step} for step in (0, 80) for row in wide])
+    found = kp.diagnose(table)
+    assert found.at == "step 80"
+    assert str(found).splitlines()[0] == "Judged at step 80:"
+    assert "a run holds no error of this number" in found.findings[0].advice
+    assert not str(kp.diagnose(pd.DataFrame(wide))).startswith("Judged")
+    other = pd.DataFrame([row | {"step": 40, "parameter": "b"} for row in wide])
+    both = kp.diagnose(pd.concat([table, other]))
+    assert both.at == "the last step of each layer, 40 to 80"
+
+
+def test_alike_findings_are_printed_twice_and_then_named() -> None:
+    rows = [cosine(name, value, parameter=layer) for layer in ("a", "b", "c", "d", "e")
+            for name, value in (("shampoo-squared", 0.95), ("shampoo", 0.7))]  # fmt: skip
+    lines = str(kp.diagnose(pd.DataFrame(rows))).splitlines()
+    lines = [line for line in lines if "exponent" in line]
+    assert len(lines) == 3
+    assert lines[1].startswith("[notice] b: Shampoo's factors")
+    assert lines[2] == "[notice] exponent, likewise in 3 more: c, d, e."
+    three = str(kp.diagnose(pd.DataFrame([row for row in rows if row["parameter"] in "abc"])))
+    assert "likewise" not in three  # a line for one layer may as well say what it is
+
+
+def test_competing_advices_are_ordered_by_gain() -> None:
+    """Power iterations +.10, eigenvalues +.05, or the other way around."""
+    for product, corrected, first, second in (
+        (0.70, 0.85, "power iterations", "corrected eigenvalues (+0.05)"),
+        (0.77, 0.90, "SOAP", "power iterations (+0.03)"),
+    ):
+        rows = [cosine("optimal", 0.80), cosine("kfac", product),
+                cosine("eigen-corrected", corrected)]  # fmt: skip
+        found = [one for one in kp.diagnose(pd.DataFrame(rows)) if one.advice]
+        assert first in found[0].advice
+        assert "the largest gain here" in found[0].advice
+        assert found[0].advice.endswith(f"then {second}")
+        assert "largest" not in found[1].advice
+
+
+def test_the_exponent_is_not_advised_against_the_directions() -> None:
+    rows = [cosine("shampoo-squared", 0.9), cosine("shampoo", 0.7)]
+    metric = "direction_cosine:power=0.5,damping=0.001,gradients=16"
+    for root, contradicts in ((0.97, True), (0.95, True), (0.90, False)):
+        steps = [cosine("shampoo-squared", 0.95, math.nan, "plugin", metric=metric),
+                 cosine("shampoo", root, math.nan, "plugin", metric=metric)]  # fmt: skip
+        one = diagnose([*rows, *steps])["exponent"]
+        assert ("use exponent -1/2" not in one.advice) == contradicts
+        told = f"direction cosine {root:.3f} against 0.950 (power=0.5,"
+        assert (told in one.message) == contradicts
 
 
 def test_divergence_comes_first() -> None:

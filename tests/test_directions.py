@@ -198,8 +198,14 @@ def test_zero_target_and_zero_gradients_have_no_direction() -> None:
         found = kp.direction_agreement(ZERO, ONE, G)
     assert found.n_gradients == 0
     assert found.table["cosine"].isna().all()
+    assert "undefined: H = 0" in repr(found)
+    with pytest.warns(UndefinedMetricWarning, match="the gradient is zero"):
+        found = kp.direction_agreement(ONE, ONE, 0 * G)
+    assert found.n_gradients == 0
+    assert found.note == "the gradient is zero: no direction is defined"
+    assert found.note in repr(found)
     with pytest.warns(UndefinedMetricWarning, match="all gradients are zero"):
-        assert kp.direction_agreement(ONE, ONE, 0 * G).n_gradients == 0
+        kp.direction_agreement(ONE, ONE, torch.cat([0 * G, 0 * G]))
     assert kp.direction_agreement(ONE, ONE, torch.cat([0 * G, G])).n_gradients == 1
     assert float(kp.direction_agreement(ONE, ZERO, G, powers=1).cosines) == pytest.approx(1)
 

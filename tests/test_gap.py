@@ -75,17 +75,36 @@ def test_every_link_is_the_change_of_the_error(rule: str) -> None:
     )
     assert tuple(found.table.columns) == COLUMNS
     assert list(found.table["component"]) == links
-    reached = 0.0
+    reached, before = 0.0, True
     for row, P in zip(found.table.itertuples(), operators, strict=True):
         if P is None:  # K-FAC of batch gradients, which have no factors
             assert math.isnan(row.contribution)
             assert "K-FAC" in row.note
+            before = False
             continue
         error = squared_error(H, P)
         assert row.error == pytest.approx(error, abs=SCALAR)
-        assert row.contribution == pytest.approx(error - reached, abs=SCALAR)
-        reached = error
+        if before:
+            assert row.contribution == pytest.approx(error - reached, abs=SCALAR)
+        else:  # a change that is that of both links
+            assert math.isnan(row.contribution)
+            assert row.note == (
+                f"its change of {error - reached:.3g} includes batch-gradients, which is undefined"
+            )
+        reached, before = error, True
     assert found.total["samples"] == pytest.approx(reached, abs=SCALAR)
+
+
+def test_a_layer_beyond_memory_leaves_the_others_measured() -> None:
+    tokens, d = torch.randint(0, 500_000, (8, 3)), torch.randn(8, 3, 4)
+    large = kp.GradientSamples.from_embedding(tokens, d, 500_000)  # 2 TB a left factor
+    small = chain()["target"].samples()
+    found = decompose_gap({"large": large, "small": small})
+    rows = found.table.set_index("parameter")
+    assert rows.loc["large", "contribution"].isna().all()
+    assert rows.loc["large", "note"].str.contains("GB").all()
+    assert math.isnan(found.total["large"])
+    assert found.total["small"] == decompose_gap({"small": small}).total["small"]
 
 
 def test_the_limit_is_the_tail_of_the_kronecker_spectrum() -> None:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from sklearn.isotonic import IsotonicRegression
 
+from kronecker_probe import conclusions as told_by
 from kronecker_probe import plots
 from kronecker_probe.conclusions import (
     conclusions,
@@ -32,6 +33,7 @@ from kronecker_probe.conclusions import (
 )
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.panels import STYLES, apart, style
+from kronecker_probe.quality.diagnose import diagnose
 from kronecker_probe.tables import (
     LABELS,
     first_shares,
@@ -137,19 +139,110 @@ def test_conclusions_tell_errors_and_what_they_cannot_tell_apart() -> None:
             row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
     (sentence,) = conclusions(frame(rows))
     assert sentence == (
-        "a: at step 0 Shampoo² is indistinguishable from the best Kronecker product (gap within "
-        "its error of 0.008; cosine 0.930 ± 0.008), K-FAC within 0.010 ± 0.008; correcting the "
-        "eigenvalues gives 0.950 (bracket 0.934 to 0.966), beyond any Kronecker product."
+        "a: at step 0 Shampoo² is indistinguishable from the best Kronecker product (difference "
+        "-0.004 ± 0.008; cosine 0.930 ± 0.008); how far K-FAC is cannot be told from this sample "
+        "(difference 0.010 ± 0.008); correcting the eigenvalues gives 0.950 (bracket 0.934 to "
+        "0.966)."  # its bracket overlaps the interval of the optimum
     )
     assert headline(frame(rows)) == (
-        "Shampoo² is indistinguishable from the optimal Kronecker product (gap within its error "
-        "of 0.008); K-FAC lags by 0.010 ± 0.008 (population estimates)"
+        "Shampoo² is indistinguishable from the optimal Kronecker product (difference -0.004 ± "
+        "0.008) (population estimates)"
     )
     above = headline(frame(estimated("a", {"optimal": 0.9, "kfac": 0.93}, stderr=0.008)))
-    assert "(estimated 0.030 ± 0.008 above it, which is noise)" in above
+    assert "indistinguishable" in above
+    assert "(difference -0.030 ± 0.008)" in above
     plugin = frame([row for row in rows if row["kind"] == "plugin"])
     assert "± " not in conclusions(plugin)[0]  # the sample's own numbers have no error
     assert "indistinguishable" not in headline(plugin)
+
+
+def bracketed(layer: str, optimal: tuple[float, float], rule: tuple[float, float],
+              step: int = 0) -> list[dict[str, object]]:  # fmt: skip
+    """The optimum and Shampoo² as brackets, each with its value in the middle."""
+    middles = {"optimal": sum(optimal) / 2, "shampoo-squared": sum(rule) / 2}
+    rows = [row for row in estimated(layer, middles, 0.01, step) if row["kind"] == "population"]
+    for row, (low, high) in zip(rows, (optimal, rule), strict=True):
+        row |= {"stderr": None, "low": low, "high": high, "note": "bracket: held-out to in-sample"}
+    return rows
+
+
+def test_titles_and_sentences_refuse_what_diagnose_refuses() -> None:
+    table = frame(bracketed("a", (0.62, 0.78), (0.61, 0.758)))
+    (refused,) = [one for one in diagnose(table) if one.subject == "distance to the optimum"]
+    assert refused.level == "abstained"
+    told = "0.016 in [-0.138, 0.170]"
+    assert told in refused.message
+    assert headline(table) == (
+        "How far Shampoo² is from the optimal Kronecker product cannot be told from this sample "
+        f"(difference {told}) (population estimates)"
+    )
+    assert conclusions(table) == [
+        "a: at step 0 how far Shampoo² is from the best Kronecker product cannot be told from "
+        f"this sample (difference {told}; cosine 0.700 (bracket 0.620 to 0.780))."
+    ]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_sentences_in_plug_in_numbers_say_so_where_estimates_abstain(others: bool) -> None:
+    rows = estimated("a", {"optimal": 0.93, "kfac": 0.9}, stderr=0.01)
+    for row in rows:
+        if row["kind"] == "population":
+            row |= {"value": NAN, "stderr": None, "low": None, "high": None}
+    if others:
+        rows += estimated("b", {"optimal": 0.93, "kfac": 0.85}, stderr=0.001)
+    first, *rest = conclusions(frame(rows))
+    assert first == (
+        "a: at step 0 in plug-in numbers, as the estimates abstain, K-FAC comes within 0.030 of "
+        "the best Kronecker product (cosine 0.910)."
+    )
+    assert [one for one in rest if "plug-in" in one] == []
+
+
+def test_a_headline_claims_no_layer_in_which_the_sample_cannot_tell() -> None:
+    clear = [row for row in estimated("b", {"optimal": 0.9, "shampoo-squared": 0.86}, 0.004)
+             if row["kind"] == "population"]  # fmt: skip
+    table = frame(bracketed("a", (0.62, 0.78), (0.61, 0.758)) + clear)
+    assert headline(table) == (
+        "Shampoo² is within 0.040 ± 0.004 of the optimal Kronecker product where this sample can "
+        "tell, which it cannot in 1 of 2 layers (a) (population estimates)"
+    )
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.floats(-0.1, 0.3), st.floats(1e-4, 0.1))
+def test_a_gap_is_told_with_its_error_or_not_at_all(gap: float, stderr: float) -> None:
+    table = frame(estimated("a", {"optimal": 0.6, "kfac": 0.6 - gap}, stderr))
+    (sentence,) = conclusions(table)
+    unclear = gap - 2 * stderr < 0 and gap + 2 * stderr > 0.02
+    edge = min(abs(gap - 2 * stderr), abs(gap + 2 * stderr - 0.02)) < 1e-9
+    hypothesis.assume(not edge)
+    assert ("cannot be told" in sentence) == ("cannot be told" in headline(table)) == unclear
+    assert "±" in sentence.split("cosine")[0]
+    level = {one.level for one in diagnose(table) if one.subject == "distance to the optimum"}
+    assert not unclear or level == {"abstained"}
+
+
+def test_vectors_are_counted_and_drawn_only_where_asked_for() -> None:
+    rows = quality(0, "w", {"optimal": 0.9, "kfac": 0.8})
+    for name, narrow in (("bias", {"n": 1}), ("scale", {"m": 1})):
+        rows += quality(0, name, {"optimal": 1.0, "kfac": 0.3}, **narrow)
+        rows += [row | narrow for row in spectrum(0, name, [1.0], 1.0)]
+    table = frame(rows + spectrum(0, "w", [3.0, 1.0], 4.0))
+    remark = "2 vectors left out, where the optimal Kronecker product is H"
+    sentence, counted = conclusions(table)
+    assert sentence.startswith("w: ")
+    assert counted == f"{remark}."
+    assert headline(table) == "K-FAC is within 0.100 of the optimal Kronecker product"
+    for plot in (plots.plot_trajectory, plots.plot_ladder, plots.plot_spectrum):
+        axes = plot(table, figure=Figure())
+        assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["w"]
+        assert title(axes).endswith(remark)
+        asked = plot(table, parameters=["bias", "w"], figure=Figure())
+        assert [ax.get_title(loc="left").split()[0] for ax in asked] == ["bias", "w"]
+        assert "left out" not in title(asked)
+    alone = table[table["parameter"] == "bias"]  # with nothing else there is nothing to leave out
+    assert len(plots.plot_ladder(alone, figure=Figure())) == 1
+    assert conclusions(alone)[0].startswith("bias: ")
 
 
 @pytest.mark.parametrize(
@@ -277,10 +370,13 @@ def test_shares_are_the_first_singular_value_over_the_norm() -> None:
     rows = spectrum(0, "a", [3.0, 1.0], 4.0) + spectrum(0, "zero", [0.0, 0.0], 0.0)
     rows += [row for row in spectrum(0, "no norm", [3.0], 1.0) if row["metric"] != "norm"]
     assert first_shares(frame(rows)) == {"a": 0.75}
-    assert spectrum_headline(frame(rows)) == "One Kronecker product holds 56% of ‖H‖² in a"
+    assert spectrum_headline(frame(rows)) == (
+        "One Kronecker product holds 56% of the sample matrix's squared norm in a"
+    )
     two = frame(spectrum(0, "a", [3.0], 4.0) + spectrum(0, "b", [1.0], 1.0))
     assert spectrum_headline(two) == (
-        "One Kronecker product holds 56% (a) to 100% of ‖H‖², layer by layer"
+        "One Kronecker product holds 56% (a) to 100% of the sample matrix's squared norm, layer "
+        "by layer"
     )
 
 
@@ -328,8 +424,8 @@ def test_the_live_line_starts_with_its_first_value_and_is_marked_there(table: pd
     (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
     drawn = np.isfinite(live.get_ydata())
     assert STEPS[int(np.argmax(drawn))] == 20
-    start, every = live.get_markevery()
-    assert any(drawn[start::every])
+    assert live.get_markevery()
+    assert all(drawn[live.get_markevery()])
 
 
 def test_lines_of_late_or_rare_values_have_markers() -> None:
@@ -337,8 +433,7 @@ def test_lines_of_late_or_rare_values_have_markers() -> None:
     rows += quality(39, "a", {"live": 0.7})
     ax = plots.plot_trajectory(frame(rows), figure=Figure())[0]
     (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
-    start, every = live.get_markevery()
-    assert np.isfinite(live.get_ydata()[start::every]).any()
+    assert np.isfinite(live.get_ydata()[live.get_markevery()]).any()
 
 
 def test_a_diagonal_far_below_is_named_and_not_hidden(table: pd.DataFrame) -> None:
@@ -347,7 +442,9 @@ def test_a_diagonal_far_below_is_named_and_not_hidden(table: pd.DataFrame) -> No
     for ax, layer in zip(axes, LAYERS, strict=True):
         last = value[380, layer, "diagonal"]
         assert last < ax.get_ylim()[0]
-        assert f"diagonal ↓ {last:.3f}" in texts(ax)
+        (name,) = [one for one in ax.texts if one.get_text() == f"diagonal ↓ {last:.3f}"]
+        assert not isinstance(name, Annotation)  # which is not drawn for a point out of view
+        assert name.get_position()[0] > 1  # beside the lines, not on them
         shown = [value[s, layer, a] for s in STEPS[1::6] for a in APPROXIMATIONS if a != "diagonal"]
         assert ax.get_ylim()[0] < min(shown) < max(shown) < ax.get_ylim()[1]
 
@@ -358,9 +455,9 @@ def test_labels_at_the_lines_do_not_overlap(layers: int) -> None:
     axes = plots.plot_trajectory(run_table([f"{i}.w" for i in range(layers)], STEPS), figure=figure)
     figure.draw_without_rendering()
     for ax in axes:
-        labels = [text for text in ax.texts if isinstance(text, Annotation)]
-        names = {text.get_text() for text in labels}
-        assert names | {"diagonal"} == {LABELS[name].split(" (")[0] for name in APPROXIMATIONS}
+        labels = list(ax.texts)
+        names = {text.get_text().split(" ↓")[0] for text in labels}
+        assert names == {LABELS[name].split(" (")[0] for name in APPROXIMATIONS}
         boxes = sorted(
             (mpl.text.Text.get_window_extent(text) for text in labels), key=lambda box: box.y0
         )
@@ -448,6 +545,47 @@ def test_whiskers_are_the_intervals_and_a_layer_without_them_says_why() -> None:
     assert "plug-in numbers in b" in title(axes)
 
 
+def test_of_many_lines_the_optimum_and_the_closest_rule_have_whiskers() -> None:
+    cosines = {"optimal": 0.93, "shampoo": 0.8, "kfac": 0.9, "diagonal": 0.7, "eigen-corrected": 1}
+    table = frame(estimated("a", cosines, stderr=0.01))
+    (ax,) = plots.plot_trajectory(table, figure=Figure())
+    drawn = [part for part in ax.collections if isinstance(part, LineCollection)]
+    assert [part.get_segments()[0][:, 1].round(9).tolist() for part in drawn] == [
+        [0.91, 0.95], [0.88, 0.92],
+    ]  # fmt: skip
+    assert ax.get_ylim()[1] <= 1.02  # the interval of the corrected one, beyond 1, is not drawn
+
+
+def test_an_interval_beyond_one_is_in_view_and_nothing_else_is() -> None:
+    for stderr, top in ((0.06, 1.05), (0.03, None)):
+        (ax,) = plots.plot_trajectory(
+            frame(estimated("a", {"optimal": 0.95, "kfac": 0.5}, stderr)), figure=Figure()
+        )
+        assert ax.get_ylim()[1] == 1.02 if top is None else ax.get_ylim()[1] > top
+
+
+def test_markers_of_neighbouring_steps_do_not_lie_on_each_other() -> None:
+    steps = [0, 10, 20, 30, 40, 41]
+    rows = [row for s in steps for row in quality(s, "a", {"optimal": 0.9, "kfac": 0.8})]
+    (ax,) = plots.plot_trajectory(frame(rows), figure=Figure())
+    for line in ax.lines:
+        assert [steps[place] for place in line.get_markevery()] == [0, 10, 20, 30, 41]
+
+
+def test_values_below_the_panel_stand_where_no_line_is() -> None:
+    cosines = {"optimal": 0.9, "kfac": 0.88, "diagonal": 0.2}
+    rows = [row for s in STEPS for i in range(7) for row in quality(s, f"l{i}", cosines)]
+    figure = Figure()
+    axes = plots.plot_trajectory(frame(rows), figure=figure)
+    figure.draw_without_rendering()
+    for ax in axes:
+        (text,) = [one for one in ax.texts if "↓" in one.get_text()]
+        top = text.get_window_extent().y1
+        others = [line for line in ax.lines if line.get_label() != "diagonal"]
+        lowest = min(float(np.nanmin(np.asarray(line.get_ydata()))) for line in others)
+        assert top < ax.transData.transform((0, lowest))[1]
+
+
 def test_bars_of_the_ladder_are_the_intervals() -> None:
     (ax,) = plots.plot_ladder(run_of_estimates(), parameters=["a"], figure=Figure())
     bars = [part.get_segments()[0].round(9).tolist() for part in ax.collections]
@@ -515,8 +653,8 @@ def test_spectrum_is_relative_and_states_the_first_share() -> None:
     assert list(line.get_xdata()) == [1, 2, 3]
     np.testing.assert_allclose(line.get_ydata(), [1.0, 0.5, 0.25], rtol=1e-15)
     assert axes[0].get_yscale() == "log"
-    assert texts(axes[0]) == ["σ₁/‖H‖ = 0.800\n64% of ‖H‖²"]
-    assert texts(axes[1]) == ["σ₁/‖H‖ = 1.000\n100% of ‖H‖²"]
+    assert texts(axes[0]) == ["σ₁/‖H‖, sample: 0.800"]
+    assert texts(axes[1]) == ["σ₁/‖H‖, sample: 1.000"]
     assert axes[0].get_ylim() == axes[1].get_ylim()
 
 
@@ -524,9 +662,24 @@ def test_spectrum_keeps_the_order_of_layers_and_takes_the_last_step(table: pd.Da
     axes = plots.plot_spectrum(table, figure=Figure())
     assert [ax.get_title(loc="left").split()[0] for ax in axes] == LAYERS
     assert title(axes).startswith("At step 380: One Kronecker product holds")
-    assert title(axes).endswith("(plug-in numbers, of the sample matrix itself)")
+    assert title(axes).endswith("(drawn: plug-in numbers, of the sample matrix itself)")
     # in the made-up run, as in theory, the share is the cosine of the optimum
-    assert f"= {cosines(table)[380, '2.weight', 'optimal']:.3f}" in texts(axes[1])[0]
+    assert f": {cosines(table)[380, '2.weight', 'optimal']:.3f}" in texts(axes[1])[0]
+
+
+def test_spectrum_headline_is_of_h_where_that_is_known() -> None:
+    rows = spectrum(0, "a", [0.58, 0.3], 1.0)
+    known = rows + estimated("a", {"optimal": 0.741}, stderr=0.02, less=0.161)
+    assert spectrum_headline(frame(known)) == (
+        "One Kronecker product holds an estimated 55% (49 to 61%) of ‖H‖² in a"
+    )
+    (ax,) = plots.plot_spectrum(frame(known), figure=Figure())
+    assert texts(ax) == ["σ₁/‖H‖, sample: 0.580\npopulation: 0.741 ± 0.020"]
+    both = known + spectrum(0, "b", [0.5, 0.3], 1.0)  # of one layer nothing is known of H
+    assert spectrum_headline(frame(both)) == (
+        "One Kronecker product holds 25% (b) to 34% of the sample matrix's squared norm, layer "
+        "by layer"
+    )
 
 
 def test_spectrum_of_a_zero_target_says_so() -> None:
@@ -689,3 +842,14 @@ def test_figures_need_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_titles_and_sentences_say_what_truncation_left_out() -> None:
+    rows = quality(0, "a", {"optimal": 0.93, "shampoo-squared": 0.928}, draws="trajectory")
+    whole = told_by.headline(frame(rows)), told_by.conclusions(frame(rows))[0]
+    dropped = {"step": 0, "parameter": "a", "metric": "dropped_energy", "value": 0.41}
+    table = frame([*rows, dropped])
+    told = told_by.headline(table), told_by.conclusions(table)[0]
+    for before, after in zip(whole, told, strict=True):
+        assert "truncated" not in before
+        assert "truncated by up to 41% of their energy" in after

@@ -82,6 +82,24 @@ def test_what_cannot_be_judged_is_not_ranked() -> None:
     assert "plug-in (cosine 0.300)" in diagnose(rows + exact)["worst approximated layers"].message
 
 
+def test_a_poor_rule_alone_is_no_bad_fit_of_the_form() -> None:
+    """The optimum is at least as good as each rule: those prove a good fit, never a bad one."""
+
+    def alone(name: str, value: float) -> Row:
+        return layer(name, value, 0.002)[0] | {"approximation": "kfac"}
+
+    found = diagnose([alone("a", 0.5), alone("b", 0.98)])
+    assert "worst approximated layers" not in found
+    one = found["optimum not measured"]
+    assert "K-FAC at a (cosine 0.500 ± 0.002)" in one.message
+    assert one.advice == "measure 'optimal'"
+    good = diagnose([alone("a", 0.97), alone("b", 0.98)])
+    assert good["worst approximated layers"].level == "good"
+    both = diagnose([alone("a", 0.5), *layer("b", 0.6, 0.002)])
+    assert "fits worst at: b (" in both["worst approximated layers"].message
+    assert "at a (" in both["optimum not measured"].message
+
+
 def test_only_the_last_step_counts() -> None:
     rows = layer("a", 0.5, step=0) + layer("b", 0.5, step=0)
     rows += layer("a", 0.98, 0.001, step=9) + layer("b", 0.99, 0.001, step=9)

@@ -44,6 +44,20 @@ def dense(samples: kp.GradientSamples) -> np.ndarray:
     return oracle.second_moment(samples.matrices().numpy(), samples.weights.numpy())
 
 
+def test_what_truncation_dropped_goes_with_the_samples() -> None:
+    for made in (factored(4, 1, 2, 0), matrices(4, 1, 0)):
+        assert made.dropped_energy == 0
+        made.dropped_energy = 0.25
+        derived = [
+            made.subset([0, 2]), made.subset(slice(2)), made.to("cpu"), made.padded(3, 4),
+            made.block(slice(0, 2), slice(0, 2)), made.with_tensors(made.tensors, made.weights),
+            kp.GradientSamples.stack([made, factored(2, 1, 2, 1)]),
+            kp.GradientSamples.stack([matrices(2, 1, 1), made]),
+        ]  # fmt: skip
+        assert [one.dropped_energy for one in derived] == [0.25] * len(derived)
+        assert "0.25 dropped" in repr(made)
+
+
 PARTS = {
     "alike": lambda: [factored(2, 1, 1, 0), factored(3, 1, 1, 1)],
     "positions": lambda: [factored(2, 1, 3, 0), factored(3, 1, 1, 1), factored(1, 1, 2, 2)],

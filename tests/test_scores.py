@@ -43,3 +43,23 @@ def test_cells_tell_a_standard_error_from_a_bracket_and_from_none() -> None:
     assert shown.loc[("a", "plugin"), "optimal"] == "0.8800"
     assert shown.loc[("a", "population"), "optimal"] == "0.900 ± 0.010"
     assert shown.loc[("a", "population"), "kfac"] == "0.800 (bracket 0.780 to 0.820)"
+
+
+def test_metrics_without_estimates_say_that_they_are_of_the_sample() -> None:
+    ratio = [dict(row) | {"metric": "trace_ratio"} for row in ROWS if row["kind"] == "plugin"]
+    both = Scores(frame([*ROWS, *ratio]).drop(columns="step"))
+    remark = "of the sample matrix only (plug-in): trace_ratio"
+    assert repr(both).endswith(remark)
+    assert remark in both._repr_html_()
+    assert "sample matrix only" not in repr(scores("plugin", "population"))
+    alone = Scores(frame(ratio).drop(columns="step"))
+    assert "0.7800" in repr(alone)  # the metric that was measured, in place of the cosine
+
+
+def test_the_floor_is_told_beside_plug_in_cosines_only() -> None:
+    floor = {"step": 0, "parameter": "a", "metric": "noise_floor", "kind": "population",
+             "value": 0.97}  # fmt: skip
+    for kinds, there in ((("plugin", "population"), True), (("population",), False)):
+        rows = [row for row in ROWS if row["kind"] in kinds]
+        shown = Scores(frame([*rows, floor]).drop(columns="step")).shown()
+        assert ("noise floor" in shown) == there

@@ -330,3 +330,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RunDirectoryError, match=r"No space left on device.*Free space"):
         kp.capture_loader(model, nn.CrossEntropyLoss(), loader(inputs, targets), spill_to=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_model_itself_names_its_batch() -> None:
+    model = torch.nn.Linear(3, 2)
+    good = torch.randn(4, 3), torch.randint(2, (4,))
+    with pytest.raises(RuntimeError) as caught:
+        kp.capture(model, torch.nn.functional.cross_entropy, [good, (good[0].double(), good[1])])
+    assert any("batch 1" in note for note in caught.value.__notes__)

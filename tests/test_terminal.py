@@ -72,8 +72,10 @@ def test_every_metric_asked_for_has_a_table_and_the_cosine_is_the_default(
     assert len([line for line in asked if " at step 0: " in line]) == 4
     other = [row | {"metric": "trace_ratio"} for row in rows if row["metric"] == "best_scale"]
     lines = printed(frame(other), monkeypatch, capsys)
-    assert lines[0].strip() == "trace_ratio at step 0: plug-in numbers"
-    assert columns(lines, "a") == [["a", "0.900", "0.800"]]
+    assert lines[0].strip() == "trace_ratio at step 0: plug-in numbers; ggn, N = 512"
+    assert columns(lines, "a ") == [["a", "0.900", "0.800"]]
+    assert any(line.startswith("of the sample matrix only: this metric has no") for line in lines)
+    assert not [line for line in asked if "sample matrix only" in line]
 
 
 def test_held_out_numbers_alone_are_printed(
@@ -81,7 +83,7 @@ def test_held_out_numbers_alone_are_printed(
 ) -> None:
     rows = quality(0, "a", {"optimal": 0.9, "kfac": 0.8})
     lines = printed(frame([row | {"kind": "held-out"} for row in rows]), monkeypatch, capsys)
-    assert lines[0].strip() == "Cosine to H at step 0: held-out numbers"
+    assert lines[0].strip() == "Cosine to H at step 0: held-out numbers; ggn, N = 512"
     assert columns(lines, "a ") == [["a", "0.900", "0.800"]]
 
 
@@ -91,11 +93,69 @@ def test_progress_without_a_terminal_is_a_plain_line_every_tenth(
     monkeypatch.setattr(terminal, "console", Console(force_terminal=False))
     with terminal.progress_shown(35) as show:
         for step in range(1, 36):
-            show(Progress(step, 1 / step, math.nan if step < 9 else 0.5))
+            show(Progress(step, 1 / step, *((math.nan, None) if step < 9 else (0.5, 8))))
     out, err = capsys.readouterr()
     assert out == ""
     steps = [int(n) for n in re.findall(r"^step (\d+) of 35, loss ", err, re.MULTILINE)]
     assert steps == [1, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35]
     assert len(err.splitlines()) == len(steps)
-    assert "accuracy -, " in err
-    assert "accuracy 0.500, " in err
+    assert "test accuracy -, " in err
+    assert "test accuracy 0.500 (step 8), " in err
+
+
+def test_the_title_names_target_label_draws_and_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosines = {"optimal": 0.9, "kfac": 0.8}
+    rows = quality(4, "a", cosines, draws="fisher", n_columns=2, n_data=200)
+    lines = printed(frame(rows), monkeypatch, capsys)
+    assert lines[0] == "Cosine to H at step 4: plug-in numbers; fisher, 2 label draws, N = 200"
+    rows += quality(4, "b", cosines, draws="fisher", n_columns=1, n_data=50)
+    lines = printed(frame(rows), monkeypatch, capsys)
+    assert " ".join(lines[0].split() + lines[1].split()).endswith(
+        "; fisher, 1 to 2 label draws, N = 50 to 200"
+    )
+
+
+def test_the_floor_stands_beside_plug_in_numbers_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert any("floor" in line for line in printed(frame(full()), monkeypatch, capsys))
+    population = [row for row in full() if row["kind"] == "population"]
+    assert not any("floor" in line for line in printed(frame(population), monkeypatch, capsys))
+
+
+def test_what_is_undefined_in_every_layer_has_a_reason_and_no_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = quality(0, "a", {"optimal": 0.9, "live": math.nan})
+    rows += quality(0, "b", {"optimal": 0.8, "live": math.nan})
+    for row in rows:
+        if row["approximation"] == "live":
+            row["note"] = "SGD holds no preconditioner"
+    lines = printed(frame(rows), monkeypatch, capsys)
+    assert columns(lines, "a ") == [["a", "0.900"]]
+    told = [line for line in lines if "SGD holds" in line]
+    assert told == ["live: undefined in every layer: SGD holds no preconditioner"]
+    rows[-1] |= {"metric": "cosine", "value": 0.3}  # of one layer it is known
+    rows = [row for row in rows if row is rows[-1] or row["parameter"] == "a"]
+    lines = printed(frame(rows), monkeypatch, capsys)
+    assert columns(lines, "a ") == [["a", "0.900", "-"]]
+
+
+def test_the_numerical_error_of_a_plug_in_number_is_no_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"step": 0, "parameter": "a", "approximation": "kfac", "metric": "kl_divergence"}
+    for kind, told in (("plugin", ["a", "280.608"]), ("population", ["a", "280.608"])):
+        rows = [row | {"kind": kind, "value": 280.608, "stderr": 0.0}]
+        lines = printed(frame(rows), monkeypatch, capsys)
+        assert columns(lines, "a ") == [told]
+        assert any("±" in line for line in lines) == (kind == "population")
+    tiny = [row | {"kind": "plugin", "value": -7e-15}]
+    assert columns(printed(frame(tiny), monkeypatch, capsys), "a ") == [["a", "0.000"]]
+
+
+def test_probes_are_named_before_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_probes([0, 1, 4])
+    assert capsys.readouterr().err == "probes at steps 0, 1, 4 (3)\n"

@@ -769,3 +769,13 @@ def test_a_dead_layer_is_undefined_and_not_perfect() -> None:
     assert len(cosines) == 2 * len(APPROXIMATIONS)  # plug-in and population
     assert cosines["value"].isna().all()
     assert all_say(cosines, "^H = 0")
+
+
+def test_a_tracker_says_what_it_has_probed(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = kp.Tracker(model, LOSS, every=2, probe=batch(0), out=tmp_path / "run")
+    assert "none yet" in repr(tracker)
+    run(model, optimizer, tracker, 3)
+    assert "steps probed: 0, 2" in repr(tracker)
+    assert str(tmp_path / "run") in repr(tracker)

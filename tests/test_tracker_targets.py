@@ -132,6 +132,9 @@ def test_a_tolerance_drops_no_more_than_that_and_says_how_much() -> None:
     run(model, optimizer, exact.step, loose.step, window.update)
     table = loose.table.set_index("parameter")
     dropped = table.loc[table["metric"] == "dropped_energy", "value"]
+    assert len(dropped) == len(LAYERS)  # of the table and the target, one tells it
+    told = table.loc[table["approximation"] == "optimal", "note"].str
+    assert told.contains("sum of the last 3 gradients; truncation to rank").all()
     samples = window.samples()
     for name in LAYERS:
         values = torch.linalg.svdvals(samples[name].matrices()[:, 0]).square().sum(dim=0)

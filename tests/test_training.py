@@ -114,6 +114,17 @@ def test_accuracy_is_that_of_the_test_set(reference: RunStore) -> None:
     assert table.loc[table["metric"] == "test_accuracy", "value"].iloc[-1] == expected
 
 
+def test_the_accuracy_reported_is_told_with_its_step(
+    reference: RunStore, reported: list[Progress]
+) -> None:
+    table = reference.read()
+    tested = table[table["metric"] == "test_accuracy"].set_index("step")["value"]
+    for progress in reported:
+        last = max(step for step in PROBED if step < progress.step)
+        assert progress.tested_at == last
+        assert progress.accuracy == tested[last]
+
+
 def test_accuracy_with_classes_before_positions(tmp_path: Path) -> None:
     """[N, C, T] outputs, as cross-entropy has them; right in two places of three."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -115,3 +116,34 @@ def check_weights(
             f"weights go down to {float(given.min()):g}; a second moment needs weights >= 0."
         )
     return given
+
+
+def check_alike(shapes: Collection[tuple[int, int]], devices: Collection[str]) -> None:
+    """Refuse to stack samples of more than one shape or device.
+
+    Raises:
+        InvalidInputError: Names them.
+    """
+    if len(shapes) > 1:
+        told = " and ".join(sorted(f"{m} x {n}" for m, n in shapes))
+        raise InvalidInputError(f"stack got samples of {told} matrices; all must have one shape.")
+    if len(devices) > 1:
+        raise InvalidInputError(
+            f"stack got samples on {' and '.join(sorted(devices))}; move them to one with "
+            ".to(device)."
+        )
+
+
+def check_scales(scales: Sequence[float] | None, count: int) -> list[float]:
+    """A finite scale >= 0 for each of ``count`` stacked parts; ones for None.
+
+    Raises:
+        InvalidInputError: Another number of them, or one out of range.
+    """
+    factors = [1.0] * count if scales is None else [float(scale) for scale in scales]
+    if len(factors) != count or not all(0 <= factor < math.inf for factor in factors):
+        raise InvalidInputError(
+            f"stack got {count} parts and scales={scales!r}; give one finite scale >= 0 for each "
+            "part."
+        )
+    return factors

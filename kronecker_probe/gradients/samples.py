@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.gradients.checks import (
+    check_alike,
     check_range,
+    check_scales,
     check_tensors,
     check_values,
     check_weights,
@@ -38,10 +40,13 @@ class GradientSamples(abc.ABC):
         independent: Whether the data are independent draws of one distribution, which error bars
             need. False for the closed form of ``kp.batch_gradients`` and for gradients along a
             run: there the weighted sum is the target itself, without sampling error.
+        dropped_energy: Share of Tr H that truncation left out of these draws, as that of a
+            window of gradients at low rank; parts of them, and stacks, keep the largest.
     """
 
     weights: Tensor
     independent: bool
+    dropped_energy: float = 0.0
 
     @staticmethod
     def from_factors(
@@ -208,12 +213,7 @@ class GradientSamples(abc.ABC):
             MemoryBudgetError: The result would not fit.
         """
         _check_parts(parts)
-        factors = [1.0] * len(parts) if scales is None else [float(scale) for scale in scales]
-        if len(factors) != len(parts) or not all(0 <= factor < float("inf") for factor in factors):
-            raise InvalidInputError(
-                f"stack got {len(parts)} parts and scales={scales!r}; give one finite scale >= 0 "
-                "for each part."
-            )
+        factors = check_scales(scales, len(parts))
         if len({type(part) for part in parts}) > 1:
             parts = [_as_matrices(part) for part in parts]
         columns = max(part.n_columns for part in parts)
@@ -227,6 +227,7 @@ class GradientSamples(abc.ABC):
         weights = [part.weights * factor for part, factor in zip(alike, factors, strict=True)]
         stacked = alike[0].with_tensors(tensors, torch.cat(weights))
         stacked.independent = all(part.independent for part in parts)
+        stacked.dropped_energy = max(part.dropped_energy for part in parts)
         return stacked
 
     def subset(self, index: slice | Tensor | Sequence[int]) -> Self:
@@ -258,9 +259,10 @@ class GradientSamples(abc.ABC):
     def __repr__(self) -> str:
         m, n = self.shape
         shared = "" if self.n_positions is None else f", T={self.n_positions}"
+        dropped = f", {self.dropped_energy:.2g} dropped" if self.dropped_energy > 0 else ""
         return (
             f"{type(self).__name__}({m} x {n}, N={self.n_data}, C={self.n_columns}{shared}, "
-            f"{self.nbytes / 1e6:.1f} MB)"
+            f"{self.nbytes / 1e6:.1f} MB{dropped})"
         )
 
 
@@ -275,12 +277,14 @@ class FactoredSamples(GradientSamples):
     """
 
     def __init__(
-        self, output_grads: Tensor, inputs: Tensor, weights: Tensor, independent: bool = True
-    ) -> None:
+        self, output_grads: Tensor, inputs: Tensor, weights: Tensor, independent: bool = True,
+        dropped_energy: float = 0.0,
+    ) -> None:  # fmt: skip
         self.output_grads = output_grads
         self.inputs = inputs
         self.weights = weights
         self.independent = independent
+        self.dropped_energy = dropped_energy
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -300,7 +304,7 @@ class FactoredSamples(GradientSamples):
 
     def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> FactoredSamples:
         output_grads, inputs = tensors
-        return FactoredSamples(output_grads, inputs, weights, self.independent)
+        return FactoredSamples(output_grads, inputs, weights, self.independent, self.dropped_energy)
 
     def padded(self, columns: int, positions: int | None) -> FactoredSamples:
         more = (positions or self.n_positions) - self.n_positions
@@ -330,10 +334,14 @@ class MatrixSamples(GradientSamples):
         weights: float64 [N].
     """
 
-    def __init__(self, values: Tensor, weights: Tensor, independent: bool = True) -> None:
+    def __init__(
+        self, values: Tensor, weights: Tensor, independent: bool = True,
+        dropped_energy: float = 0.0,
+    ) -> None:  # fmt: skip
         self.values = values
         self.weights = weights
         self.independent = independent
+        self.dropped_energy = dropped_energy
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -353,7 +361,7 @@ class MatrixSamples(GradientSamples):
 
     def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> MatrixSamples:
         (values,) = tensors
-        return MatrixSamples(values, weights, self.independent)
+        return MatrixSamples(values, weights, self.independent, self.dropped_energy)
 
     def padded(self, columns: int, positions: int | None) -> MatrixSamples:
         if columns == self.n_columns:
@@ -376,16 +384,7 @@ def _check_parts(parts: Sequence[GradientSamples]) -> None:
             raise InvalidInputError(f"stack got a {type(part).__name__}; give GradientSamples.")
     if not parts:
         raise InvalidInputError("stack got no samples; give at least one set.")
-    shapes = sorted({f"{m} x {n}" for m, n in (part.shape for part in parts)})
-    if len(shapes) > 1:
-        raise InvalidInputError(
-            f"stack got samples of {' and '.join(shapes)} matrices; all must have one shape."
-        )
-    devices = sorted({str(part.device) for part in parts})
-    if len(devices) > 1:
-        raise InvalidInputError(
-            f"stack got samples on {' and '.join(devices)}; move them to one with .to(device)."
-        )
+    check_alike({part.shape for part in parts}, {str(part.device) for part in parts})
 
 
 def _as_matrices(samples: GradientSamples) -> MatrixSamples:
@@ -394,4 +393,6 @@ def _as_matrices(samples: GradientSamples) -> MatrixSamples:
     m, n = samples.shape
     size = 8 * samples.n_data * samples.n_columns * m * n
     require_memory(size, f"The matrices of {samples!r}", samples.device)
-    return MatrixSamples(samples.matrices(), samples.weights, samples.independent)
+    return MatrixSamples(
+        samples.matrices(), samples.weights, samples.independent, samples.dropped_energy
+    )

@@ -104,6 +104,9 @@ def capture_loader(
                 raise  # an option, not a batch
             except KroneckerProbeError as error:
                 raise type(error)(f"Batch {index} of the loader: {error}") from error
+            except Exception as error:  # of the model or the loss itself
+                error.add_note(f"In batch {index} of the loader.")
+                raise
             first = first or part
             for name in [name for name in first if name not in part]:
                 reason = f"in batch {index}: {part.skipped.get(name, 'not measured')}"

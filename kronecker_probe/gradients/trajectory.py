@@ -182,7 +182,8 @@ class GradientWindow:
         """The draws of every parameter that had a gradient, oldest first, copied.
 
         Returns:
-            Name to samples with weights 1, or (1 - beta) beta^age, not ``independent``.
+            Name to samples with weights 1, or (1 - beta) beta^age, not ``independent``, with the
+            :attr:`dropped_energy` of their low rank.
 
         Raises:
             InvalidInputError: No gradient was recorded.
@@ -194,13 +195,14 @@ class GradientWindow:
                 f"No gradient was recorded in {self.calls} calls of update(); call it after "
                 "backward() and before zero_grad()."
             )
-        found = {}
+        found, dropped = {}, self.dropped_energy
         for name, track in held.items():
             ring = track.ring
             device = ring.tensors[0].device
             count = min(track.steps, self.size)
             require_memory(ring.nbytes * count / self.size, f"A copy of {count} gradients", device)
             found[name] = ring.samples(self._slots(track).to(device), self._weights(track, device))
+            found[name].dropped_energy = dropped[name]
         return found
 
     def _slots(self, track: _Track) -> Tensor:

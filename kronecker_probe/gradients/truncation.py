@@ -14,7 +14,7 @@ from kronecker_probe.linalg.gram import chunk_rows
 ROUGH = 1e-4
 
 
-def truncate(samples: GradientSamples, tolerance: float) -> tuple[GradientSamples, float]:
+def truncate(samples: GradientSamples, tolerance: float) -> GradientSamples:
     """Matrices by their leading singular vectors, as shared positions of a layer.
 
     Every draw keeps the same number T of vectors: the smallest that drops at most ``tolerance``
@@ -25,8 +25,8 @@ def truncate(samples: GradientSamples, tolerance: float) -> tuple[GradientSample
         tolerance: Share of the energy, in [0, 1).
 
     Returns:
-        Factored samples and the share that they drop; the samples as they are and 0 where
-        factors would not be smaller.
+        Factored samples, with the share that they lack as ``dropped_energy``; the samples as they
+        are where factors would not be smaller.
 
     Raises:
         InvalidInputError: ``tolerance`` is out of range.
@@ -35,7 +35,7 @@ def truncate(samples: GradientSamples, tolerance: float) -> tuple[GradientSample
         raise InvalidInputError(f"tolerance={tolerance!r}; give a share of at least 0, below 1.")
     m, n = samples.shape
     if not isinstance(samples, MatrixSamples) or samples.n_columns > 1 or tolerance == 0:
-        return samples, 0.0
+        return samples
     g = samples.values[:, 0]
     g = g.mT if m > n else g  # the smaller side first
     # float32 resolves shares down to 1e-7, in half the time
@@ -45,19 +45,23 @@ def truncate(samples: GradientSamples, tolerance: float) -> tuple[GradientSample
     energies = samples.weights @ torch.cat([values for values, _ in parts]).double()
     total = float(energies.sum())
     if total == 0:
-        return samples, 0.0
+        return samples
     tails = energies.flip(0).cumsum(0).flip(0) / total
     rank = max(1, int((tails > tolerance).sum()))
     if not smaller_rank((m, n), g.dtype, rank):
-        return samples, 0.0
+        return samples
     dtype = torch.promote_types(g.dtype, torch.float32)
     vectors = torch.cat([vectors[:, :, :rank] for _, vectors in parts]).mT.to(dtype)
     images = vectors @ g.to(dtype)
     left, right = (images, vectors) if m > n else (vectors, images)
-    found = FactoredSamples(
-        left[:, None].contiguous(), right.contiguous(), samples.weights, samples.independent
+    share, before = float(tails[rank]) if rank < len(tails) else 0.0, samples.dropped_energy
+    return FactoredSamples(
+        left[:, None].contiguous(),
+        right.contiguous(),
+        samples.weights,
+        samples.independent,
+        before + (1.0 - before) * share,
     )
-    return found, float(tails[rank]) if rank < len(tails) else 0.0
 
 
 def _decomposed(g: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:

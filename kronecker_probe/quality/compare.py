@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS, approximate, resolve
+from kronecker_probe.approximations import (
+    ALIASES,
+    APPROXIMATIONS,
+    DEFAULT_APPROXIMATIONS,
+    approximate,
+    resolve,
+)
 from kronecker_probe.errors import (
     InvalidInputError,
     MemoryBudgetError,
@@ -32,6 +38,7 @@ from kronecker_probe.quality.rows import (
     undefined_rows,
 )
 from kronecker_probe.quality.scores import Scores
+from kronecker_probe.tables import NEGLIGIBLE
 
 __all__ = ["METRICS", "Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
 
@@ -87,7 +94,7 @@ def compare(
 
     Raises:
         InvalidInputError: No samples, or something else in their place; or an operator of
-            ``extra`` that has the name of an approximation or another shape.
+            ``extra`` that has the name of any approximation or another shape.
         UnknownNameError: An approximation, metric or kind, or a parameter of ``extra``, that is
             not there.
     """
@@ -98,14 +105,15 @@ def compare(
     names, kinds = approximation_names(approximations), check_kinds(estimates)
     request = _Request(names, plain, others, kinds, refits, singular_values)
     layers = _layers(samples)
-    extra = extra or {}
-    _check_extra(extra, layers, names)
+    extra = {} if extra is None else extra
+    _check_extra(extra, layers)
     draws = samples.draws if isinstance(samples, Capture) else None
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
     for parameter, one in layers.items():
         found = _layer_rows(one, request, extra.get(parameter, {}))
-        rows += joined(description(parameter, one, draws, note), found)
+        told = "; ".join(part for part in (note, _truncation(one)) if part)
+        rows += joined(description(parameter, one, draws, told), found)
     if isinstance(samples, Capture):
         rows += [skipped_row(name, reason) for name, reason in samples.skipped.items()]
     return Scores(to_table(rows))
@@ -168,15 +176,52 @@ def _layers(
 def _check_extra(
     extra: Mapping[str, Mapping[str, Operator]],
     layers: Mapping[str, GradientSamples],
-    names: Sequence[str],
 ) -> None:
+    form = "give a mapping of parameter names to mappings of names to operators"
+    if not isinstance(extra, Mapping):
+        raise InvalidInputError(f"compare got extra= of type {type(extra).__name__}; {form}.")
     for parameter, operators in extra.items():
-        if parameter not in layers:
-            raise unknown_name("parameter of extra", parameter, layers)
-        if taken := sorted(operators.keys() & set(names)):
+        if not isinstance(parameter, str) or parameter not in layers:
+            raise unknown_name("parameter of extra", str(parameter), layers)
+        if not isinstance(operators, Mapping):
             raise InvalidInputError(
-                f"extra for {parameter!r} has the name {taken[0]!r} of an approximation; rename it."
+                f"extra for {parameter!r} is a {type(operators).__name__}; {form}."
             )
+        for name, operator in operators.items():
+            _check_operator(parameter, name, operator, layers[parameter].shape)
+
+
+def _check_operator(parameter: str, name: object, operator: object, shape: tuple[int, int]) -> None:
+    if not isinstance(name, str):
+        raise InvalidInputError(
+            f"extra for {parameter!r} names an operator {name!r}; give a string."
+        )
+    if name.partition(":")[0] in (*APPROXIMATIONS, *ALIASES):
+        raise InvalidInputError(
+            f"extra for {parameter!r} has the name {name!r} of an approximation; rename it."
+        )
+    if not isinstance(operator, Operator):
+        raise InvalidInputError(
+            f"extra for {parameter!r} has a {type(operator).__name__} as {name!r}; give an "
+            "operator (a matrix [mn, mn] becomes one by kp.DenseOperator)."
+        )
+    if operator.shape != shape:
+        (m, n), (r, s) = shape, operator.shape
+        raise InvalidInputError(
+            f"extra for {parameter!r} has an operator {name!r} on {r} x {s} matrices; the layer "
+            f"is {m} x {n}."
+        )
+
+
+def _truncation(samples: GradientSamples) -> str:
+    """What the rows of truncated draws say; nothing where it does not matter."""
+    if samples.dropped_energy <= NEGLIGIBLE:
+        return ""
+    rank = "" if samples.n_positions is None else f" to rank {samples.n_positions}"
+    return (
+        f"truncation{rank} dropped {100 * samples.dropped_energy:.2g} % of the energy: cosines "
+        "are those of the truncated H, as a rule too high"
+    )
 
 
 def _layer_rows(
@@ -258,6 +303,8 @@ def _target_rows(target: SecondMoment, singular_values: int) -> list[Row]:
         {"metric": "norm", "value": target.norm()},
         {"metric": "trace", "value": target.trace()},
     ]
+    if target.samples.dropped_energy > 0:
+        rows.append({"metric": "dropped_energy", "value": target.samples.dropped_energy})
     if singular_values > 0 and target.norm() > 0:
         try:
             values = target.kronecker_spectrum(singular_values).tolist()

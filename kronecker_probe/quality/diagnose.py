@@ -27,8 +27,8 @@ def diagnose(scores: Any) -> Diagnosis:
 
     Returns:
         The findings, of the last step of each layer; those that the data cannot support are
-        "abstained". "good" is only what is close to the best Kronecker product where that is
-        itself close to H.
+        "abstained". Which steps those are is in ``at``. "good" is only what is close to the best
+        Kronecker product where that is itself close to H.
 
     Raises:
         InvalidInputError: ``scores`` is no such table.
@@ -50,4 +50,11 @@ def diagnose(scores: Any) -> Diagnosis:
     found = run_findings(table, layers)
     found += [finding for layer in layers for finding in layer.findings()]
     order = {level: place for place, level in enumerate(LEVELS)}
-    return Diagnosis(tuple(sorted(found, key=lambda one: order[one.level])))
+    ranked = tuple(sorted(found, key=lambda one: order[one.level]))
+    return Diagnosis(ranked, _steps({one.last for one in layers}) if "step" in table else "")
+
+
+def _steps(last: set[int]) -> str:
+    if len(last) < 2:
+        return "".join(f"step {step}" for step in last)
+    return f"the last step of each layer, {min(last)} to {max(last)}"

@@ -40,6 +40,7 @@ class DirectionAgreement:
         damping: d, in units of H.
         error: Bound on the relative error of (H + d I)^{-p} g; 0 where it comes from an exact
             eigendecomposition.
+        note: Why nothing was scored; empty where something was.
     """
 
     powers: tuple[float, ...]
@@ -47,6 +48,7 @@ class DirectionAgreement:
     length_ratios: Tensor
     damping: float
     error: float
+    note: str = ""
 
     @property
     def n_gradients(self) -> int:
@@ -73,6 +75,8 @@ class DirectionAgreement:
     def __repr__(self) -> str:
         shown = self.table[["power", "cosine", "cosine_std", "length_ratio", "length_ratio_std"]]
         text: str = shown.to_string(index=False, float_format="{:.4f}".format)
+        if self.note:
+            return f"{text}\nundefined: {self.note}"
         return f"{text}\n{self.n_gradients} gradients, d = {self.damping:.3g}"
 
 
@@ -110,7 +114,7 @@ def direction_agreement(
 
     Returns:
         One value a gradient and power, with means and spreads in ``.table``; empty, with an
-        UndefinedMetricWarning, when H or all gradients are zero.
+        UndefinedMetricWarning and a ``note`` that says why, when H or all gradients are zero.
 
     Raises:
         InvalidInputError: A power outside (0, 1], a damping that is not positive, gradients of
@@ -136,7 +140,7 @@ def direction_agreement(
     except UndefinedError as reason:
         nan = warn_undefined("direction_agreement", reason)
         empty = torch.empty(0, len(exponents), dtype=torch.float64)
-        return DirectionAgreement(exponents, empty, empty, nan, nan)
+        return DirectionAgreement(exponents, empty, empty, nan, nan, str(reason))
 
 
 def compute_directions(
@@ -169,7 +173,9 @@ def compute_directions(
         ratios.append([ratio for _, ratio, _ in scored])
         error = max(error, *(bound for _, _, bound in scored))
     if not cosines:
-        raise UndefinedError("all gradients are zero: no direction is defined")
+        alone = gradients is not None and len(gradients) == 1
+        what = "the gradient is" if alone else "all gradients are"
+        raise UndefinedError(f"{what} zero: no direction is defined")
     return DirectionAgreement(
         powers,
         torch.tensor(cosines, dtype=torch.float64),

@@ -31,12 +31,12 @@ class FactorHealth:
         stable_rank: ||A||_F^2 / ||A||_2^2 = sum_i lambda_i^2 / lambda_1^2; 0 for A = 0.
         below_floor_share: (k - numerical_rank) / k.
         amplification: How much more (A + epsilon I)^exponent scales a direction below the floor,
-            taken as null, than one of the median resolved eigenvalue lambda_med (the
-            lower one of two): ((lambda_med + epsilon) / epsilon)^-exponent. Infinite for epsilon = 0 (unless roots
-            are pseudo-inverse); 1 if nothing is below the floor, or everything is.
+            taken as null, than one of the median resolved eigenvalue lambda_med (the lower one of
+            two): ((lambda_med + epsilon) / epsilon)^-exponent. Infinite for epsilon = 0 (unless
+            roots are pseudo-inverse); 1 if nothing is below the floor, or everything is.
         suggested_relative_epsilon: Over lambda_1. With it no direction below the floor is scaled
             by more than 2^-exponent times what the least resolved one is: the least resolved
-            eigenvalue, or the floor if all are resolved.
+            eigenvalue, or the floor if all or none are resolved.
         suggested_relative_cutoff: Over lambda_1: directions with eigenvalues at or below it are
             noise, and can be treated as null instead of being damped. The floor.
     """
@@ -159,4 +159,4 @@ def _stable_rank(values: Tensor) -> float:
 def _amplification(resolved: Tensor, epsilon: float, exponent: float) -> float:
     if epsilon == 0:
         return math.inf
-    return float(((float(resolved.median()) + epsilon) / epsilon) ** -exponent)
+    return float(((resolved.median() + epsilon) / epsilon).pow(-exponent))

@@ -9,6 +9,8 @@ from typing import final
 import pandas as pd
 
 LEVELS = ("warning", "notice", "good", "abstained")
+# Of alike findings, those that are printed in full, and the layers that are named after them.
+IN_FULL, NAMED = 2, 12
 
 
 @final
@@ -45,9 +47,11 @@ class Diagnosis:
 
     Attributes:
         findings: The findings.
+        at: Which steps of a run they are about; empty for a table without steps.
     """
 
     findings: tuple[Finding, ...]
+    at: str = ""
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -79,7 +83,18 @@ class Diagnosis:
         return sentences
 
     def __str__(self) -> str:
-        return "\n".join(f"[{one.level}] {one}" for one in self.findings)
+        """A line a finding; of alike ones of many layers the first two, and the others by name."""
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for one in self.findings:
+            groups.setdefault((one.level, one.subject), []).append(one)
+        lines = [f"Judged at {self.at}:"] if self.at else []
+        for (level, subject), alike in groups.items():
+            shown = alike if len(alike) <= IN_FULL + 1 else alike[:IN_FULL]
+            lines += [f"[{level}] {one}" for one in shown]
+            if others := alike[len(shown) :]:
+                names = _names(others, NAMED)
+                lines.append(f"[{level}] {subject}, likewise in {len(others)} more: {names}.")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False)

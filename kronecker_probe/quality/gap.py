@@ -10,7 +10,12 @@ from typing import Any, TypeAlias, TypeVar, final
 import pandas as pd
 
 from kronecker_probe.approximations import approximate
-from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.errors import (
+    InvalidInputError,
+    MemoryBudgetError,
+    UnsupportedError,
+    unknown_name,
+)
 from kronecker_probe.gradients.samples import GradientSamples
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment import SecondMoment
@@ -43,8 +48,9 @@ class GapDecomposition:
     @property
     def total(self) -> pd.Series[Any]:
         """1 - cos^2 at the end of each layer's chain."""
-        sums = self.table.groupby("parameter", sort=False)["contribution"].sum(min_count=1)
-        return sums.rename("total")
+        # not the sum of the contributions, of which one after an undefined link is unknown
+        ends = self.table.groupby("parameter", sort=False)["error"].last()
+        return ends.rename("total")
 
     def plot(self, **options: Any) -> Any:
         """Stacked bars, a layer each; returns the Axes (see ``kp.plots.plot_gap``)."""
@@ -94,7 +100,9 @@ def decompose_gap(
        older checkpoint.
 
     Steps without data are left out. The contributions add up to the error at the end of the
-    chain exactly; each but the first may be negative, where one cause undoes another. These are
+    chain exactly; each but the first may be negative, where one cause undoes another. Where a
+    link is undefined or does not fit into memory, so is its contribution and the next one, which
+    would include it; the notes say why. These are
     plug-in numbers: with few draws much of the "kronecker-limit" is sampling noise, so compare
     N with that of ``kp.samples_needed``.
 
@@ -152,13 +160,23 @@ def _chain(
 
 
 def _follow(target: SecondMoment, links: list[_Link]) -> list[dict[str, Any]]:
-    """A row a link: the error that it reaches, less the last one that was defined."""
-    rows, reached = [], 0.0
+    """A row a link: the error that it reaches, less that of the link before.
+
+    After an undefined link the change is that of two causes together, and no contribution.
+    """
+    rows: list[dict[str, Any]] = []
+    reached, undefined = 0.0, list[str]()
     for component, make in links:
         error, note = _squared_error(target, make)
         contribution = error - reached
-        if not math.isnan(error):
-            reached = error
+        if math.isnan(error):
+            undefined.append(component)
+        else:
+            if undefined:
+                note = f"its change of {contribution:.3g} includes {' and '.join(undefined)}, "
+                note += "which is undefined"
+                contribution = math.nan
+            reached, undefined = error, []
         rows.append(
             {"component": component, "contribution": contribution, "error": error, "note": note}
         )
@@ -169,7 +187,7 @@ def _squared_error(target: SecondMoment, make: Callable[[], Operator]) -> tuple[
     """1 - cos^2(H, P), or NaN and why."""
     try:
         products = InnerProducts.of(target, make())
-    except UnsupportedError as error:
+    except (UnsupportedError, MemoryBudgetError) as error:
         return math.nan, str(error)
     if products.undefined:
         return math.nan, products.undefined

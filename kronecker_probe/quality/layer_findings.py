@@ -8,16 +8,24 @@ from typing import Any
 
 import pandas as pd
 
+from kronecker_probe.quality.advice import by_gain, no_worse_directions
 from kronecker_probe.quality.findings import Finding
-from kronecker_probe.quality.table_numbers import Difference, Number, listed, numbers
+from kronecker_probe.quality.staleness import STALE, Staleness
+from kronecker_probe.table_numbers import (
+    CLOSE,
+    ROUNDING,
+    Difference,
+    Number,
+    dropped_energy,
+    listed,
+    numbers,
+)
 from kronecker_probe.tables import first_shares, label
 
-# Differences in cosine below this are not worth a change of method.
-CLOSE = 0.02
 # Cosines from which on a fit is called good.
 GOOD = 0.9
-# A preconditioner behind its own fresh factors by more than this is stale.
-STALE = 0.05
+# Truncations that drop a larger share of the energy leave nothing to judge.
+TRUNCATED = 0.05
 # Independent draws (by their effective number) under which no estimate is trusted.
 FEWEST_DRAWS = 30
 # Fewer than so many times the data at hand are not worth asking for; where more than so many
@@ -25,8 +33,8 @@ FEWEST_DRAWS = 30
 WORTHWHILE, HOPELESS = 1.3, 10.0
 # Best scales outside of this range make an ungrafted step length wrong.
 SCALES = (0.5, 2.0)
-# Cosines that differ by less are equal up to rounding.
-ROUNDING = 1e-6
+# How many times the data of a forecast were needed at most where it was put to the test.
+FORECAST = 3
 
 PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
 # Draws that are the matrix itself and no sample of it.
@@ -48,7 +56,9 @@ class LayerFindings:
         self.now = now
         self.draws = _first(now, "draws")
         self.exact = self.draws in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
-        self.noise = self._sampling_noise()
+        at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
+        self.dropped = dropped_energy(at)
+        self.noise = max(self._sampling_noise(), self.dropped)
         self.cosines = numbers(now, "cosine", self.noise)
         # K-FAC may count fewer draws of its factors than there are of H
         self.n_eff = float(_column(now, "n_eff").max())
@@ -58,22 +68,27 @@ class LayerFindings:
     def findings(self) -> list[Finding]:
         if not self.cosines:
             return [self._undefined()]
+        if self.dropped > TRUNCATED:
+            return [self._truncated()]
         if abstained := self._too_few():
             return [abstained, *self._staleness()]
         found: list[Finding] = []
         if not self.is_vector:  # where the optimum and Shampoo^2 are H itself
-            found += self._distance() + self._beyond()
+            found += by_gain(self._distance() + self._beyond())
         checks: list[Callable[[], list[Finding]]] = [self._roots, self._scale, self._staleness]
         return found + [finding for check in checks for finding in check()]
 
-    def best_product(self) -> Number | None:
-        """The cosine of the best Kronecker product measured, where its error is known."""
-        if self.is_vector or self._too_few():
+    def best_product(self) -> tuple[str, Number] | None:
+        """The best Kronecker product measured and its cosine, where its error is known.
+
+        Where that is not "optimal" itself, its cosine is a lower bound of what a product can do.
+        """
+        if self.is_vector or self.dropped > TRUNCATED or self._too_few():
             return None
         names = ["optimal"] if "optimal" in self.cosines else PRODUCTS
-        known = [self.cosines[name] for name in names if name in self.cosines]
-        known = [one for one in known if one.kind == "population" or self.exact]
-        return max(known, key=lambda one: one.value, default=None)
+        known = [(name, self.cosines[name]) for name in names if name in self.cosines]
+        known = [one for one in known if one[1].kind == "population" or self.exact]
+        return max(known, key=lambda one: one[1].value, default=None)
 
     def helps(self) -> list[str]:
         """What clearly goes beyond one Kronecker product here."""
@@ -88,13 +103,24 @@ class LayerFindings:
         """How far off a plug-in cosine may be: what an exact product of so many draws would lose.
 
         Without that row nothing is known of it. Closed forms and gradients along a run are the
-        matrix itself.
+        matrix itself, up to what their truncation drops.
         """
         if self.exact:
             return 0.0
         at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         floor = at.loc[at["metric"] == "noise_floor", "value"].dropna()
         return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
+
+    def _truncated(self) -> Finding:
+        return self._finding(
+            "abstained",
+            "truncated target",
+            f"truncation dropped {100 * self.dropped:.2g} % of the energy of this target, and "
+            "cosines with what is left say nothing about H",
+            "give the window more memory or a higher rank (window_memory of a tracker, memory or "
+            "rank of a GradientWindow), or make it shorter",
+            dropped=self.dropped,
+        )
 
     def _undefined(self) -> Finding:
         rows = self.now[self.now["metric"] == "cosine"]
@@ -152,6 +178,7 @@ class LayerFindings:
                 f"of {_BEST} (cosine {top})"
             )
             advice = "a few power iterations on the factors would recover it"
+            evidence["gain"] = min(gap.value for gap in leaders.values())
             return [self._finding("notice", subject, message, advice, **evidence)]
         message = (
             f"how far {_named(leaders)} {_are(leaders)} from {_BEST} is too uncertain to judge "
@@ -162,11 +189,12 @@ class LayerFindings:
 
     def _close(self, subject: str, close: Mapping[str, Difference], top: Number) -> Finding:
         """Rules close to the optimum; good where that is itself close to H."""
-        if all(gap.low <= ROUNDING for gap in close.values()):
+        if all(gap.low <= ROUNDING and gap.high >= -ROUNDING for gap in close.values()):
             message = f"{_named(close)} {_are(close)} indistinguishable from {_BEST} "
             message += f"({_differences(close)})"
         else:
-            message = f"{_named(close)} {_are(close)} within {_each(close)} of {_BEST}"
+            message = f"{_named(close)} {_are(close)} within {CLOSE:g} of {_BEST} "
+            message += f"({_differences(close)})"
         evidence = _evidence(close, top)
         if top.low >= GOOD:
             message += f", a cosine of {top}"
@@ -189,17 +217,27 @@ class LayerFindings:
     def _settling(self, gap: Difference) -> str:
         """The data that would tell the difference from CLOSE, for errors ~ 1/sqrt(N)."""
         if gap.kind == "bracket":
+            if self.stepwise:
+                return (
+                    "a run holds no error of this number but the bracket: kp.compare of the same "
+                    "samples with refits=8 gives one"
+                )
             return "refits=8 in kp.compare gives a standard error in place of the bracket"
         if gap.kind == "plugin" or not math.isfinite(gap.stderr) or math.isnan(self.n_data):
             return self._population()
         reach, margin = 2 * gap.stderr, abs(gap.value - CLOSE)
         if reach > CLOSE:  # where the difference comes to lie is not known yet
-            return f"about {self._more((reach / CLOSE) ** 2)} data would settle it"
+            return self._forecast((reach / CLOSE) ** 2)
         if reach**2 > HOPELESS * margin**2:
             return (
                 f"the difference is at the threshold of {CLOSE}, and more data will not settle it"
             )
-        return f"about {self._more((reach / margin) ** 2)} data would settle it"
+        return self._forecast((reach / margin) ** 2)
+
+    def _forecast(self, factor: float) -> str:
+        """A range: the error that it extrapolates is an estimate, which the forecast squares."""
+        least = self._more(factor)
+        return f"{least} to {FORECAST * least} data would settle it"
 
     def _beyond(self) -> list[Finding]:
         """What leaving the set of single Kronecker products buys."""
@@ -239,7 +277,7 @@ class LayerFindings:
     def _noise(self) -> float:
         """What the plug-in gain of a second product must exceed to be more than sampling noise."""
         if self.exact:
-            return 0.0
+            return self.noise
         kinds = _by_kind(self.now, "cosine", "optimal")
         if not {"plugin", "population"} <= kinds.keys():
             return math.inf
@@ -254,20 +292,26 @@ class LayerFindings:
         gap = Difference.of(square, root)
         if gap.low <= STALE:
             return []
-        return [
-            self._finding(
-                "notice",
-                "exponent",
-                f"Shampoo's factors with exponent -1/4 are {gap} below "
-                f"their square (cosine {root} against {square})",
-                "use exponent -1/2 with the trace scale to follow H",
-                gap=gap.value,
-            )
-        ]
+        message = (
+            f"Shampoo's factors with exponent -1/4 are {gap} below their square "
+            f"(cosine {root} against {square})"
+        )
+        advice = "use exponent -1/2 with the trace scale to follow H"
+        if against := no_worse_directions(self.now):
+            message += f", but their steps are no worse: {against}"
+            advice = "judge the exponent by the steps, for which this cosine is no measure"
+        return [self._finding("notice", "exponent", message, advice, gap=gap.value)]
+
+    def _staleness(self) -> list[Finding]:
+        """Whether what the optimizer holds is behind the rule that it follows."""
+        if not self.stepwise or "live" not in set(self.now["approximation"].dropna()):
+            return []
+        return Staleness(self.name, self.rows, self.last, self.dropped).findings(self.draws)
 
     def _scale(self) -> list[Finding]:
         """Whether the magnitude is wrong where the direction is right."""
-        rows = numbers(self.now, "best_scale", math.inf if self.noise else 0.0)
+        unknown = self.noise > 0 and not self.exact
+        rows = numbers(self.now, "best_scale", math.inf if unknown else self.noise)
         found = []
         for name in ("shampoo-squared", "kfac"):
             number = rows.get(name)
@@ -283,43 +327,6 @@ class LayerFindings:
                 )
             )  # fmt: skip
         return found
-
-    def _staleness(self) -> list[Finding]:
-        """Whether what the optimizer holds is behind the same rule on fresh statistics."""
-        if "live" not in set(self.now["approximation"].dropna()) or not self.stepwise:
-            return []
-        lag = self._lag()
-        if lag.empty or math.isnan(lag.iloc[-1]):
-            return []
-        last = float(lag.iloc[-1])
-        if last <= STALE:
-            return []
-        steps = lag.index.tolist()
-        late = [step for step in steps if not lag[step] > STALE]
-        since = next(step for step in steps if not late or step > late[-1])
-        evidence = {"lag": last, "since": float(since)}
-        if self.draws == "trajectory":  # fresh factors of the same gradients: age and damping
-            message = f"the live factors lag by {last:.2f} since step {since}"
-            advice = (
-                "refresh about twice as often, or use an adaptive tolerance of .1; where the "
-                "gradients vanish, lower epsilon"
-            )
-            return [self._finding("warning", "staleness", message, advice, **evidence)]
-        message = (
-            f"the live factors are {last:.2f} from fresh ones of this target since step {since}: "
-            "batches, labels, averaging, damping and age together"
-        )
-        advice = "draws='trajectory' shows age and damping alone"
-        return [self._finding("notice", "live factors", message, advice, **evidence)]
-
-    def _lag(self) -> pd.Series[Any]:
-        """Cosine of the fresh Shampoo minus that of the live operator, a value a step."""
-        rows = self.rows[(self.rows["metric"] == "cosine") & self.rows["value"].notna()]
-        if "kind" in rows:  # the live operator is scored on the sample, so both are plug-in
-            rows = rows[rows["kind"].isin(["plugin"])]
-        live = rows[rows["approximation"] == "live"].set_index("step")["value"]
-        fresh = rows[rows["approximation"] == "shampoo"].set_index("step")["value"]
-        return (fresh - live).dropna().sort_index()
 
 
 def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, float]:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from kronecker_probe.quality.findings import Finding
 from kronecker_probe.quality.layer_findings import GOOD, LayerFindings
-from kronecker_probe.quality.table_numbers import Number, listed
+from kronecker_probe.table_numbers import Number, listed
+from kronecker_probe.tables import label
 
 # A loss this many times its first value is a diverged run.
 DIVERGED = 3.0
@@ -108,23 +109,54 @@ def _worst(layers: Sequence[LayerFindings]) -> list[Finding]:
     found = {one.name: best for one in layers if (best := one.best_product()) is not None}
     if len(found) < 2:  # which one layer's own findings say
         return []
-    ranked = sorted(found.items(), key=lambda item: item[1].value)
+    ranked = sorted(
+        ((name, rule, number) for name, (rule, number) in found.items()),
+        key=lambda item: item[2].value,
+    )
     subject = "worst approximated layers"
-    evidence = {name: number.value for name, number in ranked[:NAMED]}
-    if all(number.low >= GOOD for number in found.values()):
-        name, number = ranked[0]
+    if all(number.low >= GOOD for _, _, number in ranked):
+        name, _, number = ranked[0]
+        evidence = {name: number.value for name, _, number in ranked[:NAMED]}
         message = (
             f"the Kronecker form fits all {len(found)} layers that can be judged with a cosine of "
             f"at least {GOOD:g}, {name} worst ({number})"
         )
         return [Finding("good", None, subject, message, "", evidence)]
-    poor = [(name, number) for name, number in ranked if number.low < GOOD]
+    under = [one for one in ranked if one[2].low < GOOD]
+    # a rule's cosine is a lower bound of what the form can do: it proves a good fit, never a bad
+    poor = [(name, number) for name, rule, number in under if rule == "optimal"]
+    unknown = [one for one in under if one[1] != "optimal"]
+    return _fits_worst(subject, poor, layers) + _optimum_unknown(unknown)
+
+
+def _fits_worst(
+    subject: str, poor: Sequence[tuple[str, Number]], layers: Sequence[LayerFindings]
+) -> list[Finding]:
+    """The layers whose best product is measured and not clearly good, the worst first."""
+    if not poor:
+        return []
+    evidence = {name: number.value for name, number in poor[:NAMED]}
     message = f"the Kronecker form fits worst at: {_ranking(poor[:NAMED])}"
     if len(poor) > NAMED:
         message += f", and {len(poor) - NAMED} more may lie under {GOOD:g}"
     shown = [name for name, _ in poor[:NAMED]]
     helps = {one.name: one.helps() for one in layers if one.name in shown}
     return [Finding("notice", None, subject, message, _remedies(shown, helps), evidence)]
+
+
+def _optimum_unknown(unknown: Sequence[tuple[str, str, Number]]) -> list[Finding]:
+    """Layers with a poor rule whose optimum was not measured."""
+    if not unknown:
+        return []
+    places = [f"{label(rule)} at {name} (cosine {number})" for name, rule, number in unknown]
+    more = f", and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    message = (
+        f"of the rules measured the best may lie under {GOOD:g}: "
+        f"{', then '.join(places[:NAMED])}{more}; how well any Kronecker product fits was not "
+        "measured"
+    )
+    evidence = {name: number.value for name, _, number in unknown[:NAMED]}
+    return [Finding("notice", None, "optimum not measured", message, "measure 'optimal'", evidence)]
 
 
 def _remedies(names: Sequence[str], helps: Mapping[str, Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,7 +11,7 @@ import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.quality.estimates.estimate import KINDS
-from kronecker_probe.tables import row_told
+from kronecker_probe.tables import METRICS, row_told
 
 
 @final
@@ -25,8 +26,11 @@ class Scores:
             an approximation describe the target: "norm", "trace", "singular_value" with its
             index, all of the sample; with kind "population" also "norm", and "noise_floor", the
             cosine of the sample matrix to the population's: the plug-in cosine that H itself
-            would get at this number of draws. "skipped" rows name the parameters that were not
-            measured and say why.
+            would get at this number of draws. "dropped_energy" is the share of Tr H that a
+            truncation left out of draws, told where it is not 0. "skipped" rows name the
+            parameters that were not measured and say why. Metrics other than the cosine, its
+            errors and the best scale are of the sample matrix only: they have rows of kind
+            "plugin", whatever estimates were asked for.
     """
 
     table: pd.DataFrame
@@ -74,7 +78,7 @@ class Scores:
     def shown(self, metric: str = "cosine") -> pd.DataFrame:
         """All kinds of one metric as text with error bars: (parameter, kind) x approximations.
 
-        With the cosine comes the noise floor of each parameter, in a column of its own.
+        With plug-in cosines comes the noise floor of each parameter, in a column of its own.
 
         Raises:
             UnknownNameError: No such metric in the table.
@@ -94,7 +98,7 @@ class Scores:
             columns=pd.Index(columns, name=metric),
         )
         floors = self.table[self.table["metric"] == "noise_floor"].set_index("parameter")["value"]
-        if metric == "cosine" and len(floors):
+        if metric == "cosine" and "plugin" in kinds and len(floors):
             shown = {name: "-" if math.isnan(x) else f"{x:.3f}" for name, x in floors.items()}
             first = kinds[:1]
             whole["noise floor"] = [
@@ -109,7 +113,19 @@ class Scores:
         return plot_ladder(self.table, **options)
 
     def __repr__(self) -> str:
-        return self.shown().to_string()
+        return "\n".join([self.shown(self._first()).to_string(), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        return str(self.shown().to_html())
+        remarks = (f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return "".join([str(self.shown(self._first()).to_html()), *remarks])
+
+    def _first(self) -> str:
+        """The cosine, or what was measured in its place."""
+        measured = self.table.loc[self.table["approximation"].notna(), "metric"].unique().tolist()
+        return "cosine" if "cosine" in measured or not measured else str(measured[0])
+
+    def _remarks(self) -> list[str]:
+        """Which metrics have no estimates, so that nobody takes them for the population's."""
+        measured = self.table.loc[self.table["approximation"].notna(), "metric"].unique()
+        alone = [str(metric) for metric in measured if metric not in METRICS]
+        return [f"of the sample matrix only (plug-in): {', '.join(alone)}"] if alone else []

@@ -185,17 +185,16 @@ class TrajectoryTarget(Target):
         )
         tolerance = options.window_tolerance
         self.tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-        self._dropped: dict[str, float] = {}
+        self._truncated: set[str] = set()
 
     def update(self) -> None:
         self.window.update()
 
     def samples(self, data: Pair | None) -> Capture:
         samples = {}
-        self._dropped = self.window.dropped_energy
         for name, one in self.window.samples().items():
-            samples[name], dropped = truncate(one, self.tolerance)
-            self._dropped[name] += dropped
+            samples[name] = truncate(one, self.tolerance)
+        self._truncated = {name for name, one in samples.items() if one.dropped_energy > 0}
         loss, accuracy = (math.nan, None) if data is None else self._evaluate(data)
         skipped = {}
         for name, parameter in self.model.named_parameters():
@@ -218,10 +217,11 @@ class TrajectoryTarget(Target):
                 return loss.value, loss.accuracy(outputs.detach(), targets)
 
     def rows(self) -> list[dict[str, Any]]:
+        whole = self.window.dropped_energy.keys() - self._truncated  # of others compare tells it
         left_out = {
             "truncated_weight": self.window.truncated_weight,
             "truncated_energy": self.window.truncated_energy,
-            "dropped_energy": self._dropped,
+            "dropped_energy": dict.fromkeys(sorted(whole), 0.0),
         }
         return [
             {"parameter": name, "draws": TRAJECTORY, "metric": metric, "value": value}

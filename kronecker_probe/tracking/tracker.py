@@ -28,6 +28,7 @@ from kronecker_probe.quality.compare import (
     to_table,
 )
 from kronecker_probe.quality.estimates.estimate import check_kinds
+from kronecker_probe.tracking.followed_rule import followed_rule, live_rule_row
 from kronecker_probe.tracking.live import live_operator
 from kronecker_probe.tracking.record import FILE
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
@@ -207,7 +208,7 @@ class Tracker:
                 f"this call (step {self.steps_taken})."
             )
         samples = self.target.samples(data)
-        live, absent = self._live(samples)
+        live, beside = self._live(samples)
         scores = compare(
             samples,
             self.approximations,
@@ -216,7 +217,7 @@ class Tracker:
             singular_values=self.singular_values,
             extra=live,
         )
-        self._store(scores, samples, absent)
+        self._store(scores, samples, beside)
         return scores
 
     def log(self, **values: float) -> None:
@@ -233,6 +234,12 @@ class Tracker:
                     f"log({metric}={value!r}): the value must be a number."
                 ) from error
             self._pending.append({"step": self.steps_taken, "metric": metric, "value": number})
+
+    def __repr__(self) -> str:
+        kept = f"stored in {self.store.path}" if self.store is not None else "in memory"
+        steps = ", ".join(map(str, sorted(self._measured))) or "none yet"
+        layers = self.layers if isinstance(self.layers, str) else ", ".join(self.layers)
+        return f"Tracker(layers {layers}; steps probed: {steps}; {kept})"
 
     def finish(self, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Measure the last state, unless it was just measured, and mark the run as done."""
@@ -278,11 +285,14 @@ class Tracker:
         return plot_trajectory(self.table, **options)
 
     def _live(self, samples: Capture) -> tuple[dict[str, dict[str, Operator]], list[Row]]:
-        """The optimizer's operators, and a row with the reason for each one that is absent."""
+        """The optimizer's operators, and rows beside them.
+
+        Those say which rule an operator follows, or why there is none.
+        """
         found: dict[str, dict[str, Operator]] = {}
-        absent: list[Row] = []
+        beside: list[Row] = []
         if self.optimizer is None:
-            return found, absent
+            return found, beside
         parameters = dict(self.model.named_parameters())
         for name, one in samples.items():
             try:
@@ -292,18 +302,20 @@ class Tracker:
                         f"the optimizer sees {operator.shape}, the layer is {one.shape}"
                     )
                 found[name] = {"live": operator}
+                if rule := followed_rule(self.optimizer, parameters[name]):
+                    beside.append(live_rule_row(name, rule))
             except UnsupportedError as error:
-                absent.append(absent_row(name, "live", str(error)))
-        return found, absent
+                beside.append(absent_row(name, "live", str(error)))
+        return found, beside
 
-    def _store(self, scores: Scores, samples: Capture, absent: list[Row]) -> None:
+    def _store(self, scores: Scores, samples: Capture, beside: list[Row]) -> None:
         step = self.steps_taken
         run: list[Row] = [{"step": step} | row for row in self.target.rows()]
         if not math.isnan(samples.loss):
             run.append({"step": step, "metric": "probe_loss", "value": samples.loss})
         if samples.accuracy is not None:
             run.append({"step": step, "metric": "probe_accuracy", "value": samples.accuracy})
-        rows = [*self._pending, *run, *({"step": step} | row for row in absent)]
+        rows = [*self._pending, *run, *({"step": step} | row for row in beside)]
         scored = scores.table.copy()
         scored.insert(0, "step", step)
         part = pd.concat([scored, to_table(rows, ["step"])], ignore_index=True)

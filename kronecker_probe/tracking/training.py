@@ -88,12 +88,14 @@ class Progress:
     Attributes:
         step: Optimizer steps taken.
         loss: Loss of the last batch.
-        accuracy: Last test (or probe) accuracy; NaN where there is none.
+        accuracy: Last accuracy on the test set; NaN where there is none.
+        tested_at: The step at which that was measured; None where there is none.
     """
 
     step: int
     loss: float
     accuracy: float
+    tested_at: int | None = None
 
 
 @final
@@ -164,6 +166,7 @@ class Training:
         self.store = self.tracker.store
         self.device = device
         self.accuracy = math.nan
+        self.tested_at: int | None = None
         # A run killed in a probe leaves two; with more, somebody asked for all: those stay.
         found = self._checkpoints()
         self._kept = set(found.values() if len(found) > 2 else ())
@@ -208,7 +211,8 @@ class Training:
         """
         with ending_noted(self.tracker):
             for step in range(self.tracker.steps_taken, self.options.steps):
-                report(Progress(step + 1, self._step(step), self.accuracy))
+                loss = self._step(step)
+                report(Progress(step + 1, loss, self.accuracy, self.tested_at))
             with self._checkpointed():
                 self._probe_accuracy()
                 self.tracker.finish()
@@ -275,6 +279,7 @@ class Training:
             outputs = self.model(inputs)
         class_dim = 1 if outputs.shape[0:1] + outputs.shape[2:] == targets.shape else -1
         self.accuracy = float((outputs.argmax(dim=class_dim) == targets).double().mean())
+        self.tested_at = self.tracker.steps_taken
         self.tracker.log(test_accuracy=self.accuracy)
 
     def _restore(self) -> None:

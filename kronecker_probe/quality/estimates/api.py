@@ -125,8 +125,9 @@ def samples_needed(
     """About how many data bring the standard error of a population estimate to ``stderr``.
 
     It extrapolates the standard error of these draws as 1 / sqrt(N) and the effective number of
-    draws as N, of which at least 30 are needed. Where the quality is nearly perfect the error
-    falls faster, and fewer do.
+    draws as N, of which at least 30 are needed. It is a forecast from a standard error that is
+    itself known to some 20% at 50 effective draws, which the answer squares: take twice as many
+    to be sure. Where the quality is nearly perfect the error falls faster, and fewer do.
 
     Args:
         H: The target, with at least 30 effective draws.

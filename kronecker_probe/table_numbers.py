@@ -9,6 +9,11 @@ from typing import Any, final
 
 import pandas as pd
 
+# Differences in cosine below this are not worth a change of method.
+CLOSE = 0.02
+# Cosines that differ by less are equal up to rounding.
+ROUNDING = 1e-6
+
 
 @final
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Number:
     def __str__(self) -> str:
         if self.bracket:
             return f"{digits(self.value)} in {interval(*self.bracket)}"
-        if self.kind == "plugin":  # exact without noise
-            return digits(self.value) + (" (plug-in)" if self.stderr > 0 else "")
+        if self.kind == "plugin":  # exact without noise that shows
+            return digits(self.value) + (" (plug-in)" if _shows(2 * self.stderr) else "")
         if math.isfinite(self.stderr):
             return f"{digits(self.value)} ± {digits(self.stderr)}"
         return f"{digits(self.value)} (population, no error known)"
@@ -87,6 +92,11 @@ class Difference:
         """A quarter of the width of its interval."""
         return (self.high - self.low) / 4
 
+    @property
+    def unclear(self) -> bool:
+        """Whether it may be nothing and may be worth a change of method: its size is not known."""
+        return self.low < 0 and self.high > CLOSE
+
     def __str__(self) -> str:
         if not math.isfinite(self.low):
             return digits(self.value)
@@ -95,7 +105,7 @@ class Difference:
         if self.kind == "plugin":
             noise = self.high - self.value
             noisy = f" (plug-in numbers, off by up to {digits(noise)})"
-            return digits(self.value) + (noisy if noise > 0 else "")
+            return digits(self.value) + (noisy if _shows(noise) else "")
         return f"{digits(self.value)} ± {digits(self.stderr)}"
 
 
@@ -133,6 +143,20 @@ def _estimated(row: dict[Any, Any]) -> Number:
 
 def _float(given: Any) -> float:
     return math.nan if given is None or pd.isna(given) else float(given)
+
+
+def dropped_energy(rows: pd.DataFrame) -> float:
+    """The share of the energy that truncation left out of a target; 0 where nothing was.
+
+    Args:
+        rows: Of one layer and step.
+    """
+    of = rows.loc[rows["metric"] == "dropped_energy", "value"].dropna()
+    return float(of.iloc[-1]) if len(of) else 0.0
+
+
+def _shows(noise: float) -> bool:
+    return digits(noise) != digits(0.0) if math.isfinite(noise) else True
 
 
 def digits(value: float) -> str:

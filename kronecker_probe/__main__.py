@@ -1,0 +1,6 @@
+"""``python -m kronecker_probe``: the same as the command ``kronecker-probe``."""
+
+from kronecker_probe.cli import main
+
+if __name__ == "__main__":
+    main()
