@@ -106,9 +106,9 @@ def peers(frequency: int) -> dict[str, Build]:
 
         found["SOAP (authors')"] = lambda p: SOAP(p, lr=1e-6, precondition_frequency=frequency)
     if importlib.util.find_spec("pytorch_optimizer"):
-        from pytorch_optimizer import SOAP as PackagedSOAP  # type: ignore[import-not-found]
+        import pytorch_optimizer  # type: ignore[import-not-found]
 
-        found["SOAP (pytorch_optimizer)"] = lambda p: PackagedSOAP(
+        found["SOAP (pytorch_optimizer)"] = lambda p: pytorch_optimizer.SOAP(
             p, lr=1e-6, precondition_frequency=frequency
         )
     return found

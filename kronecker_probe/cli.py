@@ -27,9 +27,11 @@ from kronecker_probe.cli_options import (
     LabelDrawsOption,
     LayersOption,
     MetricsOption,
+    OptimizerOption,
     Preset,
     ProbeSizeOption,
     SeedOption,
+    SettingsOption,
     Spacing,
     TargetBatchSizeOption,
     ThreadsOption,
@@ -115,15 +117,24 @@ def track(
     lr: Annotated[
         float | None,
         typer.Option(
-            metavar="X", min=0.0, help="Learning rate. Default: the workload's.", show_default=False
+            metavar="X",
+            min=0.0,
+            help="Learning rate. Default: the workload's, for steps as long as Adam's; else the "
+            "optimizer's.",
+            show_default=False,
         ),
     ] = None,
+    optimizer: OptimizerOption = "shampoo",
+    settings: SettingsOption = None,
     precondition_frequency: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", min=1, help="Steps between refreshes of Shampoo's inverse roots."
+            metavar="N",
+            min=1,
+            help="Steps between refreshes: --set basis.frequency=N.",
+            show_default=False,
         ),
-    ] = 10,
+    ] = None,
     probes: Annotated[
         int,
         typer.Option(metavar="N", min=2, help="Number of probed steps, first and last included."),
@@ -159,9 +170,10 @@ def track(
         Keep, typer.Option(help="Checkpoints to keep: the last, or one at every probed step.")
     ] = Keep.LAST,
 ) -> None:
-    """Train WORKLOAD with the embedded Shampoo and probe every layer along the way."""
+    """Train WORKLOAD with an optimizer and probe every layer along the way."""
     with _exit_codes():
         with _usage():
+            from kronecker_probe.optim.build import LIKE_ADAM
             from kronecker_probe.tracking.training import Training, TrainingOptions
             from kronecker_probe.workloads import load_workload
 
@@ -170,8 +182,9 @@ def track(
             options = TrainingOptions(
                 steps=steps if steps is not None else loaded.steps,
                 batch_size=batch_size if batch_size is not None else loaded.batch_size,
-                lr=lr if lr is not None else loaded.lr,
-                precondition_frequency=precondition_frequency,
+                lr=loaded.lr if lr is None and optimizer in LIKE_ADAM else lr,
+                optimizer=optimizer,
+                settings=_settings(settings, precondition_frequency),
                 probes=probes,
                 spacing=spacing.value,
                 probe_size=probe_size,
@@ -207,6 +220,11 @@ def track(
 
 def _names(given: list[str] | None) -> tuple[str, ...] | None:
     return tuple(given) if given else None
+
+
+def _settings(given: list[str] | None, frequency: int | None) -> tuple[str, ...]:
+    every = () if frequency is None else (f"basis.frequency={frequency}",)
+    return (*every, *(given or ()))
 
 
 def _set_threads(threads: int | None) -> None:

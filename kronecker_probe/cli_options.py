@@ -152,6 +152,25 @@ EstimatesOption = Annotated[
         show_default=False,
     ),
 ]
+OptimizerOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="shampoo, shampoo-squared, eshampoo, soap, kl-shampoo, kl-soap, root-free-shampoo, "
+        "inverse-free-shampoo, rmsprop-root-free, adagrad-root-free, muon; or torch's adamw, adam, "
+        "sgd, rmsprop, adagrad.",
+    ),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="X=Y",
+        help="A setting of the optimizer, such as weight_decay=0.01 or basis.tolerance=0.1; may be "
+        "repeated (docs/optimizers.md).",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option(

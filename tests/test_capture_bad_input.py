@@ -309,18 +309,3 @@ def test_items_of_three_parts_are_counted() -> None:
     item = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.ones(4)
     with pytest.raises(InvalidInputError, match="list whose first item has 3 parts"):
         kp.capture(nn.Linear(5, 3), nn.CrossEntropyLoss(), [item, item])
-
-
-@pytest.mark.parametrize(
-    ("draws", "maker"), [("batch-gradient", "kp.batch_gradients"), ("trajectory", "GradientWindow")]
-)
-def test_draws_that_are_made_otherwise_name_their_maker(draws: str, maker: str) -> None:
-    batch = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(UnknownNameError, match=rf"{draws}.*{maker}"):
-        kp.capture(nn.Linear(5, 3), nn.CrossEntropyLoss(), batch, draws=draws)
-
-
-def test_items_of_three_parts_are_counted() -> None:
-    item = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.ones(4)
-    with pytest.raises(InvalidInputError, match="list of 2 parts, and its items have 3"):
-        kp.capture(nn.Linear(5, 3), nn.CrossEntropyLoss(), [item, item])  # type: ignore[list-item]

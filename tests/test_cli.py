@@ -127,6 +127,8 @@ OPTIONS = {
         "--steps": "Optimizer steps. Default: the workload's",
         "--batch-size": "Data a step. Default: the workload's",
         "--lr": "Learning rate. Default: the workload's",
+        "--optimizer": "root-free-shampoo",
+        "--set": "basis.tolerance=0.1",
         "--precondition-frequency": "Steps between refreshes",
         "--probes": "robed steps",
         "--probe-size": "Data in the fixed probe set",
@@ -170,7 +172,7 @@ OPTIONS = {
     "analyze": {"--preset": "under a minute", "--out": "Folder"},
 }
 DEFAULTS = {
-    "track": {"probes": "21", "precondition-frequency": "10", "device": "cpu",
+    "track": {"probes": "21", "optimizer": "shampoo", "device": "cpu",
               "spacing": "early", "keep-checkpoints": "last", "seed": "0"},
     "measure": {"seed": "0"},
     "analyze": {"preset": "default", "out": "figures"},
@@ -301,7 +303,8 @@ def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("kronecker_probe.tracking.training.Training", stop)
     options = TrainingOptions(
-        steps=7, batch_size=9, lr=0.5, precondition_frequency=3, probes=4, probe_size=11,
+        steps=7, batch_size=9, lr=0.5, probes=4, probe_size=11, optimizer="soap",
+        settings=("basis.tolerance=0.1", "weight_decay=0.2"),
         spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu", label_draws=2,
         target_batch_size=6, window=8, decay=0.75, window_memory="2MB",
         window_tolerance=0.25, approximations=("kfac", "optimal:rank=2"), metrics=("cosine",),
@@ -310,8 +313,9 @@ def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.M
     flags = ["--resume", "--keep-checkpoints", "all"]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        flag = "set" if field.name == "settings" else field.name.replace("_", "-")
         for one in value if isinstance(value, tuple) else (value,):
-            flags += [f"--{field.name.replace('_', '-')}", str(one)]
+            flags += [f"--{flag}", str(one)]
     threads = torch.get_num_threads() + 1
     out = tmp_path / "run"
     result = invoke("track", "digits-mlp", "--out", out, "--threads", threads, *flags)

@@ -41,18 +41,21 @@ def whole_table(make: Make) -> pd.DataFrame:
     ("options", "rule"),
     [
         ({}, "shampoo"),
-        ({"exponent": -0.25}, "shampoo"),
-        ({"exponent": -0.5}, "shampoo-squared"),
-        ({"exponent": -0.125}, None),
+        ({"spectrum": {"exponent": -0.25}}, "shampoo"),
+        ({"spectrum": {"exponent": -0.5}}, "shampoo-squared"),
+        ({"spectrum": {"exponent": -0.125}}, None),
         # one factor with the power -1/2, which is L and neither of the two
-        ({"max_preconditioner_dim": 5}, None),
+        ({"shapes": {"max_dim": 5}}, None),
+        ({"shapes": {"block_size": 4}}, None),
+        ({"spectrum": {"eigenvalues": "corrected"}}, "eigen-corrected"),
+        ({"statistics": {"rule": "whitened"}, "spectrum": {"exponent": -0.5}}, "divergence:q=0"),
     ],
 )
 def test_the_table_names_the_rule_that_the_live_operator_follows(
     options: dict[str, Any], rule: str | None
 ) -> None:
     def make(params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        return kp.optim.Shampoo(params, lr=1e-2, precondition_frequency=1, **options)
+        return kp.optim.Shampoo(params, lr=1e-2, basis={"frequency": 1}, **options)
 
     table = whole_table(make)
     rows = table[(table["metric"] == "live_rule") & (table["parameter"] == LAYERS[0])]
@@ -71,8 +74,9 @@ def test_an_undamped_live_operator_is_the_fresh_rule(exponent: float | None) -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     optimizer = kp.optim.Shampoo(
-        model.parameters(), exponent=exponent, precondition_frequency=1, epsilon=1e-14, lr=0.0
-    )
+        model.parameters(), lr=0.0, epsilon=1e-14, basis={"frequency": 1},
+        spectrum={"exponent": exponent},
+    )  # fmt: skip
     tracker = kp.Tracker(
         model, LOSS, optimizer=optimizer, every=[1], layers=LAYERS[0], draws="trajectory",
         window_tolerance=0.0,

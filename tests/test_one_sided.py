@@ -66,7 +66,7 @@ def test_what_needs_one_is_refused_with_what_works(name: str) -> None:
 
 @pytest.mark.usefixtures("_little_memory")
 def test_kfac_has_its_own_reason() -> None:
-    with pytest.raises(UnsupportedError, match="layer inputs and output gradients"):
+    with pytest.raises(UnsupportedError, match="K-FAC needs"):
         kp.approximate(kp.SecondMoment(embedding()), "kfac")
 
 
@@ -77,7 +77,7 @@ def test_a_wide_layer_keeps_its_left_factor() -> None:
     assert H.plan().route == "one-sided"
     left = torch.einsum("imn,ikn->mk", G, G) / N
     torch.testing.assert_close(H.left_factor.matrix, left, rtol=SAME, atol=SAME)
-    for asked in (lambda: H.right_factor, lambda: H.kronecker_spectrum(2), lambda: H.to_dense()):
+    for asked in (lambda: H.right_factor, lambda: H.kronecker_spectrum(2)):
         with pytest.raises(MemoryBudgetError):
             asked()
 
@@ -93,6 +93,18 @@ def test_the_other_layers_of_a_comparison_are_measured() -> None:
         one = cosines.loc[("large", name)]
         assert (one["value"] > 0) == (name in FITTING)
         assert name in FITTING or "do not fit" in one["note"]
+
+
+@pytest.mark.usefixtures("_little_memory")
+def test_an_operator_of_the_caller_is_scored() -> None:
+    left = 1 + torch.arange(V, dtype=torch.float64)
+    P = kp.KroneckerOperator(left.diag(), torch.eye(D, dtype=torch.float64))
+    expected = float((matrices().square().mean(0).sum(1) * left).sum())
+    assert kp.SecondMoment(embedding()).inner(P) == pytest.approx(expected, rel=SAME)
+    table = kp.compare(
+        {"large": embedding()}, FITTING, estimates="plugin", extra={"large": {"mine": P}}
+    ).table
+    assert (table.loc[table["metric"] == "cosine", "value"] > 0).all()
 
 
 @pytest.mark.usefixtures("_little_memory")

@@ -294,7 +294,7 @@ def test_an_occupied_directory_is_refused_and_left_alone(
         ({"batch_size": 13}, "batch_size"),
         ({"probes": 4}, "probes"),
         ({"probe_size": 21}, "probe_size"),
-        ({"precondition_frequency": 3}, "precondition_frequency"),
+        ({"settings": ("basis.frequency=3",)}, "settings"),
         ({"spacing": "early"}, "spacing"),
         ({"draws": "fisher"}, "draws"),
         ({"layers": ("0*",)}, r'layers: \["0\.weight", "4\.weight"\] in the run, \["0\*"\] now'),

@@ -29,7 +29,7 @@ OPTIONS = TrainingOptions(
     steps=STEPS,
     batch_size=12,
     lr=0.05,
-    precondition_frequency=2,
+    settings=("basis.frequency=2",),
     probes=5,
     probe_size=20,
     layers=("0.weight", "4.weight"),

@@ -28,7 +28,9 @@ TORCH: MappingProxyType[str, Callable[..., Optimizer]] = MappingProxyType(
 """Optimizers of torch that can be tracked by name."""
 
 # Their steps have the length of Adam's, so that a rate that suits one suits all.
-LIKE_ADAM = frozenset({"shampoo", "shampoo-squared", "eshampoo", "soap", "kl-soap", "adamw", "adam"})
+LIKE_ADAM = frozenset(
+    {"shampoo", "shampoo-squared", "eshampoo", "soap", "kl-soap", "adamw", "adam"}
+)
 
 
 def optimizer_names() -> tuple[str, ...]:
@@ -90,7 +92,9 @@ def read_settings(settings: Sequence[str], sections: bool) -> dict[str, Any]:
                 "example basis.tolerance=0.1."
             )
         if dot and not sections:
-            raise InvalidInputError(f"Setting {text!r} has a section; torch's optimizers have none.")
+            raise InvalidInputError(
+                f"Setting {text!r} has a section; torch's optimizers have none."
+            )
         if dot and section not in SECTIONS:
             raise unknown_name("section", section, SECTIONS)
         place = found.setdefault(section, {}) if dot else found

@@ -37,6 +37,10 @@ class Diagonal(Preconditioner):
     def ready(self, state: State, step: int) -> bool:
         return step >= self.recipe.basis.first
 
+    @property
+    def rule(self) -> str:
+        return "diagonal"
+
     def operator(self, state: State, block: int, step: int) -> DiagonalOperator:
         moment = state["second_moment"][block : block + 1].double()
         values = self._denominator(moment, step)[0].pow_(1 / self.recipe.spectrum.power)

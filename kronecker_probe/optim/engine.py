@@ -26,7 +26,7 @@ from kronecker_probe.optim.config import (
     Statistics,
 )
 from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
-from kronecker_probe.optim.live import operator_of
+from kronecker_probe.optim.live import operator_of, rule_of
 from kronecker_probe.optim.loading import checked_groups, checked_states
 from kronecker_probe.optim.precision import full_precision, state_dtype
 from kronecker_probe.optim.stack import Failed, Stack, stacks_of
@@ -308,6 +308,31 @@ class KroneckerOptimizer(Optimizer):
             InvalidInputError: Not a parameter of this optimizer.
             UnsupportedError: There is none yet, or it cannot be resolved; the message says why.
         """
+        number = self._group_of(param)
+        group, state = self.param_groups[number], self.state.get(param, {})
+        if state.get("step", 0) == 0:
+            raise UnsupportedError(
+                f"no preconditioner yet: no step was taken with a gradient ({self._name(param)})"
+            )
+        self._build(number, group, [param])
+        return operator_of(param, self._stacks[number], state["step"], self._name(param))
+
+    def rule(self, param: Tensor) -> str | None:
+        """The approximation of H that :meth:`operator` would be, fresh and undamped.
+
+        Args:
+            param: A parameter of this optimizer.
+
+        Returns:
+            Its name for ``kp.approximate``; None where there is none (blocks, a single factor,
+            other exponents), or no step was taken.
+
+        Raises:
+            InvalidInputError: Not a parameter of this optimizer.
+        """
+        return rule_of(param, self._stacks.get(self._group_of(param), []))
+
+    def _group_of(self, param: Tensor) -> int:
         number = next(
             (k for k, g in enumerate(self.param_groups) if any(param is p for p in g["params"])),
             None,
@@ -317,13 +342,7 @@ class KroneckerOptimizer(Optimizer):
                 f"A tensor of shape {list(param.shape)} is not a parameter of this optimizer. "
                 "Pass one of those that it was built with."
             )
-        group, state = self.param_groups[number], self.state.get(param, {})
-        if state.get("step", 0) == 0:
-            raise UnsupportedError(
-                f"no preconditioner yet: no step was taken with a gradient ({self._name(param)})"
-            )
-        self._build(number, group, [param])
-        return operator_of(param, self._stacks[number], state["step"], self._name(param))
+        return number
 
     def state_dict(self) -> StateDict:
         """As torch has it, with the sections of options as plain dicts."""

@@ -19,6 +19,8 @@ from kronecker_probe.optim.contractions import contract
 from kronecker_probe.optim.factors import Factored
 from kronecker_probe.optim.preconditioner import Failure, State
 
+# Of L^e kron R^e, by e.
+_RULES = {0.5: "shampoo", 1.0: "shampoo-squared"}
 # A held root whose smallest eigenvalue is within this many roundings of its largest is noise there.
 _RESOLUTION = 16
 # Inverse roots of these kinds come from products alone, and only for integer p = -1 / exponent.
@@ -38,6 +40,17 @@ class Kronecker(Factored):
     def _holds_basis(self) -> bool:
         basis = self.recipe.basis
         return basis.solver == "qr" or basis.tolerance is not None
+
+    @property
+    def rule(self) -> str | None:
+        if len(self.sides) < 2 or len(self.block) > 2:
+            return None
+        of_factor = -self.exponent / self.recipe.spectrum.power
+        if self.recipe.statistics.rule == "whitened":
+            q = self.recipe.statistics.q
+            return f"divergence:q={q:g}" if math.isclose(of_factor, 1.0) else None
+        # without the trace scale the square has another scale, and the same cosine
+        return next((name for e, name in _RULES.items() if math.isclose(e, of_factor)), None)
 
     def initial(self, like: Tensor) -> State:
         state = self.factors(like)

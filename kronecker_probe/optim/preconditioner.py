@@ -115,6 +115,11 @@ class Preconditioner(abc.ABC):
         """Whether the blocks have a preconditioner: all, none, or which of them, [K]."""
         return True
 
+    @property
+    def rule(self) -> str | None:
+        """The name for ``kp.approximate`` of what P is, fresh and undamped; None without one."""
+        return None
+
     @abc.abstractmethod
     def operator(self, state: State, block: int, step: int) -> Operator:
         """P of one block, in float64, as an operator on its matrix.

@@ -31,6 +31,11 @@ class Rotated(Factored):
 
     _due_marginals: tuple[Tensor, dict[int, Tensor]] | None = None
 
+    @property
+    def rule(self) -> str | None:
+        whole = len(self.sides) == 2 and len(self.block) == 2
+        return "eigen-corrected" if whole and self.recipe.statistics.rule == "gradient" else None
+
     def initial(self, like: Tensor) -> State:
         state = self.factors(like)
         for side, end in self.each():

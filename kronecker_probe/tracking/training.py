@@ -1,4 +1,4 @@
-"""Training a workload with the embedded Shampoo while tracking it; resumable at every probe."""
+"""Training a workload with an optimizer by name while tracking it; resumable at every probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kronecker_probe.gradients.batches import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.draws import DRAWS
 from kronecker_probe.gradients.isolation import isolated
-from kronecker_probe.optim import Shampoo
+from kronecker_probe.optim.build import build_optimizer
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
 from kronecker_probe.tracking.files import naming
 from kronecker_probe.tracking.schedule import spread
@@ -38,8 +38,9 @@ class TrainingOptions:
     Attributes:
         steps: Optimizer steps.
         batch_size: Data a step.
-        lr: Learning rate.
-        precondition_frequency: Steps between refreshes of Shampoo's inverse roots.
+        lr: Learning rate; None for the optimizer's own default.
+        optimizer: Its name, as for ``optim.build.build_optimizer``.
+        settings: Its settings, "basis.tolerance=0.1".
         probes: Number of probed steps, both ends included.
         spacing: "even", or "early" for more of them at the start.
         probe_size: Data of the fixed probe set.
@@ -60,8 +61,9 @@ class TrainingOptions:
 
     steps: int
     batch_size: int
-    lr: float
-    precondition_frequency: int = 10
+    lr: float | None
+    optimizer: str = "shampoo"
+    settings: tuple[str, ...] = ()
     probes: int = 21
     spacing: str = "even"
     probe_size: int = 200
@@ -133,10 +135,8 @@ class Training:
         self.probed = spread(options.steps, options.probes, options.spacing)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
-        self.optimizer = Shampoo(
-            self.model.named_parameters(),
-            lr=options.lr,
-            basis={"frequency": options.precondition_frequency},
+        self.optimizer = build_optimizer(
+            options.optimizer, self.model.named_parameters(), options.lr, options.settings
         )
         self._check_data(device)
         self.tracker = Tracker(
@@ -230,7 +230,7 @@ class Training:
             if not math.isfinite(value):
                 raise NonFiniteError(
                     f"Training diverged: the loss is {value} at step {step}. Lower the learning "
-                    f"rate (lr={self.options.lr:g})."
+                    f"rate (lr={self.optimizer.param_groups[0]['lr']:g})."
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             self.tracker.log(train_loss=value)
