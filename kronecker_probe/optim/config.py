@@ -240,6 +240,11 @@ class Spectrum(Config):
     relative: bool = False
     root: str = "eigh"
 
+    @property
+    def surely_damps(self) -> bool:
+        """Whether epsilon keeps every denominator positive, those of zero moments too."""
+        return self.epsilon > 0 and not self.relative
+
     def exponent_of(self, factors: int) -> float:
         """The power of each of so many factors."""
         if self.exponent is not None:

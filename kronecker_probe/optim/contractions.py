@@ -19,37 +19,84 @@ def unfold(blocks: Tensor, side: int) -> Tensor:
     return moved.reshape(moved.shape[0], moved.shape[1], -1)
 
 
-def add_outer(factor: Tensor, rows: Tensor, keep: float, weight: float) -> None:
-    """A <- keep A + weight X X^T, of which only the upper panels of large sides are kept valid.
+def panels(size: int) -> tuple[tuple[int, int, int], ...]:
+    """(start, stop, offset) of the panels that a packed factor of this size holds.
 
-    Half of a symmetric product is redundant: sides of at least ``PANELLED`` compute the panels on
-    and above the diagonal, and :func:`completed` fills in the rest where it is read.
+    Each is the rows start:stop of the upper block triangle, [stop - start, size - start], one after
+    the other; factors below ``PANELLED`` are a single, whole one.
+    """
+    if size < PANELLED:
+        return ((0, size, 0),)
+    found, offset = [], 0
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        found.append((start, stop, offset))
+        offset += (stop - start) * (size - start)
+    return tuple(found)
+
+
+def packed_shape(size: int) -> tuple[int, ...]:
+    """The shape in which a factor is held: [r, r], or from ``PANELLED`` on its panels' entries."""
+    if size < PANELLED:
+        return size, size
+    start, stop, offset = panels(size)[-1]
+    return (offset + (stop - start) * (size - start),)
+
+
+def packed_identity(size: int, like: Tensor) -> Tensor:
+    """The identity as it is held."""
+    if size < PANELLED:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    out = like.new_zeros(packed_shape(size))
+    for start, stop, offset in panels(size):
+        width = size - start
+        out[offset : offset + (stop - start) * width].view(-1, width).fill_diagonal_(1.0)
+    return out
+
+
+def _panel(factor: Tensor, size: int, panel: tuple[int, int, int]) -> Tensor:
+    """A view [K, stop - start, size - start] of packed factors."""
+    start, stop, offset = panel
+    rows, width = stop - start, size - start
+    return factor[:, offset : offset + rows * width].view(-1, rows, width)
+
+
+def add_outer(factor: Tensor, rows: Tensor, keep: float, weight: float) -> None:
+    """A <- keep A + weight X X^T, in place.
+
+    Half of a symmetric product is redundant, and half of its memory: large factors hold and compute
+    the panels on and above the diagonal, and :func:`completed` fills in the rest where it is read.
 
     Args:
-        factor: A, [K, r, r], in place.
+        factor: A as it is held, [K, r, r] or [K, packed].
         rows: X, [K, r, s].
         keep: Of the old.
         weight: Of the new.
     """
-    size = factor.shape[1]
-    if size < PANELLED or factor.is_cuda:
+    if factor.ndim == 3:
         factor.baddbmm_(rows, rows.mT, beta=keep, alpha=weight)
         return
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
-        target = factor[:, start:stop, start:]
+    size = rows.shape[1]
+    for panel in panels(size):
+        start, stop, _ = panel
+        target = _panel(factor, size, panel)
         if len(factor) == 1:
             target[0].addmm_(rows[0, start:stop], rows[0, start:].T, beta=keep, alpha=weight)
         else:
             target.baddbmm_(rows[:, start:stop], rows[:, start:].mT, beta=keep, alpha=weight)
 
 
-def completed(factor: Tensor) -> Tensor:
-    """A with the entries below its upper panels filled in from those above, [K, r, r]."""
-    if factor.shape[1] < PANELLED or factor.is_cuda:
+def completed(factor: Tensor, size: int) -> Tensor:
+    """A with both triangles, [K, r, r]; the factor itself where it is held so."""
+    if factor.ndim == 3:
         return factor
-    out = factor.triu()
-    return out + out.triu(1).mT
+    out = factor.new_empty(len(factor), size, size)
+    for panel in panels(size):
+        start, stop, _ = panel
+        rows = _panel(factor, size, panel)
+        out[:, start:stop, start:] = rows
+        out[:, stop:, start:stop] = rows[:, :, stop - start :].mT
+    return out
 
 
 def contract(blocks: Tensor, matrix: Tensor, side: int) -> Tensor:

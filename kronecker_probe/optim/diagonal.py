@@ -28,7 +28,11 @@ class Diagonal(Preconditioner):
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         average = self.average(state, gradients)
-        return divided(average, self._denominator(state["second_moment"], step))
+        return divided(
+            average,
+            self._denominator(state["second_moment"], step),
+            damped=self.recipe.spectrum.surely_damps,
+        )
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
         spectrum = self.recipe.spectrum
@@ -59,6 +63,14 @@ def damped_power(moment: Tensor, correction: float, power: float, spectrum: Spec
     return root.add_(spectrum.epsilon * largest)
 
 
-def divided(average: Tensor, denominator: Tensor) -> Tensor:
-    """M / denominator in the place of the denominator; 0 where that is 0, never 0/0."""
-    return torch.div(average, denominator.masked_fill_(denominator == 0, math.inf), out=denominator)
+def divided(average: Tensor, denominator: Tensor, *, damped: bool) -> Tensor:
+    """M / denominator in the place of the denominator; 0 where that is 0, never 0/0.
+
+    Args:
+        average: M.
+        denominator: At least 0, of its shape.
+        damped: Whether it is positive everywhere.
+    """
+    if not damped:
+        denominator.masked_fill_(denominator == 0, math.inf)
+    return torch.div(average, denominator, out=denominator)

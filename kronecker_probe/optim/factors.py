@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.linalg.basis_refresh import BasisRefresh
-from kronecker_probe.optim.contractions import add_outer, completed, contract, unfold
+from kronecker_probe.optim.contractions import (
+    add_outer,
+    completed,
+    contract,
+    packed_identity,
+    unfold,
+)
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, State
 
 
@@ -28,7 +34,8 @@ class Factored(Preconditioner):
             eye = torch.eye(size, dtype=like.dtype, device=like.device)
             # a partial trace of initial I
             initial = statistics.initial * (math.prod(self.block) // size)
-            state[f"factor_{end}"] = initial * eye.repeat(len(like), 1, 1)
+            held = packed_identity(size, like)
+            state[f"factor_{end}"] = initial * held.repeat(len(like), *[1] * held.ndim)
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
                 state[f"whitened_trace_{end}"] = like.new_zeros(len(like))
@@ -132,7 +139,7 @@ class Factored(Preconditioner):
         """A / b of some blocks, [b, r, r], both triangles."""
         factor = state[f"factor_{end}"]
         chosen = factor if len(rows) == len(factor) else factor[rows]
-        return completed(chosen) / self.correction(step)
+        return completed(chosen, self.block[int(end)]) / self.correction(step)
 
     def is_due(self, step: int) -> bool:
         """Whether any block may be refreshed in this step."""

@@ -51,7 +51,7 @@ class Graft:
         denominator = state["graft_moment"].sqrt()
         if self.corrects and self.beta2 is not None:
             denominator.div_(math.sqrt(1.0 - self.beta2**step))
-        return divided(filtered, denominator.add_(self.epsilon))
+        return divided(filtered, denominator.add_(self.epsilon), damped=self.epsilon > 0)
 
     def scaled(self, direction: Tensor, graft: Tensor) -> Tensor:
         """``direction`` with the Frobenius norms of ``graft``, block by block, in place."""

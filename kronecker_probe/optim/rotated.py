@@ -118,7 +118,11 @@ class Rotated(Factored):
         state["second_moment"].mul_(keep).addcmul_(rotated, rotated, value=weight)
         self._match(state, step)
         average = self.average(state, rotated)
-        direction = divided(average, self._denominator(state["second_moment"], step))
+        direction = divided(
+            average,
+            self._denominator(state["second_moment"], step),
+            damped=self.recipe.spectrum.surely_damps,
+        )
         return self._rotate_back(state, direction)
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
