@@ -124,6 +124,14 @@ def _distributed_shampoo(frequency: int) -> dict[str, Build]:
         "Distributed Shampoo": lambda p: ds.DistributedShampoo(
             p, grafting_config=graft, **common
         ),
+        "Distributed Shampoo, unpacked": lambda p: ds.DistributedShampoo(
+            p,
+            grafting_config=graft,
+            preconditioner_config=ds.RootInvShampooPreconditionerConfig(
+                use_symmetric_packing=False
+            ),
+            **common,
+        ),
         "Distributed Shampoo, corrected": lambda p: ds.DistributedShampoo(
             p,
             preconditioner_config=ds.DefaultEigenvalueCorrectedShampooConfig,
@@ -203,7 +211,11 @@ def floor_of(name: str, times: dict[str, list[list[float]]], unit: float) -> flo
     """Products and one AdamW step, milliseconds; 0 for AdamW itself."""
     if name == "AdamW":
         return 0.0
-    pairs = 1 if name in ("Shampoo", "Distributed Shampoo") else 2
+    pairs = (
+        1
+        if name == "Shampoo" or name.startswith("Distributed Shampoo") and "corr" not in name
+        else 2
+    )
     return statistics.median(itertools.chain(*times[f"floor {pairs}"])) + unit
 
 

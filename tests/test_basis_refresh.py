@@ -16,6 +16,7 @@ from kronecker_probe.linalg.basis_refresh import (
     continued_columns,
     off_diagonal_share,
     refresh_by_eigh,
+    renewed,
     warm_qr,
 )
 
@@ -319,3 +320,28 @@ def test_bad_arguments_are_refused():
         off_diagonal_share(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(InvalidInputError, match="max_iterations"):
         warm_qr(A, A, 0.1, 0)
+
+
+@pytest.mark.parametrize("iterations", [None, 1, 3])
+def test_without_a_test_the_bases_are_the_same(iterations: int | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(3, 8, 20, generator=generator, dtype=torch.float64)
+    A = X @ X.mT
+    Q = torch.linalg.qr(torch.randn(3, 8, 8, generator=generator, dtype=torch.float64))[0]
+    found = renewed(A, Q, iterations)
+    tested = refresh_by_eigh(A, Q) if iterations is None else warm_qr(A, Q, 0.0, iterations)
+    overlap = (found.vectors.mT @ tested.vectors).abs()
+    assert torch.allclose(overlap, torch.eye(8, dtype=torch.float64).expand_as(overlap), atol=1e-9)
+    assert torch.allclose(found.diagonal, tested.diagonal, rtol=1e-9)
+    assert found.refreshed.all()
+    assert found.share_before.isnan().all()
+
+
+@pytest.mark.parametrize("iterations", [None, 1])
+def test_without_a_test_a_matrix_that_is_not_finite_keeps_its_basis(iterations: int | None) -> None:
+    A = torch.eye(3).repeat(2, 1, 1)
+    A[0, 1, 1] = math.nan
+    Q = torch.eye(3).flip(0).repeat(2, 1, 1)
+    found = renewed(A, Q, iterations)
+    assert found.ok.tolist() == [False, True]
+    assert torch.equal(found.vectors[0], Q[0])

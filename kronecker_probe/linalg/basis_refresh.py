@@ -26,7 +26,7 @@ class BasisRefresh:
             ``continues[..., j]``. A permutation; a caller applies it to whatever it holds per
             column, as in ``moments.gather(-1, continues)``. See :func:`continued_columns`.
         iterations: QR iterations of each matrix, [...]; 0 for an eigendecomposition.
-        share_before: :func:`off_diagonal_share` in the old basis, [...].
+        share_before: :func:`off_diagonal_share` in the old basis, [...]; NaN where not tested.
         share_after: In the new basis, [...].
         refreshed: Whether the basis was replaced, [...]; if not, it is the old one bit for bit.
         ok: False where A or its old basis is not finite or the solver failed, [...]: the old basis
@@ -109,6 +109,11 @@ def refresh_by_eigh(
 
 
 def continued_columns(old: Tensor, new: Tensor) -> Tensor:
+    """As :func:`columns_continued`, of the bases [..., d, d] themselves."""
+    return columns_continued(old.mT @ new)
+
+
+def columns_continued(overlap: Tensor) -> Tensor:
     """Which old column each new one continues.
 
     A new column continues the old one with which its squared inner product exceeds 1/2; no two
@@ -116,13 +121,12 @@ def continued_columns(old: Tensor, new: Tensor) -> Tensor:
     recognition, are assigned the old ones left over, in order.
 
     Args:
-        old: [..., d, d], orthonormal columns.
-        new: [..., d, d], likewise.
+        overlap: Q_old^T Q_new of two orthonormal bases, [..., d, d].
 
     Returns:
         A permutation of 0 ... d - 1 for each matrix, [..., d].
     """
-    overlap = (old.mT @ new).square()
+    overlap = overlap.square()
     most, partner = overlap.max(-2)
     found = most > 0.5
     taken = torch.zeros_like(found).scatter_reduce(-1, partner, found, "amax")
@@ -131,6 +135,58 @@ def continued_columns(old: Tensor, new: Tensor) -> Tensor:
     left_old = taken.to(torch.int8).argsort(dim=-1, stable=True)
     in_order = torch.empty_like(partner).scatter_(-1, left_new, left_old)
     return torch.where(found, partner, in_order)
+
+
+def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
+    """New bases without a test, at about half of the products.
+
+    Args:
+        A: [..., d, d], symmetric PSD, float32 or float64.
+        Q: [..., d, d], the held basis, of the same dtype.
+        iterations: QR iterations from it, as in :func:`warm_qr`; None for an eigendecomposition.
+
+    Returns:
+        As :func:`warm_qr`, with shares that are NaN and ``continues`` that is the identity; see
+        :func:`continued_columns`.
+
+    Raises:
+        InvalidInputError: The shapes or dtypes of the two differ, or are not square matrices.
+        UnsupportedError: The dtype is neither float32 nor float64.
+    """
+    _check(A, Q)
+    batch, d = A.shape[:-2], A.shape[-1]
+    with torch.no_grad(), full_precision([A.device.type]):
+        H, held = A.reshape(-1, d, d), Q.reshape(-1, d, d)
+        ok = H.isfinite().flatten(1).all(1) & held.isfinite().flatten(1).all(1)
+        vectors, diagonal = held.clone(), torch.full_like(held[..., 0], math.nan)
+        if bool(ok.any()):
+            if iterations is None:
+                values, found, solved = eigh_each(H[ok])
+            else:
+                values, found = _untested_qr(H[ok], held[ok], iterations)
+                solved = found.isfinite().flatten(1).all(1)
+            rows = ok.nonzero()[:, 0]
+            ok[rows] = solved
+            vectors[rows[solved]], diagonal[rows[solved]] = found[solved], values[solved]
+        counts = torch.full_like(ok, iterations or 0, dtype=torch.long)
+        untested = torch.full_like(diagonal[:, 0], math.nan)
+    return BasisRefresh(
+        vectors.view(A.shape),
+        diagonal.view(A.shape[:-1]),
+        torch.arange(d, device=A.device).expand(A.shape[:-1]),
+        *(part.view(batch) for part in (counts, untested, untested, ok, ok)),
+    )
+
+
+def _untested_qr(H: Tensor, Q: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Rayleigh quotients, descending, and the bases."""
+    image = H @ Q
+    diagonal = (Q * image).sum(-2)
+    for _ in range(iterations):
+        Q = torch.linalg.qr(_sorted_columns(image, diagonal))[0]
+        image = H @ Q
+        diagonal = (Q * image).sum(-2)
+    return diagonal.sort(dim=-1, descending=True, stable=True)[0], _sorted_columns(Q, diagonal)
 
 
 # From A, A Q, diag(Q^T A Q) and the tolerance: new bases, iterations, shares and diagonals.

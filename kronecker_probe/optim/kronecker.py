@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.linalg.basis_refresh import BasisRefresh, refresh_by_eigh, warm_qr
+from kronecker_probe.linalg.basis_refresh import (
+    BasisRefresh,
+    refresh_by_eigh,
+    renewed,
+    warm_qr,
+)
 from kronecker_probe.linalg.damping import Damping
 from kronecker_probe.linalg.eigenbasis import eigh_descending, eigh_each
 from kronecker_probe.linalg.inverse_roots import inverse_root_minimax, inverse_root_newton
@@ -161,6 +166,33 @@ class Kronecker(Factored):
         }
         return KroneckerOperator(*self.product(state, held))
 
+    def fresh(self, state: State, block: int, step: int, *, damped: bool) -> KroneckerOperator:
+        """P of one block as a refresh at this step would make it, from the same statistics.
+
+        Args:
+            state: Of the stack.
+            block: Which one.
+            step: Its steps.
+            damped: With epsilon, or without.
+        """
+        rows = torch.tensor([block])
+        powers = {}
+        scale = 1.0
+        for side, end in self.each():
+            factor = self.full_factor(state, end, step, rows)[0].double()
+            values, vectors = eigh_descending(factor)
+            values = values.clamp_min(0)
+            if damped:
+                values = values + self._epsilon(values[None])
+            powers[side] = (vectors * values.pow(-self.exponent / self.recipe.spectrum.power)) @ (
+                vectors.mT
+            )
+            if side == self.sides[0] and self.recipe.spectrum.trace_scale:
+                power = self.recipe.spectrum.power
+                scale = float(self._scale(factor.trace()).pow(-1 / power))
+        left, right = self.product(state, powers)
+        return KroneckerOperator(left * scale, right)
+
     def _inverse_power(self, root: Tensor, side: int) -> Tensor:
         """A^(-1/power) of a held inverse root A, the pseudo-inverse where epsilon is 0."""
         values, vectors = eigh_descending(root.double())
@@ -180,10 +212,12 @@ class Kronecker(Factored):
 
 def refreshed_basis(basis: Basis, factor: Tensor, held: Tensor) -> BasisRefresh:
     """Bases after a refresh, or a test, by the rule of ``basis``."""
-    tolerance = basis.tolerance or 0.0
-    if basis.solver == "qr":
-        return warm_qr(factor, held, tolerance, basis.max_iterations)
-    return refresh_by_eigh(factor, held, tolerance)
+    by_qr = basis.solver == "qr"
+    if basis.tolerance is None:
+        return renewed(factor, held, basis.max_iterations if by_qr else None)
+    if by_qr:
+        return warm_qr(factor, held, basis.tolerance, basis.max_iterations, continued=False)
+    return refresh_by_eigh(factor, held, basis.tolerance, continued=False)
 
 
 def inverse_powers(values: Tensor, exponent: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.basis_refresh import BasisRefresh
+from kronecker_probe.linalg.basis_refresh import BasisRefresh, columns_continued
 from kronecker_probe.operators.eigen import EigenOperator
 from kronecker_probe.optim.contractions import contract
 from kronecker_probe.optim.diagonal import damped_power, divided
@@ -87,7 +87,7 @@ class Rotated(Factored):
         else:
             shape = [len(rows), *[1] * (moment.ndim - 1)]
             shape[side + 1] = -1
-            order = found.continues.view(shape).expand_as(moment)
+            order = columns_continued(overlap.mT).view(shape).expand_as(moment)
             moment = moment.gather(side + 1, order)
         state["second_moment"][rows] = moment
 
