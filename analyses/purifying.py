@@ -7,16 +7,18 @@ arXiv 2506.03595). Three measurements:
 - ``magnitude``: gradients are white noise, of which every optimizer gets the same. The root mean
   square of an update of a fresh gradient, after factors of so many that they are well determined,
   is 1 for full-matrix Adam, (mn)^-1/4 for Shampoo, and (mn)^-1/2 for its square without the trace.
-- ``drift``: ``DRIVER`` trains a network on ten digits. Others get its gradients and never move
-  it: Shampoo and EShampoo with refreshes 100 steps apart, and both renewed in every step. Before
-  each next refresh the error |P - H| / |H| is split exactly into that of the basis and that of the
+- ``drift``: EShampoo trains a network on ten digits. Others get its gradients and never move
+  it: Shampoo and EShampoo with refreshes 100 steps apart, and both renewed in every step. Until
+  the next refresh the error |P - H| / |H| is split exactly into that of the basis and that of the
   eigenvalues, and the updates are compared with those of EShampoo that is renewed in every step.
   H is H_Ada, the average of g g^T with the optimizers' beta2. A grafted update s P^-1/2 M is that
   of P / s^2, which is scored as such.
 - ``refresh``: EShampoo trains the network with bases that are renewed at fixed intervals, or when
-  their off-diagonal mass exceeds a tolerance, which is tested in every step for each factor. The
-  loss is that of all training data after the last step, the seconds are those of the optimizer's
-  steps in CPU time of one thread.
+  their off-diagonal mass exceeds a tolerance, which is tested every ten steps for each factor. The
+  loss is that of all training data after the last step, at the best of a few learning rates, the
+  same for each rule; the seconds are those of the optimizer's steps in CPU time of one thread.
+  At a refresh the second moments stay with their columns; "transport" has an interval of 1 with
+  second moments that are carried over to the new basis instead.
 
 The table (purifying.csv) has one number a row: a ``part``, what was ``measured``, the ``variant``,
 and whatever else the part varies.
@@ -27,26 +29,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
 from rich.progress import track
 from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.panels import GREY, Style
+from kronecker_probe.panels import GREY, Panels, Style
+from kronecker_probe.scripts import Script
 from kronecker_probe.workloads import Workload, load_workload
 
 NAME, WORKLOAD = "purifying", "digits-mlp"
 BETAS, WINDOW = (0.9, 0.99), 500
-INTERVAL = 100  # of the held bases
-DRIVER = "EShampoo, renewed every 10 steps"
+FEW = 30.0  # the range of an axis with few powers of ten
+TESTED = 10  # steps from one test of the tolerance to the next
 
 Row = dict[str, Any]
-Build = Callable[[Any], optim.KroneckerOptimizer]
+Build = Callable[..., optim.KroneckerOptimizer]
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,11 @@ class Preset:
         seeds: Seeds 0, 1, ... of model, batches and noise.
         shapes: Of the white noise.
         samples: Gradients for the factors, times the larger of m / n and n / m.
+        interval: Steps from one refresh of the held bases to the next.
         cycles: Refreshes after which the drift is measured.
         ages: Steps since the refresh.
         steps: Training with fixed intervals and tolerances.
+        rates: Learning rates of that.
         intervals: Steps from one refresh to the next.
         tolerances: Of the off-diagonal mass.
     """
@@ -67,9 +75,11 @@ class Preset:
     seeds: int
     shapes: tuple[tuple[int, int], ...]
     samples: int
+    interval: int
     cycles: int
     ages: tuple[int, ...]
     steps: int
+    rates: tuple[float, ...]
     intervals: tuple[int, ...] = (1, 10, 100)
     tolerances: tuple[float, ...] = (0.01, 0.1, 0.5)
 
@@ -77,29 +87,33 @@ class Preset:
 SHAPES = ((8, 8), (16, 16), (64, 16), (16, 64), (64, 64), (256, 64), (256, 16), (128, 128),
           (16, 256), (256, 256))  # fmt: skip
 PRESETS = {
-    "quick": Preset(1, SHAPES[:7], 50, 1, (0, 5, 20, 99), 150),
-    "default": Preset(3, SHAPES, 100, 3, (0, 1, 2, 5, 10, 20, 50, 99), 300),
+    "quick": Preset(1, SHAPES[:7], 50, 100, 1, (0, 5, 20, 99), 150, (3e-3, 1e-2)),
+    "default": Preset(
+        3, SHAPES, 100, 100, 3, (0, 1, 2, 5, 10, 20, 50, 99), 300, (1e-3, 3e-3, 1e-2)
+    ),
 }
 
 SQUARE = {"trace_scale": False, "exponent": -0.5}
 UNGRAFTED = {"magnitude": {"grafting": "none"}}
 # On white noise: the preset, its options, and the power of mn that theory gives its update.
-MAGNITUDES: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
+MAGNITUDES: dict[str, tuple[Build, dict[str, Any], float]] = {
     "EShampoo": (optim.EShampoo, {}, 0.0),
     "Shampoo, Adam grafting": (optim.Shampoo, {}, 0.0),
     "Shampoo², trace scaled": (optim.ShampooSquared, {}, 0.0),
     "Shampoo": (optim.Shampoo, UNGRAFTED, -0.25),
     "Shampoo², no trace": (optim.ShampooSquared, {"spectrum": SQUARE}, -0.5),
 }
-HELD = {"frequency": INTERVAL, "start": 1}
-ALWAYS = {"frequency": 1, "start": 1}
-REFERENCE = "EShampoo, renewed every step"
-FOLLOWERS: dict[str, Build] = {
-    "Shampoo": partial(optim.Shampoo, basis=HELD, **UNGRAFTED),
-    "Shampoo, Adam grafting": partial(optim.Shampoo, basis=HELD),
-    "EShampoo": partial(optim.EShampoo, basis=HELD),
-    "Shampoo, renewed every step": partial(optim.Shampoo, basis=ALWAYS, **UNGRAFTED),
-    REFERENCE: partial(optim.EShampoo, basis=ALWAYS),
+GRAFTED, REFERENCE = "Shampoo, Adam grafting", "EShampoo, renewed every step"
+ALWAYS = {"frequency": 1}
+# What gets the gradients of the training: the preset, and what is changed in its basis and else.
+FOLLOWERS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
+    "Shampoo": (optim.Shampoo, {}, UNGRAFTED),
+    GRAFTED: (optim.Shampoo, {}, {}),
+    "EShampoo": (optim.EShampoo, {}, {}),
+    "EShampoo, marginals matched": (optim.EShampoo, {"marginals": True}, {}),
+    "Shampoo, renewed every step": (optim.Shampoo, ALWAYS, UNGRAFTED),
+    # with second moments that follow the bases, as these turn in every step
+    REFERENCE: (optim.EShampoo, ALWAYS | {"carry": "transport"}, {}),
 }
 # Okabe and Ito's colours, with markers and lines that differ, too
 LOOKS = {
@@ -108,10 +122,35 @@ LOOKS = {
     "Shampoo², trace scaled": Style("#cc79a7", "D", "-"),
     "Shampoo": Style("#d55e00", "^", "-"),
     "Shampoo², no trace": Style("#e69f00", "v", "-"),
+    "EShampoo, marginals matched": Style("#56b4e9", "X", (0, (3, 1))),
     "Shampoo, renewed every step": Style("#000000", "_", (0, (1, 1))),
     REFERENCE: Style(GREY, "|", (0, (3, 1, 1, 1))),
     "interval": Style("#d55e00", "^", "-"),
+    "transport": Style("#000000", "D", "-"),
     "tolerance": Style("#0072b2", "o", "-"),
+}
+
+
+DRIFTS = {
+    "basis_ratio": ("basis error: only a refresh repairs it", "beside that of renewed bases"),
+    "eigenvalue_error": ("eigenvalue error: correction repairs it", "|diag(QᵀHQ) − D| / |H|"),
+    "length": ("length of steps: grafting repairs it", "beside EShampoo renewed"),
+    "cosine": ("direction: grafting leaves it", "cosine to EShampoo renewed"),
+}
+# grafting has the bases and directions of Shampoo, whose bases are those of EShampoo
+SHOWN = {
+    "basis_ratio": ("EShampoo", REFERENCE),
+    "cosine": ("Shampoo", "EShampoo", "EShampoo, marginals matched"),
+}
+RULES = {
+    "loss": ("loss after training", "training loss"),
+    "seconds": ("CPU time of the optimizer", "seconds"),
+}
+# text, offset in points and rotation
+LABELS: dict[str, tuple[str, tuple[int, int], int]] = {
+    "interval": ("F = {:g}", (0, -7), 0),
+    "transport": ("transported", (-5, 7), 60),
+    "tolerance": ("τ = {:g}", (-3, 6), 60),
 }
 
 
@@ -150,13 +189,15 @@ def magnitude(seed: int, preset: Preset) -> Iterator[Row]:
 class Follower:
     """An optimizer that gets the gradients of another run, and whose updates are read."""
 
-    def __init__(self, build: Build, model: torch.nn.Module, layers: list[str]) -> None:
+    def __init__(self, name: str, model: torch.nn.Module, interval: int) -> None:
         self.params = {
             name: torch.zeros_like(p, requires_grad=True)
             for name, p in model.named_parameters()
-            if name in layers
+            if p.ndim > 1
         }
-        self.optimizer = build(self.params.items(), lr=1.0, betas=BETAS)  # type: ignore[call-arg]
+        build, basis, more = FOLLOWERS[name]
+        basis = {"frequency": interval, "start": 1} | basis
+        self.optimizer = build(self.params.items(), lr=1.0, betas=BETAS, basis=basis, **more)
 
     def updates(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """What it would subtract from each weight now, at a learning rate of 1."""
@@ -179,11 +220,11 @@ def drift(seed: int, preset: Preset) -> Iterator[Row]:
     window = kp.GradientWindow(model, WINDOW, decay=BETAS[1], layers=workload.layers)
     window.attach(driver)
     layers = [name for name, p in model.named_parameters() if p.ndim > 1]
-    followers = {name: Follower(build, model, layers) for name, build in FOLLOWERS.items()}
-    for step in range(1, INTERVAL * (preset.cycles + 1) + 1):
+    followers = {name: Follower(name, model, preset.interval) for name in FOLLOWERS}
+    for step in range(1, preset.interval * preset.cycles + max(preset.ages) + 2):
         train(workload, driver, step - 1, seed)  # leaves its gradients
         updates = {name: one.updates(model) for name, one in followers.items()}
-        cycle, age = divmod(step - 1, INTERVAL)
+        cycle, age = divmod(step - 1, preset.interval)
         if cycle and age in preset.ages:
             samples = window.samples()
             for layer in layers:
@@ -206,17 +247,22 @@ def errors(
         updates: Their updates.
         weight: 1 - beta2^t, by which the optimizers' estimates are corrected.
     """
-    stretch = float(updates["Shampoo, Adam grafting"].norm() / updates["Shampoo"].norm())
+    stretch = float(updates[GRAFTED].norm() / updates["Shampoo"].norm())
+    splits = {}
     for name, P in estimates.items():
-        scale = weight / stretch**2 if name == "Shampoo, Adam grafting" else weight
-        split = kp.split_error(H, scaled(P, scale))
-        for measured, value in (
-            ("basis_error", split.basis),
-            ("eigenvalue_error", split.eigenvalues),
-            ("length", float(updates[name].norm() / updates[REFERENCE].norm())),
-            ("cosine", float(torch.cosine_similarity(
-                updates[name].flatten(), updates[REFERENCE].flatten(), dim=0))),
-        ):  # fmt: skip
+        scale = weight / stretch**2 if name == GRAFTED else weight
+        splits[name] = kp.split_error(H, scaled(P, scale))
+    best, U = splits[REFERENCE].basis, updates[REFERENCE].flatten()
+    for name, split in splits.items():
+        own = updates[name].flatten()
+        numbers = {
+            "basis_error": split.basis,
+            "basis_ratio": split.basis / best,
+            "eigenvalue_error": split.eigenvalues,
+            "length": float(own.norm() / U.norm()),
+            "cosine": float(torch.cosine_similarity(own, U, dim=0)),
+        }
+        for measured, value in numbers.items():
             yield {"measured": measured, "variant": name, "value": value}
 
 
@@ -230,27 +276,33 @@ def scaled(P: Any, scale: float) -> kp.KroneckerOperator | kp.EigenOperator:
 def refresh(seed: int, preset: Preset) -> Iterator[Row]:
     """Train with every rule of renewal: loss, seconds, and refreshes of each factor."""
     rules: list[tuple[str, float, dict[str, Any]]] = [
-        ("interval", each, {"frequency": each, "start": 1}) for each in preset.intervals
+        ("interval", each, {"frequency": each}) for each in preset.intervals
     ]
+    # second moments that stay with their columns lag behind bases that turn in every step
+    rules.append(("transport", 1, {"frequency": 1, "carry": "transport"}))
     rules += [
-        ("tolerance", tau, {"frequency": 1, "start": 1, "tolerance": tau})
-        for tau in preset.tolerances
+        ("tolerance", tau, {"frequency": TESTED, "tolerance": tau}) for tau in preset.tolerances
     ]
     for rule, setting, basis in rules:
-        workload = _workload(seed)
-        model = workload.model
-        optimizer = optim.EShampoo(model.named_parameters(), lr=workload.lr, basis=basis)
-        seconds = sum(train(workload, optimizer, step, seed) for step in range(preset.steps))
-        shared = {"variant": rule, "setting": setting, "step": preset.steps}
-        with torch.no_grad():
-            loss = float(workload.loss_fn(model(workload.train[0]), workload.train[1]))
-        yield shared | {"measured": "loss", "value": loss}
-        yield shared | {"measured": "seconds", "value": seconds}
-        for name, param in model.named_parameters():
-            counts = optimizer.state[param]["refreshes"].flatten().tolist()
-            for side, count in enumerate(counts):
-                one = {"measured": "refreshes", "parameter": name, "side": side, "value": count}
-                yield shared | one
+        for lr in preset.rates:
+            shared = {"variant": rule, "setting": setting, "lr": lr, "step": preset.steps}
+            for row in renewed(seed, preset.steps, lr, basis | {"start": 1}):
+                yield shared | row
+
+
+def renewed(seed: int, steps: int, lr: float, basis: dict[str, Any]) -> Iterator[Row]:
+    """One training."""
+    workload = _workload(seed)
+    model = workload.model
+    optimizer = optim.EShampoo(model.named_parameters(), lr=lr, basis=basis)
+    seconds = sum(train(workload, optimizer, step, seed) for step in range(steps))
+    with torch.no_grad():
+        loss = float(workload.loss_fn(model(workload.train[0]), workload.train[1]))
+    yield {"measured": "loss", "value": loss}
+    yield {"measured": "seconds", "value": seconds}
+    for name, param in model.named_parameters():
+        for side, count in enumerate(optimizer.state[param]["refreshes"].flatten().tolist()):
+            yield {"measured": "refreshes", "parameter": name, "side": side, "value": count}
 
 
 def train(workload: Workload, optimizer: optim.KroneckerOptimizer, step: int, seed: int) -> float:
@@ -284,13 +336,185 @@ def magnitude_errors(table: pd.DataFrame) -> pd.Series:
 
 
 def drifted(table: pd.DataFrame, measured: str) -> pd.DataFrame:
-    """One quantity over the ages: a row an age, with its median, least and largest; by variant."""
+    """One quantity by variant and age: median, least and largest of layers, cycles and seeds."""
     rows = table[(table["part"] == "drift") & (table["measured"] == measured)]
     return rows.groupby(["variant", "age"])["value"].agg(["median", "min", "max"])
 
 
 def renewals(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean refreshes of a factor, seconds and loss: a row a rule, setting and seed."""
+    """Mean refreshes of a factor, seconds and loss: a row a rule, setting and seed.
+
+    Each rule and setting has the learning rate that gives it the least median loss.
+    """
     rows = table[table["part"] == "refresh"]
-    means = rows.groupby(["variant", "setting", "seed", "measured"])["value"].mean()
-    return means.unstack("measured")
+    keys = ["variant", "setting", "lr"]
+    means = rows.groupby([*keys, "seed", "measured"])["value"].mean().unstack("measured")
+    medians = means["loss"].groupby(keys).median()
+    best = medians.groupby(["variant", "setting"]).idxmin()
+    chosen = [means.xs(key, level=keys, drop_level=False) for key in best]
+    return pd.concat(chosen).reset_index("lr")
+
+
+def sentences(table: pd.DataFrame) -> tuple[str, ...]:
+    """What to conclude: of drift (the title), white noise, and rules of renewal."""
+    return _of_drift(table), _of_noise(table), _of_rules(table)
+
+
+def _of_drift(table: pd.DataFrame) -> str:
+    length: Any = drifted(table, "length")
+    values: Any = drifted(table, "eigenvalue_error")["median"]
+    first, *_, last = values.index.unique("age")
+    plain, grafted = (
+        length.loc[name, "max"].max() / length.loc[name, "min"].min()
+        for name in ("Shampoo", GRAFTED)
+    )
+    return (
+        f"Grafting repairs the length of stale Shampoo's steps: it varies {plain:.0f}-fold over "
+        f"layers and ages without, {grafted:.1f}-fold with it. Correction repairs the eigenvalues: "
+        f"their error is {values['EShampoo', first]:.2f} at a refresh and "
+        f"{values['EShampoo', last]:.2f} after {last:.0f} steps, with grafting "
+        f"{values[GRAFTED, first]:.2f} and {values[GRAFTED, last]:.2f}. Neither repairs the basis"
+    )
+
+
+def _of_noise(table: pd.DataFrame) -> str:
+    rows = table[table["part"] == "magnitude"]
+    sizes = rows["m"] * rows["n"]
+    small = rows.loc[(sizes == sizes.max()) & (rows["variant"] == "Shampoo"), "value"].median()
+    return (
+        f"On white noise every update is within {magnitude_errors(table).max():.0%} of theory: "
+        f"Shampoo's is (mn)^-1/4, {small:.3f} of full-matrix Adam's at mn = {sizes.max():.0f}; "
+        "grafting, the trace scale and corrected eigenvalues each bring it to 1"
+    )
+
+
+def _of_rules(table: pd.DataFrame) -> str:
+    medians: Any = renewals(table).groupby(["variant", "setting"]).median()
+    parts = [
+        f"{rule} {setting:g}: loss {one['loss']:.4f} at lr {one['lr']:g}, "
+        f"{one['refreshes']:.0f} refreshes of a factor, {one['seconds']:.2f} s"
+        for (rule, setting), one in medians.iterrows()
+    ]
+    return "; ".join(parts).capitalize()
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """White noise, four panels of drift, three of rules."""
+    figure = Figure()
+    panels = Panels.make(8, None, figure, width=3.3, height=2.9)
+    axes = panels.axes
+    _draw_noise(axes[0], table[table["part"] == "magnitude"])
+    for ax, measured in zip(axes[1:5], DRIFTS, strict=True):
+        _draw_drift(ax, drifted(table, measured), measured)
+    rules = renewals(table)
+    for ax, measured in zip(axes[5:7], RULES, strict=True):
+        _draw_rules(ax, rules, measured)
+    _draw_factors(axes[7], table, rules)
+    texts = [(ax.get_xlabel(), ax.get_ylabel()) for ax in axes]
+    panels.finish(sentences(table)[0], "", "", legend=True)
+    for ax, (x, y) in zip(axes, texts, strict=True):
+        _name(ax, ax.get_title(loc="left"), x, y)
+    return figure
+
+
+def _name(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+
+
+def _draw_noise(ax: Axes, rows: pd.DataFrame) -> None:
+    sizes = sorted((rows["m"] * rows["n"]).unique())
+    lines = {"EShampoo": "1", "Shampoo": "$(mn)^{-1/4}$", "Shampoo², no trace": "$(mn)^{-1/2}$"}
+    for variant, text in lines.items():
+        theory = [expected_rms(variant, mn) for mn in sizes]
+        ax.plot(sizes, theory, color=GREY, linewidth=1)
+        ax.annotate(text, (sizes[-1], theory[-1]), (3, 9), textcoords="offset points",
+                    ha="right", fontsize=8, color=GREY)  # fmt: skip
+    for place, variant in enumerate(MAGNITUDES):
+        found = rows[rows["variant"] == variant].groupby(["m", "n"])["value"].median()
+        shift = 1.2 ** (place - 1 if place < 3 else 0)  # three of them lie on one line
+        mn = [m * n * shift for m, n in found.index]
+        _line(ax, mn, found, LOOKS[variant], variant, linestyle="")
+    ax.set_ylim(top=3)
+    _log(ax.xaxis)
+    _log(ax.yaxis)
+    _name(ax, "white noise: theory (lines), measured", "mn, of m × n layers", "RMS of the update")
+
+
+def _log(axis: Axis) -> None:
+    """A log scale with plain numbers; 2 and 5, too, where there are few powers of ten."""
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high / low < FEW else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter("{x:g}" if low > 1e-5 else LogFormatterSciNotation())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _line(ax: Axes, x: Any, y: Any, look: Style, text: str, **more: Any) -> None:
+    options = {"linestyle": look.line} | more
+    ax.plot(x, y, color=look.color, marker=look.marker, markersize=5, label=text, **options)
+
+
+def _draw_drift(ax: Axes, over: pd.DataFrame, measured: str) -> None:
+    for variant in SHOWN.get(measured, tuple(FOLLOWERS)):
+        look, one = LOOKS[variant], over.loc[variant]
+        if variant in ("Shampoo", GRAFTED, "EShampoo"):
+            ax.fill_between(one.index, one["min"], one["max"], color=look.color, alpha=0.12,
+                            linewidth=0)  # fmt: skip
+        _line(ax, one.index, one["median"], look, variant)
+    ax.set_xscale("symlog", linthresh=1)
+    ages = list(over.index.unique("age"))
+    ax.set_xticks(ages, [f"{age:g}" for age in ages])
+    ax.xaxis.set_minor_locator(NullLocator())
+    if measured in ("eigenvalue_error", "length"):
+        _log(ax.yaxis)
+    title, label = DRIFTS[measured]
+    _name(ax, title, "steps since the refresh", label)
+
+
+def _draw_rules(ax: Axes, rules: Any, measured: str) -> None:
+    for rule, (words, offset, turn) in LABELS.items():
+        look = LOOKS[rule]
+        over = rules.loc[rule].groupby("setting")[["refreshes", measured]]
+        middle, low, high = over.median(), over.min(), over.max()
+        ends = [middle[measured] - low[measured], high[measured] - middle[measured]]
+        ax.errorbar(middle["refreshes"], middle[measured], ends, color=look.color, capsize=2,
+                    marker=look.marker, markersize=5, linestyle="")  # fmt: skip
+        align = ("left", "bottom") if turn else ("center", "top")
+        for setting, one in middle.iterrows():
+            ax.annotate(words.format(setting), (one["refreshes"], one[measured]), offset,
+                        textcoords="offset points", fontsize=8, color=look.color, rotation=turn,
+                        ha=align[0], va=align[1])  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.margins(0.25, 0.35)
+    _log(ax.xaxis)
+    _log(ax.yaxis)
+    title, label = RULES[measured]
+    _name(ax, title, "refreshes, mean of the factors", label)
+
+
+def _draw_factors(ax: Axes, table: pd.DataFrame, rules: Any) -> None:
+    rows = table[(table["measured"] == "refreshes") & (table["variant"] == "tolerance")]
+    keys = ["parameter", "side"]
+    names = [f"{name} {'LR'[int(side)]}" for name, side in rows[keys].drop_duplicates().to_numpy()]
+    colors = ("#0072b2", "#e69f00", "#cc79a7")
+    for place, (setting, one) in enumerate(rules.loc["tolerance"].groupby("setting")):
+        chosen = rows[(rows["setting"] == setting) & (rows["lr"] == one["lr"].iloc[0])]
+        counts: Any = chosen.groupby(keys, sort=False)["value"].median()
+        look = Style(colors[place % 3], "osD"[place % 3], "")
+        _line(ax, counts, range(len(names)), look, f"τ = {setting:g}")
+        ax.annotate(f"τ = {setting:g}", (counts.iloc[-1], len(names) - 1), (0, 6), fontsize=8,
+                    textcoords="offset points", ha="center", color=look.color)  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlim(left=0)
+    ax.margins(x=0.15, y=0.12)
+    _name(ax, "each factor has its own frequency", "refreshes at tolerance τ", "")
+
+
+SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)
+
+if __name__ == "__main__":
+    SCRIPT.main()

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from kronecker_probe.cli_options import (
+    DEFAULT_OPTIMIZERS,
     ApproximationsOption,
     DecayOption,
     DeviceOption,
@@ -40,24 +39,17 @@ from kronecker_probe.cli_options import (
     WindowToleranceOption,
     WorkloadName,
 )
-from kronecker_probe.errors import (
-    InvalidInputError,
-    KroneckerProbeError,
-    MemoryBudgetError,
-    RunDirectoryError,
-    unknown_name,
-)
-from kronecker_probe.interruption import ending, resumable, terminable
+from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.exits import DONE, FAILED, exit_codes, usage_checked
+from kronecker_probe.interruption import resumable
 from kronecker_probe.terminal import (
     console,
-    errors,
     progress_shown,
+    show_comparison,
     show_probes,
     show_run,
     show_table,
 )
-
-DONE, FAILED, USAGE = 0, 1, 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,30 +59,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed (what is on disk is intact), 2 bad usage, "
     "130 interrupted, 143 terminated (resume with --resume).",
 )
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Errors on purpose become one line and an exit code; others keep their traceback."""
-    try:
-        with terminable():
-            yield
-    except KeyboardInterrupt as stop:
-        errors.print("[yellow]Interrupted.[/] What had been stored is intact.")
-        raise typer.Exit(ending(stop)) from None
-    except KroneckerProbeError as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(FAILED) from None
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """Errors of the arguments themselves, before any work was done."""
-    try:
-        yield
-    except (InvalidInputError, RunDirectoryError, MemoryBudgetError) as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(USAGE) from None
 
 
 @app.command()
@@ -124,7 +92,7 @@ def track(
             show_default=False,
         ),
     ] = None,
-    optimizer: OptimizerOption = "shampoo",
+    optimizer: OptimizerOption = DEFAULT_OPTIMIZERS,
     settings: SettingsOption = None,
     precondition_frequency: Annotated[
         int | None,
@@ -171,19 +139,20 @@ def track(
     ] = Keep.LAST,
 ) -> None:
     """Train WORKLOAD with an optimizer and probe every layer along the way."""
-    with _exit_codes():
-        with _usage():
+    with exit_codes():
+        with usage_checked():
             from kronecker_probe.optim.build import LIKE_ADAM
+            from kronecker_probe.several import check_several, track_several
             from kronecker_probe.tracking.training import Training, TrainingOptions
             from kronecker_probe.workloads import load_workload
 
             loaded = load_workload(workload, seed)
             _set_threads(threads or loaded.threads)
+            like_adam = LIKE_ADAM if lr is None else frozenset[str]()
             options = TrainingOptions(
                 steps=steps if steps is not None else loaded.steps,
                 batch_size=batch_size if batch_size is not None else loaded.batch_size,
-                lr=loaded.lr if lr is None and optimizer in LIKE_ADAM else lr,
-                optimizer=optimizer,
+                lr=lr,
                 settings=_settings(settings, precondition_frequency),
                 probes=probes,
                 spacing=spacing.value,
@@ -203,15 +172,33 @@ def track(
                 estimates=_names(estimates),
             )
             directory = out if out is not None else Path("runs") / workload.replace(":", ".")
-            training = Training(
-                loaded,
+            each = [
+                replace(options, optimizer=name, lr=loaded.lr if name in like_adam else lr)
+                for name in optimizer
+            ]
+            if len(each) > 1:
+                check_several(loaded, directory, each, resume=resume, overwrite=overwrite)
+            else:
+                training = Training(
+                    loaded,
+                    workload,
+                    directory,
+                    each[0],
+                    resume=resume,
+                    overwrite=overwrite,
+                    keep_checkpoints=keep_checkpoints.value,
+                )
+        if len(each) > 1:
+            comparison, diverged = track_several(
                 workload,
                 directory,
-                options,
+                each,
                 resume=resume,
                 overwrite=overwrite,
                 keep_checkpoints=keep_checkpoints.value,
             )
+            show_comparison(comparison)
+            raise typer.Exit(FAILED if diverged else DONE)
         show_probes(training.probed)
         with resumable(training), progress_shown(options.steps) as show:
             training.run(show)
@@ -270,8 +257,8 @@ def measure(
     ] = False,
 ) -> None:
     """Measure WORKLOAD once, at initialization or at a checkpoint."""
-    with _exit_codes():
-        with _usage():
+    with exit_codes():
+        with usage_checked():
             from kronecker_probe.tracking.tracker import Tracker
             from kronecker_probe.tracking.training import (
                 ending_noted,
@@ -329,13 +316,24 @@ def measure(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or one of several optimizers.")
+    ],
 ) -> None:
     """Redraw every figure and report.html of RUN from its stored table (needs no torch)."""
-    with _exit_codes():
-        with _usage():
+    with exit_codes():
+        with usage_checked():
+            from kronecker_probe.comparison import Comparison
+            from kronecker_probe.report import write_report
             from kronecker_probe.tracking.store import RunStore
 
+            if Comparison.holds(run):
+                comparison = Comparison.open(run)
+                for store in comparison.stores().values():
+                    if store.steps():
+                        write_report(store.path)
+                show_comparison(comparison)
+                return
             RunStore.open(run)
         show_run(run)
 
@@ -343,7 +341,7 @@ def report(
 @app.command()
 def workloads() -> None:
     """List the built-in workloads."""
-    with _exit_codes():
+    with exit_codes():
         from kronecker_probe.workloads import WORKLOADS, load_workload
 
         table = Table("name", "what", "steps", "batch", "lr")
@@ -366,8 +364,8 @@ def analyze(
     ] = Path("figures"),
 ) -> None:
     """Run an analysis: one question, one table, one figure."""
-    with _exit_codes():
-        with _usage():
+    with exit_codes():
+        with usage_checked():
             folder = _analyses()
             known = {p.stem.replace("_", "-"): p for p in sorted(folder.glob("[a-z]*.py"))}
             if name not in known:

@@ -152,13 +152,14 @@ EstimatesOption = Annotated[
         show_default=False,
     ),
 ]
+DEFAULT_OPTIMIZERS = ["shampoo"]
 OptimizerOption = Annotated[
-    str,
+    list[str],
     typer.Option(
         metavar="NAME",
         help="shampoo, shampoo-squared, eshampoo, soap, kl-shampoo, kl-soap, root-free-shampoo, "
         "inverse-free-shampoo, rmsprop-root-free, adagrad-root-free, muon; or torch's adamw, adam, "
-        "sgd, rmsprop, adagrad.",
+        "sgd, rmsprop, adagrad. May be repeated: a run each in --out/NAME, and their comparison.",
     ),
 ]
 SettingsOption = Annotated[

@@ -29,6 +29,7 @@ from kronecker_probe.tables import (
 )
 
 if TYPE_CHECKING:
+    from kronecker_probe.comparison import Comparison
     from kronecker_probe.tracking.training import Progress
 
 console = Console()
@@ -108,6 +109,29 @@ def show_run(directory: Path) -> None:
     for figure in paths.figures:
         console.print(f"figure  {escape(str(figure))}", soft_wrap=True, highlight=False)
     console.print(f"report  {escape(str(paths.report))}", soft_wrap=True, highlight=False)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Write the figure and the report of several runs, and print their table and the paths."""
+    from kronecker_probe.comparison import write_comparison
+
+    summary, paths = write_comparison(comparison)
+    runs, layers = (Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False) for _ in range(2))
+    for shown, head in ((runs, summary.head), (layers, ("layer", *summary.optimizers))):
+        for place, name in enumerate(head):
+            shown.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in summary.rows:
+        runs.add_row(*map(escape, row))
+    for row in summary.layers:
+        layers.add_row(*map(escape, row))
+    needed = max(Console(width=1000).measure(one).minimum for one in (runs, layers))
+    wide = Console(width=max(console.width, 80, needed))
+    wide.print("[bold]Training[/]", runs, sep="\n", highlight=False)
+    if summary.layers:
+        title = "[bold]Cosine to H: live | its rule, fresh, undamped and whole[/]"
+        wide.print(title, layers, sep="\n", highlight=False)
+    for path in paths:
+        console.print(f"{path.suffix[1:]:<6}  {escape(str(path))}", soft_wrap=True, highlight=False)
 
 
 def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:

@@ -16,11 +16,14 @@ def params() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", optimizer_names())
 def test_every_name_builds_an_optimizer_that_steps(name: str) -> None:
-    held = params()
-    optimizer = build_optimizer(name, held, lr=0.01)
+    model = torch.nn.Linear(2, 3)
+    for one in model.parameters():
+        torch.nn.init.ones_(one)
+    held = list(model.parameters())
+    optimizer = build_optimizer(name, held, lr=0.01, model=model)
     for _ in range(3):
-        for one in held:
-            one.grad = torch.ones_like(one)
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).mean().backward()
         optimizer.step()
     assert all(bool(torch.isfinite(one).all()) and bool((one != 1).any()) for one in held)
     assert optimizer.param_groups[0]["lr"] == 0.01
@@ -44,6 +47,7 @@ def test_settings_reach_their_sections() -> None:
     ("soap", ["basis.frequency=1", "basis.frequency=2"], InvalidInputError, "twice"),
     ("soap", ["basis.frequency=often"], InvalidInputError, "frequency"),
     ("soap", ["lr=1"], InvalidInputError, "twice"),
+    ("kfac", [], InvalidInputError, "model"),
     ("adamw", ["basis.frequency=1"], InvalidInputError, "section"),
     ("adamw", ["weight_decey=1"], UnknownNameError, "weight_decay"),
 ])  # fmt: skip

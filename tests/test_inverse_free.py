@@ -108,3 +108,31 @@ def test_with_expected_statistics_it_finds_the_kl_optimum() -> None:
     H = kp.SecondMoment(kp.GradientSamples.from_matrices(G))
     kl = kp.approximate(H, "divergence:q=0")
     assert kp.relative_error(kl, fitted) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_whole_state_may_be_bfloat16_and_still_trains(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(256, 8, generator=generator)
+    Y = X @ torch.randn(8, 4, generator=generator)
+    losses = []
+    for precision in ("full", "bfloat16"):
+        W = torch.zeros(4, 8, dtype=dtype, requires_grad=True)
+        optimizer = optim.InverseFreeShampoo(
+            [W], lr=0.05, batch_size=256, inverse={"precision": precision, "lr": 0.05}
+        )
+        for _ in range(150):
+            optimizer.zero_grad()
+            (X.to(dtype) @ W.T - Y.to(dtype)).float().square().mean().backward()
+            optimizer.step()
+        tensors = [v for v in optimizer.state[W].values() if isinstance(v, torch.Tensor)]
+        expected = torch.float32 if precision == "full" else torch.bfloat16
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {expected}
+        losses.append(float((X @ W.detach().float().T - Y).square().mean()))
+        twin = torch.zeros(4, 8, dtype=dtype, requires_grad=True)
+        other = optim.InverseFreeShampoo([twin], lr=1.0)
+        other.load_state_dict(optimizer.state_dict())
+        assert other.state[twin]["inverse_0"].dtype == expected
+    start = float(Y.square().mean())
+    assert losses[0] < 0.1 * start
+    assert losses[1] < losses[0] + 0.01 * start

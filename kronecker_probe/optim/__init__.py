@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
 from kronecker_probe.optim.engine import KroneckerOptimizer
+from kronecker_probe.optim.kfac import EKFAC, KFAC, MODEL_PRESETS
 from kronecker_probe.optim.presets import (
     KLSOAP,
     PRESETS,
@@ -20,7 +21,10 @@ from kronecker_probe.optim.presets import (
 )
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "KLSOAP",
+    "MODEL_PRESETS",
     "PRESETS",
     "SOAP",
     "AdaGradRootFree",

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kronecker_probe.optim.groups import Group
-from kronecker_probe.optim.precision import state_dtype
+from kronecker_probe.optim.groups import Group, recipe_of
 
 
 def apply_updates(
@@ -35,17 +34,18 @@ def apply_updates(
         _rate(group, step) * _shape_factor(group, p) for p, step in zip(params, steps, strict=True)
     ]
     wide = [
-        p if p.dtype == u.dtype else p.to(u.dtype) for p, u in zip(params, updates, strict=True)
+        p.to(torch.promote_types(p.dtype, u.dtype)) for p, u in zip(params, updates, strict=True)
     ]
     if mu > 0:
         torch._foreach_mul_(updates, rates)
         if decay > 0:
-            torch._foreach_add_(updates, wide, alpha=decay)
+            torch._foreach_add_(updates, _like(wide, updates), alpha=decay)
         buffers = [buffer_of(param) for param in params]
         torch._foreach_mul_(buffers, mu)
         torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(wide, buffers, alpha=-lr)
+        torch._foreach_add_(wide, _like(buffers, wide), alpha=-lr)
     else:
+        updates = _like(updates, wide)
         if decay > 0:
             torch._foreach_mul_(wide, 1 - lr * decay)
         if len(set(rates)) > 1:
@@ -57,9 +57,14 @@ def apply_updates(
             param.copy_(full)
 
 
-def new_buffer(param: Tensor) -> Tensor:
+def new_buffer(param: Tensor, group: Group) -> Tensor:
     """The momentum of a parameter before its first step."""
-    return torch.zeros_like(param, dtype=state_dtype(param.dtype))
+    return torch.zeros_like(param, dtype=recipe_of(group).state_dtype(param.dtype))
+
+
+def _like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` in the dtypes of ``others``."""
+    return [one.to(other.dtype) for one, other in zip(tensors, others, strict=True)]
 
 
 def _rate(group: Group, step: int) -> float:

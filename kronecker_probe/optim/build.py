@@ -9,11 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.optim.config import SECTIONS
+from kronecker_probe.optim.kfac import MODEL_PRESETS
 from kronecker_probe.optim.presets import PRESETS
 
 TORCH: MappingProxyType[str, Callable[..., Optimizer]] = MappingProxyType(
@@ -35,11 +37,15 @@ LIKE_ADAM = frozenset(
 
 def optimizer_names() -> tuple[str, ...]:
     """All that :func:`build_optimizer` knows."""
-    return (*PRESETS, *TORCH)
+    return (*PRESETS, *MODEL_PRESETS, *TORCH)
 
 
 def build_optimizer(
-    name: str, params: ParamsT, lr: float | None = None, settings: Sequence[str] = ()
+    name: str,
+    params: ParamsT,
+    lr: float | None = None,
+    settings: Sequence[str] = (),
+    model: nn.Module | None = None,
 ) -> Optimizer:
     """An optimizer by its name.
 
@@ -49,19 +55,26 @@ def build_optimizer(
         lr: Learning rate; None for the optimizer's own default.
         settings: "option=value", or "section.field=value" of a preset, such as
             "basis.tolerance=0.1"; values as in Python, names of choices without quotes.
+        model: For "kfac" and "ekfac", which hook its layers and take its parameters, not
+            ``params``.
 
     Raises:
         UnknownNameError: No such optimizer, option, section or field.
-        InvalidInputError: A malformed setting, one given twice, or a value out of range.
+        InvalidInputError: A malformed setting, one given twice, a value out of range, or no
+            model where one is needed.
     """
-    known = {**PRESETS, **TORCH}
+    known = {**PRESETS, **MODEL_PRESETS, **TORCH}
     if name not in known:
         raise unknown_name("optimizer", name, known)
-    options = read_settings(settings, name in PRESETS)
+    options = read_settings(settings, name not in TORCH)
     if lr is not None:
         if "lr" in options:
             raise InvalidInputError("lr is given twice: as the learning rate and as a setting.")
         options["lr"] = lr
+    if name in MODEL_PRESETS:
+        if model is None:
+            raise InvalidInputError(f"{name} hooks the layers of a model; pass model=.")
+        return MODEL_PRESETS[name](model, **options)
     build = known[name]
     if name in TORCH:
         accepted = [p for p in inspect.signature(build).parameters if p not in ("self", "params")]

@@ -36,6 +36,7 @@ def check_together(
         *_without_factors(statistics, basis, spectrum),
         *_of_inverse(spectrum, inverse),
         *_of_magnitude(magnitude),
+        *_of_kfac(statistics, basis, shapes),
         (
             spectrum.eigenvalues == "polar" and shapes.merge > 0,
             f"shapes.merge is {shapes.merge}, but a polar factor is that of a matrix; use merge=0.",
@@ -96,7 +97,7 @@ def _without_factors(statistics: Statistics, basis: Basis, spectrum: Spectrum) -
     has = f"spectrum.eigenvalues={kind!r} has no"
     yield (
         without and statistics.rule != "gradient",
-        f"{has} factors to whiten; drop rule='whitened'.",
+        f"{has} factors to whiten or to record; drop statistics.rule={statistics.rule!r}.",
     )
     yield (
         without and (basis.solver != "eigh" or basis.tolerance is not None),
@@ -134,4 +135,24 @@ def _of_magnitude(magnitude: Magnitude) -> Iterator[Refusal]:
         plain and magnitude.epsilon != Magnitude().epsilon,
         f"magnitude.epsilon is {magnitude.epsilon}, but grafting={magnitude.grafting!r} divides by "
         "nothing; drop it, or use 'adagrad', 'rmsprop' or 'adam'.",
+    )
+
+
+def _of_kfac(statistics: Statistics, basis: Basis, shapes: Shapes) -> Iterator[Refusal]:
+    """Factors of inputs and output gradients, which are those of whole matrices."""
+    kfac = statistics.rule == "kfac"
+    yield (
+        kfac and (shapes.block_size is not None or shapes.merge > 0),
+        "statistics.rule='kfac' has factors of whole m x n matrices; drop shapes.block_size and "
+        "shapes.merge.",
+    )
+    yield (
+        kfac and shapes.vectors == "diagonal",
+        "statistics.rule='kfac' gives biases the factor of the output gradients; drop "
+        "shapes.vectors='diagonal', or put biases into a group of another rule.",
+    )
+    yield (
+        kfac and basis.marginals,
+        "basis.marginals takes the diagonals of the factors for sums of the second moment, which "
+        "those of statistics.rule='kfac' are not; drop it.",
     )

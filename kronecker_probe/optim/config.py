@@ -92,7 +92,8 @@ class Config:
             raise unknown_name(f"{self.section}.{name}", getattr(self, name), names)
 
 
-RULES = ("gradient", "whitened")
+RULES = ("gradient", "whitened", "kfac")
+REDUCTIONS = ("mean", "sum")
 ACCUMULATES = ("average", "sum")
 
 
@@ -103,7 +104,9 @@ class Statistics(Config):
     Attributes:
         rule: "gradient": L = E[G G^T], R = E[G^T G]. "whitened": each factor sees the other's
             inverse, L = E[G R^{q-1} G^T] / Tr R^q with what is held of R (the trace-power family;
-            q = 0 is KL-Shampoo, arXiv 2509.03378).
+            q = 0 is KL-Shampoo, arXiv 2509.03378). "kfac": L = E[d d^T], R = E[a a^T] of a layer's
+            inputs a and its output gradients d of every datum, for an optimizer that was attached
+            to the model (K-FAC, expand form, arXiv 2311.00636).
         q: Order of "whitened": 0 or 1/2.
         accumulate: "average" with decay betas[1], or "sum", as in AdaGrad.
         bias_correction: Divide averages, that of the gradient too, by 1 - beta^t.
@@ -113,6 +116,8 @@ class Statistics(Config):
             same matrix at any batch size (arXiv 2402.03496).
         initial: c of the estimate c I of H that is there before the first gradient; 0 with bias
             correction.
+        loss_reduction: Of "kfac": whether the gradient of a step is the "mean" or the "sum" of
+            those of the data.
     """
 
     section: ClassVar[str] = "statistics"
@@ -124,6 +129,7 @@ class Statistics(Config):
     every: int = 1
     batch_size: int = 1
     initial: float = 0.0
+    loss_reduction: str = "mean"
 
     def check(self) -> None:
         self._one_of("rule", RULES)
@@ -143,9 +149,20 @@ class Statistics(Config):
                 f"statistics.initial is {self.initial}, but rule='whitened' starts in the units of "
                 "the first gradient; use 0."
             )
-        if self.rule == "gradient" and self.q != 0:
+        if self.rule != "whitened" and self.q != 0:
             raise InvalidInputError(
-                f"statistics.q is {self.q}, and rule='gradient' has none; use rule='whitened'."
+                f"statistics.q is {self.q}, and rule={self.rule!r} has none; use rule='whitened'."
+            )
+        self._one_of("loss_reduction", REDUCTIONS)
+        if self.rule != "kfac" and self.loss_reduction != "mean":
+            raise InvalidInputError(
+                f"statistics.loss_reduction is {self.loss_reduction!r}, which only rule='kfac' "
+                "asks for; drop it."
+            )
+        if self.rule == "kfac" and (self.initial > 0 or self.batch_size != 1):
+            raise InvalidInputError(
+                "statistics.initial and batch_size are about gradients of batches, and rule='kfac' "
+                "has those of every datum; drop them."
             )
 
 
@@ -164,8 +181,8 @@ class Basis(Config):
         solver: "eigh", or "qr" for QR iterations from the basis that is held.
         max_iterations: Of "qr", a refresh.
         start: Step of the first refresh; None for ``frequency``.
-        carry: What becomes of corrected eigenvalues when a basis changes: "keep" (in the order of
-            the columns), "transport" (by the squared overlaps of old and new columns).
+        carry: What becomes of corrected eigenvalues when a basis changes: "keep" (each column
+            has that of the old one which it continues), "transport" (by the squared overlaps of old and new columns).
         marginals: Rescale them after that to the marginals diag(Q^T L Q), diag(Q^T R Q).
         stagger: Spread the refreshes of different blocks over the steps in between.
     """
@@ -278,6 +295,7 @@ class Spectrum(Config):
 
 
 STRUCTURES = ("dense", "diagonal")
+PRECISIONS = ("full", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -289,6 +307,8 @@ class Inverse(Config):
         decay: Of the average of their log-space updates.
         damping: lambda of H + lambda I, whose KL-optimal product they approach.
         structure: "dense" or "diagonal" factors.
+        precision: "full", that of other statistics, or "bfloat16" for all of the state: factors,
+            their updates, and the momentum.
     """
 
     section: ClassVar[str] = "inverse"
@@ -297,12 +317,14 @@ class Inverse(Config):
     decay: float = 0.5
     damping: float = 1e-3
     structure: str = "dense"
+    precision: str = "full"
 
     def check(self) -> None:
         self._number("lr", lambda value: 0 < value <= 1, "a number in (0, 1]")
         self._decay("decay")
         self._nonnegative("damping")
         self._one_of("structure", STRUCTURES)
+        self._one_of("precision", PRECISIONS)
 
 
 GRAFTING = ("none", "sgd", "adagrad", "rmsprop", "adam")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.symmetric import PANEL
-
+# Rows of a panel: narrower ones compute and hold less, wider ones multiply faster.
+PANEL = 64
 # Sides from which a symmetric product is computed by its upper panels only.
 PANELLED = 2 * PANEL
 

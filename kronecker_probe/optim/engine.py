@@ -16,6 +16,7 @@ from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim import checks
 from kronecker_probe.optim.apply import apply_updates, new_buffer
+from kronecker_probe.optim.attached import ModelOptimizer
 from kronecker_probe.optim.config import (
     SECTIONS,
     Basis,
@@ -26,9 +27,11 @@ from kronecker_probe.optim.config import (
     Statistics,
 )
 from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
-from kronecker_probe.optim.live import operator_of, rule_of
+from kronecker_probe.optim.inspection import Inspection
+from kronecker_probe.optim.layer_samples import LayerSamples
+from kronecker_probe.optim.live import rule_of
 from kronecker_probe.optim.loading import checked_groups, checked_states
-from kronecker_probe.optim.precision import full_precision, state_dtype
+from kronecker_probe.optim.precision import full_precision
 from kronecker_probe.optim.stack import Failed, Stack, stacks_of
 from kronecker_probe.optim.tiles import layout
 
@@ -36,7 +39,7 @@ NONFINITE = ("raise", "skip")
 
 
 @final
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(ModelOptimizer):
     r"""Kronecker-factored preconditioning of averaged gradients, in batches of equal blocks.
 
     A step, for each block of a parameter and its gradient G, at its step t::
@@ -204,14 +207,23 @@ class KroneckerOptimizer(Optimizer):
             check_group(group, f" of parameter group {k}")
         self._check_changes()
         if not checks.check_gradients(every, self._name, skip=self.nonfinite == "skip"):
+            self._forget_records()
             return loss
+        layers = self._recorded([(group, params) for _, group, params in active])
         with full_precision(param.device.type for param in every):
             for k, group, params in active:
                 if params:
-                    self._step_group(k, group, params)
+                    self._step_group(k, group, params, layers)
+        self._forget_records()
         return loss
 
-    def _step_group(self, number: int, group: Group, params: list[Tensor]) -> None:
+    def _step_group(
+        self,
+        number: int,
+        group: Group,
+        params: list[Tensor],
+        layers: Mapping[int, LayerSamples],
+    ) -> None:
         recipe = recipe_of(group)
         self._build(number, group, params)
         steps = {}
@@ -222,18 +234,20 @@ class KroneckerOptimizer(Optimizer):
         for stack in self._stacks[number]:
             members = [one for one in stack.members if id(one.param) in steps]
             for step in sorted({steps[id(one.param)] for one in members}):
-                turn = stack.step([one for one in members if steps[id(one.param)] == step], step)
+                now = [one for one in members if steps[id(one.param)] == step]
+                turn = stack.step(now, step, layers)
                 parts |= turn.directions
                 self._note(turn.failures, step)
         updates = [_assembled(param, recipe.shapes, parts) for param in params]
-        apply_updates(group, params, updates, [steps[id(p)] for p in params], self._buffer)
 
-    def _buffer(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = new_buffer(param)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+        def buffer(param: Tensor) -> Tensor:
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = new_buffer(param, group)
+            held: Tensor = state["momentum_buffer"]
+            return held
+
+        apply_updates(group, params, updates, [steps[id(p)] for p in params], buffer)
 
     def _check_changes(self) -> None:
         """Let the stacks know of options that changed since the last step, or refuse them."""
@@ -266,7 +280,7 @@ class KroneckerOptimizer(Optimizer):
     def _stack(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
         known = self._stacks[number]
         first = sum(stack.blocks for stacks in self._stacks.values() for stack in stacks)
-        for stack in stacks_of(params, recipe_of(group), state_dtype, first):
+        for stack in stacks_of(params, recipe_of(group), first):
             known.append(stack)
             for member in stack.members:
                 state = self.state[member.param]
@@ -308,14 +322,26 @@ class KroneckerOptimizer(Optimizer):
             InvalidInputError: Not a parameter of this optimizer.
             UnsupportedError: There is none yet, or it cannot be resolved; the message says why.
         """
-        number = self._group_of(param)
-        group, state = self.param_groups[number], self.state.get(param, {})
+        return self.inspect(param).held()
+
+    def inspect(self, param: Tensor) -> Inspection:
+        """What is held of a parameter: its factors with bases and counters, and what P lacks.
+
+        Args:
+            param: A parameter of this optimizer.
+
+        Raises:
+            InvalidInputError: Not a parameter of this optimizer.
+            UnsupportedError: No step was taken with a gradient of it.
+        """
+        number, name = self._group_of(param), self._name(param)
+        state = self.state.get(param, {})
         if state.get("step", 0) == 0:
             raise UnsupportedError(
-                f"no preconditioner yet: no step was taken with a gradient ({self._name(param)})"
+                f"no preconditioner yet: no step was taken with a gradient ({name})"
             )
-        self._build(number, group, [param])
-        return operator_of(param, self._stacks[number], state["step"], self._name(param))
+        self._build(number, self.param_groups[number], [param])
+        return Inspection(param, self._stacks[number], state["step"], name)
 
     def rule(self, param: Tensor) -> str | None:
         """The approximation of H that :meth:`operator` would be, fresh and undamped.

@@ -50,6 +50,11 @@ class Factored(Preconditioner):
         if self._whitens:
             self._start_whiteners(state, gradients)
         keep, weight = self.recipe.weights(self.recipe.statistics.every)
+        for row, layer in enumerate(self.layers):
+            for side, end in self.each():
+                layer.add_factor(state[f"factor_{end}"][row], side, keep, weight)
+        if self.layers:
+            return
         if self.recipe.statistics.rule == "whitened":
             weight /= self.missing  # sides without a factor are whitened by the identity
         for side, end in self.each():

@@ -54,6 +54,8 @@ class Kronecker(Factored):
         if self.recipe.statistics.rule == "whitened":
             q = self.recipe.statistics.q
             return f"divergence:q={q:g}" if math.isclose(of_factor, 1.0) else None
+        if self.recipe.statistics.rule == "kfac":
+            return "kfac" if math.isclose(of_factor, 1.0) else None
         # without the trace scale the square has another scale, and the same cosine
         return next((name for e, name in _RULES.items() if math.isclose(e, of_factor)), None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,18 @@ from kronecker_probe.optim.stack import Member, Stack
 Corner = tuple[int, int]
 
 
-def operator_of(param: Tensor, stacks: Sequence[Stack], step: int, name: str) -> Operator:
+def held_block(stack: Stack, row: int, step: int) -> Operator:
+    """What a stack holds of one of its blocks."""
+    return stack.preconditioner.operator(stack.state, row, step)
+
+
+def operator_of(
+    param: Tensor,
+    stacks: Sequence[Stack],
+    step: int,
+    name: str,
+    of_block: Callable[[Stack, int, int], Operator] = held_block,
+) -> Operator:
     """The operators of a parameter's blocks, in their grid.
 
     Args:
@@ -22,6 +33,7 @@ def operator_of(param: Tensor, stacks: Sequence[Stack], step: int, name: str) ->
         stacks: Those of its group.
         step: Its steps.
         name: For messages.
+        of_block: The operator of a block, from its stack, its place there and its step.
 
     Raises:
         UnsupportedError: There is no preconditioner yet, it is not resolved, or its blocks are no
@@ -32,7 +44,7 @@ def operator_of(param: Tensor, stacks: Sequence[Stack], step: int, name: str) ->
         for member in stack.members:
             if member.param is param:
                 _check_rectangles(member, name)
-                found |= _member_operators(stack, member, step, name)
+                found |= _member_operators(stack, member, step, name, of_block)
     rows = sorted({place[0] for place in found})
     columns = sorted({place[1] for place in found})
     if len(rows) == len(columns) == 1:
@@ -74,7 +86,13 @@ def _check_rectangles(member: Member, name: str) -> None:
         )
 
 
-def _member_operators(stack: Stack, member: Member, step: int, name: str) -> dict[Corner, Operator]:
+def _member_operators(
+    stack: Stack,
+    member: Member,
+    step: int,
+    name: str,
+    of_block: Callable[[Stack, int, int], Operator],
+) -> dict[Corner, Operator]:
     """Those of a tile, by the first row and column of each block."""
     one, tile = stack.preconditioner, member.blocks
     ready = one.ready(stack.state, step)
@@ -87,7 +105,7 @@ def _member_operators(stack: Stack, member: Member, step: int, name: str) -> dic
         if ready is False or (ready is not True and not bool(ready[row])):
             raise UnsupportedError(_not_yet(one.recipe.basis.first, step, name))
         try:
-            operator = one.operator(stack.state, row, step)
+            operator = of_block(stack, row, step)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}") from error
         i, j = divmod(k, columns)

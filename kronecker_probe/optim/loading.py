@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.config import SECTIONS
 from kronecker_probe.optim.groups import Group, check_group, recipe_of
-from kronecker_probe.optim.precision import state_dtype
 from kronecker_probe.optim.stack import state_shapes
 
 
@@ -65,7 +65,8 @@ def checked_states(
             if state := loaded["state"].get(key):
                 shapes = state_shapes(param, recipe_of(given))
                 _check_state(state, shapes, tuple(param.shape), name_of(param))
-                yield param, {name: _copied(value, param) for name, value in state.items()}
+                dtype = recipe_of(given).state_dtype(param.dtype)
+                yield param, {k: _copied(v, param, dtype) for k, v in state.items()}
 
 
 def _same_groups(
@@ -129,9 +130,9 @@ def _check_state(
         )
 
 
-def _copied(value: Any, param: Tensor) -> Any:
+def _copied(value: Any, param: Tensor, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     if not value.is_floating_point():
         return value.clone()
-    return value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)
+    return value.to(device=param.device, dtype=dtype, copy=True)

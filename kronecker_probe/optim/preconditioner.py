@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.linalg.memory import available_bytes
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.layer_samples import LayerSamples
+from kronecker_probe.optim.precision import state_dtype
 
 State = dict[str, Tensor]
 
@@ -40,6 +42,13 @@ class Recipe:
     def beta2(self) -> float | None:
         """Decay of second moments; None for a sum."""
         return None if self.statistics.accumulate == "sum" else self.betas[1]
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the state of a parameter of this dtype."""
+        inverse_free = self.spectrum.eigenvalues == "inverse-free"
+        if inverse_free and self.inverse.precision == "bfloat16":
+            return torch.bfloat16
+        return state_dtype(dtype)
 
     def weights(self, steps: int = 1) -> tuple[float, float]:
         """What an update keeps of second moments, and the weight of what is new.
@@ -81,7 +90,13 @@ class Preconditioner(abc.ABC):
         recipe: The choices.
         block: Shape of a block.
         sides: Its dimensions that have a factor.
+
+    Attributes:
+        layers: What was recorded of the layers of the blocks of this step, for
+            statistics.rule="kfac".
     """
+
+    layers: Sequence[LayerSamples] = ()
 
     def __init__(self, recipe: Recipe, block: tuple[int, ...], sides: tuple[int, ...]) -> None:
         self.recipe = recipe

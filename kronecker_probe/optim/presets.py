@@ -29,7 +29,7 @@ from kronecker_probe.optim.engine import KroneckerOptimizer
 Betas = tuple[float, float]
 
 
-def _built(
+def built(
     params: ParamsT,
     lr: float,
     betas: Betas,
@@ -69,7 +69,7 @@ def Shampoo(
         "spectrum": Spectrum(epsilon=epsilon),
         "magnitude": Magnitude(grafting="adam"),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def ShampooSquared(
@@ -89,7 +89,7 @@ def ShampooSquared(
         "statistics": Statistics(),
         "spectrum": Spectrum(trace_scale=True, epsilon=epsilon, relative=True),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def EShampoo(
@@ -108,7 +108,7 @@ def EShampoo(
         "basis": Basis(start=1),
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def SOAP(
@@ -129,7 +129,7 @@ def SOAP(
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
         "shapes": Shapes(vectors="diagonal", max_dim=10_000),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def KLShampoo(
@@ -150,7 +150,7 @@ def KLShampoo(
         "spectrum": Spectrum(exponent=-0.5, epsilon=epsilon, relative=True),
         "shapes": Shapes(vectors="diagonal"),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def KLSOAP(
@@ -170,7 +170,7 @@ def KLSOAP(
         "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
         "shapes": Shapes(vectors="diagonal", max_dim=10_000),
     }
-    return _built(params, lr, betas, sections, options)
+    return built(params, lr, betas, sections, options)
 
 
 def RootFreeShampoo(
@@ -193,7 +193,7 @@ def RootFreeShampoo(
         "spectrum": Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
         "shapes": Shapes(vectors="diagonal"),
     }
-    return _built(params, lr, betas, sections, {"momentum": 0.9, **options})
+    return built(params, lr, betas, sections, {"momentum": 0.9, **options})
 
 
 def InverseFreeShampoo(
@@ -215,7 +215,7 @@ def InverseFreeShampoo(
         "statistics": Statistics(bias_correction=False, batch_size=batch_size),
         "spectrum": Spectrum(eigenvalues="inverse-free", power=1.0),
     }
-    return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+    return built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
 
 
 def RMSpropRootFree(
@@ -242,7 +242,7 @@ def RMSpropRootFree(
         "basis": Basis(start=1),
         "shapes": Shapes(max_dim=1),
     }
-    return _built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
+    return built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
 
 
 def AdaGradRootFree(
@@ -262,7 +262,7 @@ def AdaGradRootFree(
         "basis": Basis(start=1),
         "shapes": Shapes(max_dim=1),
     }
-    return _built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+    return built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
 
 
 def Muon(
@@ -283,7 +283,7 @@ def Muon(
         "statistics": Statistics(bias_correction=False),
         "spectrum": Spectrum(eigenvalues="polar", root="matmul"),
     }
-    return _built(
+    return built(
         params, lr, (beta1, 0.0), sections, {"nesterov": True, "scale_by_shape": True, **options}
     )
 

@@ -19,6 +19,8 @@ from kronecker_probe.optim.preconditioner import Failure, State
 _SCALINGS = 3
 # Marginals below this share of the largest are not divided by.
 _FLOOR = 1e-12
+# What D in the bases of the factors is, by the rule of their statistics.
+_RULES = {"gradient": "eigen-corrected", "kfac": "ekfac"}
 
 
 @final
@@ -34,7 +36,7 @@ class Rotated(Factored):
     @property
     def rule(self) -> str | None:
         whole = len(self.sides) == 2 and len(self.block) == 2
-        return "eigen-corrected" if whole and self.recipe.statistics.rule == "gradient" else None
+        return _RULES.get(self.recipe.statistics.rule) if whole else None
 
     def initial(self, like: Tensor) -> State:
         state = self.factors(like)
@@ -115,7 +117,12 @@ class Rotated(Factored):
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         rotated = self._rotate(state, gradients)
         keep, weight = self.recipe.weights()
-        state["second_moment"].mul_(keep).addcmul_(rotated, rotated, value=weight)
+        moment = state["second_moment"].mul_(keep)
+        for row, layer in enumerate(self.layers):
+            left, right = (state[f"basis_{end}"][row] for _, end in self.each())
+            layer.add_squares(moment[row], left, right, weight)
+        if not self.layers:
+            moment.addcmul_(rotated, rotated, value=weight)
         self._match(state, step)
         average = self.average(state, rotated)
         direction = divided(

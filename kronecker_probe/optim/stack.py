@@ -14,6 +14,7 @@ from kronecker_probe.optim.diagonal import Diagonal
 from kronecker_probe.optim.grafting import Graft
 from kronecker_probe.optim.inverse_free import InverseFree
 from kronecker_probe.optim.kronecker import Kronecker
+from kronecker_probe.optim.layer_samples import LayerSamples
 from kronecker_probe.optim.polar import Polar
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, Recipe, State
 from kronecker_probe.optim.rotated import Rotated
@@ -94,6 +95,8 @@ def preconditioner_of(recipe: Recipe, block: tuple[int, ...], order: int) -> Pre
     """
     kind = recipe.spectrum.eigenvalues
     sides = factored_sides(block, recipe.shapes, order)
+    if recipe.statistics.rule == "kfac":  # also of a single output or input: it has a scale
+        sides = tuple(range(len(block)))
     if kind == "polar":
         return Polar(recipe, block, sides)
     if kind == "inverse-free":
@@ -156,16 +159,24 @@ class Stack:
             tensor[member.rows].copy_(given[member.key(name)])
 
     @torch.no_grad()
-    def step(self, active: Sequence[Member], step: int) -> Turn:
-        """One step of some members, all at the same count of steps."""
+    def step(self, active: Sequence[Member], step: int, layers: Mapping[int, LayerSamples]) -> Turn:
+        """One step of some members, all at the same count of steps.
+
+        Args:
+            active: The members.
+            step: The count.
+            layers: What was recorded of the layers of parameters, by their id.
+        """
         state, rows = self._select(active)
         gradients = [member.read(_gradient(member.param), self.dtype) for member in active]
         G = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         one = self.preconditioner
         self.graft.update(state, G)
+        one.layers = [layers[id(m.param)] for m in active if id(m.param) in layers]
         one.update(state, G, step)
         failures = one.refresh(state, step)
         direction = self._direction(state, G, step)
+        one.layers = ()
         if rows is not None:
             for name, tensor in state.items():
                 self.state[name][rows.to(self.state[name].device)] = tensor
@@ -215,22 +226,19 @@ class Stack:
         return {name: t[rows.to(t.device)] for name, t in self.state.items()}, rows
 
 
-def stacks_of(
-    params: Sequence[Tensor], recipe: Recipe, state_dtype: Any, first: int
-) -> list[Stack]:
+def stacks_of(params: Sequence[Tensor], recipe: Recipe, first: int) -> list[Stack]:
     """Stacks for parameters that have none yet.
 
     Args:
         params: The parameters.
         recipe: The choices of their group.
-        state_dtype: Function of a dtype: that of the state.
         first: Number of the first block.
     """
     found: dict[tuple[Any, ...], list[Member]] = {}
     counts: dict[tuple[Any, ...], int] = {}
     for param in params:
         cut = layout(param.shape, recipe.shapes)
-        dtype = state_dtype(param.dtype)
+        dtype = recipe.state_dtype(param.dtype)
         for place, tile in enumerate(cut.tiles):
             vector = param.ndim <= 1
             key = tile.block, dtype, param.device, vector
@@ -249,7 +257,7 @@ def state_shapes(param: Tensor, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     ghost = param.to("meta")
     return {
         name: tuple(view.shape)
-        for stack in stacks_of([ghost], recipe, lambda dtype: dtype, 0)
+        for stack in stacks_of([ghost], recipe, 0)
         for member in stack.members
         for name, view in stack.views(member).items()
     }

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.quality.factor_findings import factor_findings
 from kronecker_probe.quality.findings import LEVELS, Diagnosis
 from kronecker_probe.quality.layer_findings import LayerFindings
 from kronecker_probe.quality.run_findings import run_findings
@@ -49,6 +50,8 @@ def diagnose(scores: Any) -> Diagnosis:
     layers = [LayerFindings(table, str(name)) for name in rows["parameter"].dropna().unique()]
     found = run_findings(table, layers)
     found += [finding for layer in layers for finding in layer.findings()]
+    for one in layers if "step" in table else ():
+        found += factor_findings(one.rows, one.name, one.last)
     order = {level: place for place, level in enumerate(LEVELS)}
     ranked = tuple(sorted(found, key=lambda one: order[one.level]))
     return Diagnosis(ranked, _steps({one.last for one in layers}) if "step" in table else "")

@@ -24,7 +24,7 @@ from kronecker_probe.quality.metrics import InnerProducts
 T = TypeVar("T")
 PerLayer: TypeAlias = Mapping[str, T] | T
 Held: TypeAlias = Operator | GradientSamples
-_Link: TypeAlias = tuple[str, Callable[[], Operator]]
+Link: TypeAlias = tuple[str, Callable[[], Operator]]
 
 COLUMNS = ("parameter", "m", "n", "rule", "component", "contribution", "error", "note")
 WHOLE = "samples"  # the name of a layer that came without one, as in compare
@@ -133,7 +133,7 @@ def decompose_gap(
         links = _chain(moment, rule, *(part.get(name) for part in given.values()))
         m, n = samples.shape
         shared = {"parameter": name, "m": m, "n": n, "rule": rule}
-        rows += [shared | row for row in _follow(moment, links)]
+        rows += [shared | row for row in follow(moment, links)]
     return GapDecomposition(pd.DataFrame(rows, columns=list(COLUMNS)))
 
 
@@ -143,8 +143,8 @@ def _chain(
     labels: GradientSamples | None,
     batches: GradientSamples | None,
     held: Held | None,
-) -> list[_Link]:
-    links: list[_Link] = [
+) -> list[Link]:
+    links: list[Link] = [
         ("kronecker-limit", lambda: approximate(target, "optimal")),
         ("rule", lambda: approximate(target, rule)),
     ]
@@ -159,8 +159,15 @@ def _chain(
     return links
 
 
-def _follow(target: SecondMoment, links: list[_Link]) -> list[dict[str, Any]]:
+def follow(target: SecondMoment, links: list[Link]) -> list[dict[str, Any]]:
     """A row a link: the error that it reaches, less that of the link before.
+
+    Args:
+        target: H.
+        links: (component, a function that makes its operator), in the order of the chain.
+
+    Returns:
+        Dicts of component, contribution, error (1 - cos^2) and note.
 
     After an undefined link the change is that of two causes together, and no contribution.
     """

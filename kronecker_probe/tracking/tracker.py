@@ -29,6 +29,7 @@ from kronecker_probe.quality.compare import (
 )
 from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.tracking.followed_rule import followed_rule, live_rule_row
+from kronecker_probe.tracking.inside import inside_rows
 from kronecker_probe.tracking.live import live_operator
 from kronecker_probe.tracking.record import FILE
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
@@ -287,7 +288,7 @@ class Tracker:
     def _live(self, samples: Capture) -> tuple[dict[str, dict[str, Operator]], list[Row]]:
         """The optimizer's operators, and rows beside them.
 
-        Those say which rule an operator follows, or why there is none.
+        Those say which rule an operator follows, or why there is none, and how its factors are.
         """
         found: dict[str, dict[str, Operator]] = {}
         beside: list[Row] = []
@@ -306,6 +307,7 @@ class Tracker:
                     beside.append(live_rule_row(name, rule))
             except UnsupportedError as error:
                 beside.append(absent_row(name, "live", str(error)))
+            beside += inside_rows(self.optimizer, name, parameters[name], one)
         return found, beside
 
     def _store(self, scores: Scores, samples: Capture, beside: list[Row]) -> None:

@@ -136,7 +136,11 @@ class Training:
         device = torch_device(options.device)
         self.model = workload.model.to(device)
         self.optimizer = build_optimizer(
-            options.optimizer, self.model.named_parameters(), options.lr, options.settings
+            options.optimizer,
+            self.model.named_parameters(),
+            options.lr,
+            options.settings,
+            self.model,
         )
         self._check_data(device)
         self.tracker = Tracker(

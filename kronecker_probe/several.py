@@ -1,0 +1,146 @@
+"""Tracking one workload with several optimizers, one run after the other."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from kronecker_probe.comparison import Comparison, Timing
+from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.interruption import resumable
+from kronecker_probe.optim.build import build_optimizer
+from kronecker_probe.report import write_report
+from kronecker_probe.terminal import errors, progress_shown, show_probes
+from kronecker_probe.tracking.record import FILE
+from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
+from kronecker_probe.workloads import Workload, load_workload
+
+
+def check_several(
+    workload: Workload,
+    directory: Path,
+    options: Sequence[TrainingOptions],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Refuse what can be refused before the first run starts.
+
+    Raises:
+        InvalidInputError: An optimizer given twice, or one that does not take the settings.
+        RunDirectoryError: A run is there already, or ``directory`` is itself a run or other files.
+    """
+    names = [one.optimizer for one in options]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInputError(f"--optimizer {twice[0]} is given twice; give each once.")
+    if resume and overwrite:
+        raise InvalidInputError("--resume with --overwrite; choose one.")
+    for one in options:
+        model = copy.deepcopy(workload.model)  # which an optimizer may hook
+        build_optimizer(one.optimizer, model.named_parameters(), one.lr, one.settings, model)
+    if directory.exists() and not directory.is_dir():
+        raise RunDirectoryError(f"{directory} is a file; choose another path for the runs.")
+    if (directory / FILE).exists():
+        raise RunDirectoryError(
+            f"{directory} holds a single run; choose another path for those of {len(names)} "
+            "optimizers."
+        )
+    if directory.is_dir() and not Comparison.holds(directory) and any(directory.iterdir()):
+        raise RunDirectoryError(
+            f"{directory} is not empty and holds no comparison; choose another path."
+        )
+    held = [name for name in names if (directory / name / FILE).exists()]
+    if held and not (resume or overwrite):
+        raise RunDirectoryError(
+            f"{directory} holds a run of {', '.join(held)} already; go on with --resume, delete it "
+            "with --overwrite, or choose another path."
+        )
+
+
+def track_several(
+    workload: str,
+    directory: Path,
+    options: Sequence[TrainingOptions],
+    *,
+    resume: bool,
+    overwrite: bool,
+    keep_checkpoints: str,
+) -> tuple[Comparison, list[str]]:
+    """Run them one after the other, each in a directory of its name, with a report of its own.
+
+    A run that diverges does not keep the others from running.
+
+    Args:
+        workload: Its name; it is made anew for each run.
+        directory: Of the comparison.
+        options: Of each run.
+        resume: Go on with the runs that are there.
+        overwrite: Delete them first.
+        keep_checkpoints: As for :class:`Training`.
+
+    Returns:
+        The comparison, and the optimizers that diverged.
+    """
+    # of runs from an earlier call, the times and the place in the comparison
+    kept = Comparison.open(directory).timings if Comparison.holds(directory) else {}
+    diverged = []
+    for one in options:
+        fresh = overwrite or not (directory / one.optimizer / FILE).exists()
+        before = Timing() if fresh else kept.get(one.optimizer, Timing())
+        kept[one.optimizer] = before
+        Comparison(directory, kept).save()
+        training = Training(
+            load_workload(workload, one.seed),
+            workload,
+            directory / one.optimizer,
+            one,
+            resume=resume,
+            overwrite=overwrite and (directory / one.optimizer).exists(),
+            keep_checkpoints=keep_checkpoints,
+        )
+        errors.print(f"[bold]{escape(one.optimizer)}[/]", highlight=False)
+        show_probes(training.probed)
+        clock = _Clock(training.probed)
+        try:
+            with resumable(training), progress_shown(one.steps) as show:
+                training.run(lambda state, show=show, clock=clock: _both(clock, show, state))
+        except NonFiniteError as error:
+            diverged.append(one.optimizer)
+            errors.print(f"[red]{escape(one.optimizer)}:[/] {escape(str(error))}", soft_wrap=True)
+        finally:
+            kept[one.optimizer] = before + clock.timing()
+            Comparison(directory, kept).save()
+        if training.store.steps():
+            write_report(training.store.path)
+    return Comparison(directory, kept), diverged
+
+
+def _both(clock: _Clock, show: Callable[[Progress], None], state: Progress) -> None:
+    clock.tick(state.step)
+    show(state)
+
+
+class _Clock:
+    """Times a run, and its steps without a probe."""
+
+    def __init__(self, probed: Sequence[int]) -> None:
+        self.probed = frozenset(probed)
+        self.started = self.last = time.perf_counter()
+        self.steps = 0
+        self.step_seconds = 0.0
+
+    def tick(self, taken: int) -> None:
+        """After a step; the one before ``taken`` was probed or not."""
+        now = time.perf_counter()
+        if taken - 1 not in self.probed:
+            self.steps += 1
+            self.step_seconds += now - self.last
+        self.last = now
+
+    def timing(self) -> Timing:
+        """So far."""
+        return Timing(time.perf_counter() - self.started, self.steps, self.step_seconds)

@@ -1,0 +1,237 @@
+"""Several optimizers in one call: a run each, and their comparison."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import Result
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
+
+from kronecker_probe.cli import app
+from kronecker_probe.comparison import Comparison, Timing
+from kronecker_probe.comparison_figure import plot_comparison
+from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.tracking.store import RunStore
+
+DONE, FAILED, USAGE = 0, 1, 2
+SHORT = ("--steps", "4", "--probes", "3", "--probe-size", "16", "--layers", "0.weight",
+         "--lr", "0.01")  # fmt: skip
+PAIR = ("--optimizer", "soap", "--optimizer", "rmsprop")
+
+MODULE = """
+import torch
+from torch import nn
+import kronecker_probe as kp
+
+def workload(seed):
+    inputs = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    targets = (inputs[:, 0] > 0).long()
+    model = nn.Sequential(nn.Linear(3, 2))
+    return kp.Workload(model, nn.CrossEntropyLoss(), (inputs, targets), (inputs, targets),
+                       steps=4, batch_size=8, lr=0.01, description="mine")
+"""
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("code")
+    (path / "users_several.py").write_text(MODULE)
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(path))
+    patch.setenv("COLUMNS", "200")
+    patch.setenv("TERM", "dumb")
+    return "users_several:workload"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def compared(workload: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("several") / "runs"
+    result = invoke("track", workload, *PAIR, "--out", out, *SHORT)
+    assert result.exit_code == DONE, result.output
+    return out, result.output
+
+
+@pytest.fixture
+def copied(compared: tuple[Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compared[0], tmp_path / "runs"))
+
+
+def test_each_optimizer_has_the_run_that_it_would_have_alone(
+    compared: tuple[Path, str], workload: str, tmp_path: Path
+) -> None:
+    out, _ = compared
+    for name in ("soap", "rmsprop"):
+        alone = tmp_path / name
+        result = invoke("track", workload, "--optimizer", name, "--out", alone, *SHORT)
+        assert result.exit_code == DONE, result.output
+        pd.testing.assert_frame_equal(
+            RunStore.open(out / name).read(), RunStore.open(alone).read(), check_exact=True
+        )
+        assert (out / name / "report.html").is_file()
+        assert RunStore.open(out / name).status == "done"
+
+
+def test_the_numbers_are_those_of_the_runs(compared: tuple[Path, str]) -> None:
+    out, printed = compared
+    table = pd.read_csv(out / "comparison.csv")
+    assert set(table["optimizer"]) == {"soap", "rmsprop"}
+    stored = RunStore.open(out / "soap").read()
+    for metric in ("probe_loss", "test_accuracy"):
+        expected = stored[stored["metric"] == metric].sort_values("step")["value"].to_list()
+        of = table[(table["optimizer"] == "soap") & (table["metric"] == metric)]
+        assert of.sort_values("step")["value"].to_list() == pytest.approx(expected)
+        assert f"{expected[-1]:.4f}" in printed
+    live = stored[(stored["approximation"] == "live") & (stored["metric"] == "cosine")]
+    live = live[(live["kind"] == "plugin") & (live["step"] == 4)]["value"].iloc[0]
+    rule = stored[stored["approximation"].eq("eigen-corrected") & stored["metric"].eq("cosine")]
+    rule = rule[(rule["kind"] == "plugin") & (rule["step"] == 4)]["value"].iloc[0]
+    assert f"{live:.3f} | {rule:.3f}" in printed
+    assert re.search(r"rmsprop.*done", printed)
+    assert str(out / "comparison.png") in printed.replace("\n", "")
+
+
+def test_the_page_embeds_the_figure_and_leads_to_the_runs(compared: tuple[Path, str]) -> None:
+    out, _ = compared
+    page = (out / "report.html").read_text()
+    image = re.search(r'src="data:image/png;base64,([^"]+)"', page)
+    assert image is not None
+    assert base64.b64decode(image[1]) == (out / "comparison.png").read_bytes()
+    links = re.findall(r'href="([^"]+)"', page)
+    assert links == ["soap/report.html", "rmsprop/report.html"]
+    assert all((out / link).is_file() for link in links)
+
+
+def test_it_is_drawn_again_from_what_is_stored(copied: Path) -> None:
+    files = ("comparison.csv", "comparison.png", "report.html")
+    before = {name: (copied / name).read_bytes() for name in files}
+    for name in files:
+        (copied / name).unlink()
+    result = invoke("report", copied)
+    assert result.exit_code == DONE, result.output
+    assert {name: (copied / name).read_bytes() for name in files} == before
+    (copied / "comparison.json").write_text("{}")
+    broken = invoke("report", copied)
+    assert broken.exit_code == USAGE
+    assert "comparison.json cannot be read" in broken.output
+
+
+def test_runs_that_are_there_are_not_touched_without_a_word(copied: Path, workload: str) -> None:
+    again = invoke("track", workload, *PAIR, "--out", copied, *SHORT)
+    assert again.exit_code == USAGE
+    assert "soap, rmsprop already" in again.output
+    assert "--resume" in again.output
+
+
+def test_resuming_keeps_what_is_done_and_adds_what_is_not(copied: Path, workload: str) -> None:
+    before = RunStore.open(copied / "soap").record["created"]
+    more = (*PAIR, "--optimizer", "sgd")
+    result = invoke("track", workload, *more, "--out", copied, *SHORT, "--resume")
+    assert result.exit_code == DONE, result.output
+    assert RunStore.open(copied / "soap").record["created"] == before
+    assert RunStore.open(copied / "sgd").steps() == [0, 1, 4]
+    assert list(Comparison.open(copied).timings) == ["soap", "rmsprop", "sgd"]
+
+
+def test_overwriting_starts_each_anew(copied: Path, workload: str) -> None:
+    (copied / "soap" / "mine.txt").write_text("keep")
+    longer = [*SHORT, "--overwrite"]
+    longer[1] = "5"
+    result = invoke("track", workload, *PAIR, "--out", copied, *longer)
+    assert result.exit_code == DONE, result.output
+    assert RunStore.open(copied / "soap").steps()[-1] == 5
+    assert (copied / "soap" / "mine.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["--optimizer", "soap", "--optimizer", "soap"], "soap is given twice"),
+     (["--optimizer", "soap", "--optimizer", "soup"], "soup"),
+     (["--optimizer", "soap", "--optimizer", "sgd", "--set", "basis.frequency=3"], "section"),
+     ([*PAIR, "--resume", "--overwrite"], "choose one")],
+)  # fmt: skip
+def test_bad_usage_leaves_nothing_behind(
+    arguments: list[str], text: str, workload: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    result = invoke("track", workload, *arguments, "--out", out, "--steps", "4")
+    assert result.exit_code == USAGE, result.output
+    assert text in " ".join(result.output.split())
+    assert not out.exists()
+
+
+def test_a_directory_of_something_else_is_refused(
+    compared: tuple[Path, str], workload: str, tmp_path: Path
+) -> None:
+    single = compared[0] / "soap"
+    result = invoke("track", workload, *PAIR, "--out", single, *SHORT)
+    assert result.exit_code == USAGE
+    assert "holds a single run" in " ".join(result.output.split())
+    (tmp_path / "mine.txt").write_text("keep")
+    result = invoke("track", workload, *PAIR, "--out", tmp_path, *SHORT, "--overwrite")
+    assert result.exit_code == USAGE
+    assert "no comparison" in " ".join(result.output.split())
+
+
+def test_a_run_that_diverges_does_not_keep_the_others_from_running(
+    workload: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    pair = ("--optimizer", "sgd", "--optimizer", "adamw")
+    result = invoke("track", workload, *pair, "--out", out, *SHORT[:-1], "1e38")
+    assert result.exit_code == FAILED, result.output
+    assert RunStore.open(out / "sgd").status == "failed"
+    assert (out / "adamw" / "run.json").is_file()
+    assert (out / "comparison.csv").is_file()
+
+
+def test_times_of_a_resumed_run_add_up(tmp_path: Path) -> None:
+    both = Timing(2.0, 3, 0.5) + Timing(1.0, 1, 0.25)
+    assert both == Timing(3.0, 4, 0.75)
+    Comparison(tmp_path / "deep" / "runs", {"soap": both}).save()
+    assert Comparison.open(tmp_path / "deep" / "runs").timings == {"soap": both}
+    assert json.loads((tmp_path / "deep" / "runs" / "comparison.json").read_text())["runs"]
+    with pytest.raises(RunDirectoryError, match=r"no comparison\.json"):
+        Comparison.open(tmp_path)
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def numbers(layers: int) -> pd.DataFrame:
+    rows = [
+        {"optimizer": name, "step": step, "parameter": None, "metric": "probe_loss", "value": 1.0}
+        for name in ("a", "b") for step in (0, 5)
+    ]  # fmt: skip
+    rows += [
+        {"optimizer": name, "step": step, "parameter": f"{k}.weight", "metric": "live_cosine",
+         "value": 0.1 * k}
+        for name in ("a", "b") for step in (0, 5) for k in range(layers)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_few_layers_have_a_panel_each_and_many_share_one() -> None:
+    few = plot_comparison(numbers(3), figure=Figure())
+    assert [ax.get_title(loc="left") for ax in few[1:]] == [
+        f"live cosine to H: {k}.weight" for k in range(3)
+    ]
+    many = plot_comparison(numbers(6), figure=Figure())
+    assert len(many) == 2
+    assert "mean and range of 6 layers" in many[1].get_title(loc="left")
+    lines = {line.get_label(): line for line in many[1].get_lines()}
+    assert lines["a"].get_ydata().tolist() == pytest.approx([0.25, 0.25])
+    assert lines["a"].get_color() != lines["b"].get_color()
+    assert lines["a"].get_marker() != lines["b"].get_marker()
+    with pytest.raises(InvalidInputError, match="no losses"):
+        plot_comparison(numbers(2).query("metric == 'live_cosine'"), figure=Figure())
