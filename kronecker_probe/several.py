@@ -107,7 +107,7 @@ def track_several(
         clock = _Clock(training.probed)
         try:
             with resumable(training), progress_shown(one.steps) as show:
-                training.run(lambda state, show=show, clock=clock: _both(clock, show, state))
+                training.run(clock.then(show))
         except NonFiniteError as error:
             diverged.append(one.optimizer)
             errors.print(f"[red]{escape(one.optimizer)}:[/] {escape(str(error))}", soft_wrap=True)
@@ -119,11 +119,6 @@ def track_several(
     return Comparison(directory, kept), diverged
 
 
-def _both(clock: _Clock, show: Callable[[Progress], None], state: Progress) -> None:
-    clock.tick(state.step)
-    show(state)
-
-
 class _Clock:
     """Times a run, and its steps without a probe."""
 
@@ -132,6 +127,15 @@ class _Clock:
         self.started = self.last = time.perf_counter()
         self.steps = 0
         self.step_seconds = 0.0
+
+    def then(self, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
+        """What to call after every step: this clock, then ``show``."""
+
+        def both(state: Progress) -> None:
+            self.tick(state.step)
+            show(state)
+
+        return both
 
     def tick(self, taken: int) -> None:
         """After a step; the one before ``taken`` was probed or not."""

@@ -26,13 +26,13 @@ AGES = (0, 15)
 @pytest.fixture(scope="module")
 def purified() -> pd.DataFrame:
     shapes = ((16, 16), (32, 16), (16, 32))
-    preset = purifying.Preset(1, shapes, 60, 20, 1, AGES, 40, (1e-2,), (1, 10), (0.02, 0.5))
+    preset = purifying.Preset(1, shapes, 60, 20, 1, AGES, 30, (1e-2,), (1, 10), (0.02, 0.5))
     return purifying.collect(preset)
 
 
 @pytest.fixture(scope="module")
 def rootless() -> pd.DataFrame:
-    return root_free.collect(root_free.Preset(1, 2, 6, (1, 16), 400, 64, 8))
+    return root_free.collect(root_free.Preset(1, 2, 6, (1, 16), 300, 64, 8))
 
 
 def drifted(table: pd.DataFrame, measured: str) -> pd.DataFrame:
@@ -80,11 +80,11 @@ def test_correction_repairs_eigenvalues_and_grafting_lengths(purified: pd.DataFr
 def test_refreshes_follow_the_rules(purified: pd.DataFrame) -> None:
     rows = purified[(purified["part"] == "refresh") & (purified["measured"] == "refreshes")]
     counts = rows.set_index(["variant", "setting", "parameter", "side"])["value"].unstack("setting")
-    assert (counts.loc["interval", 1] == 40).all()
-    assert (counts.loc["interval", 10] == 4).all()
+    assert (counts.loc["interval", 1] == 30).all()
+    assert (counts.loc["interval", 10] == 3).all()
     loose, tight = counts.loc["tolerance", 0.5], counts.loc["tolerance", 0.02]
     assert loose.ge(1).all()
-    assert tight.le(4).all()  # tests
+    assert tight.le(3).all()  # tests
     assert loose.mean() < tight.mean()
 
 

@@ -99,7 +99,8 @@ def test_a_held_basis_that_its_factor_left() -> None:
     optimizer = stepped("eshampoo", [first, other, other], basis=ONCE, betas=(0.9, 0.5))
     rows = rows_of(optimizer)
     kept = [0.5**2, 0.5, 1.0]  # weights of the three squares, up to their sum
-    A = sum(w * g @ g.T for w, g in zip(kept, [first, other, other], strict=True))
+    squares = [w * g @ g.T for w, g in zip(kept, [first, other, other], strict=True)]
+    A = torch.stack(squares).sum(0)
     expected = math.sqrt(2) * float(A[0, 1]) / float(A.norm())
     assert rows["basis_off_diagonal", 0] == pytest.approx(expected, rel=TOLERANCE)
     assert rows["steps_since_refresh", 0] == 2
@@ -228,18 +229,22 @@ def inside(metric: str, value: float, step: int = 9, side: int = 1) -> dict[str,
 
 def test_amplified_junk_is_told_with_an_epsilon() -> None:
     rows = [inside("factor_under_floor", 0.4), inside("factor_amplification", 60.0)]
-    rows += [inside("factor_suggested_epsilon", 2.5e-6)]
+    rows += [inside("factor_suggested_epsilon", 2.5e-6), inside("factor_rank", 6.0)]
     one = finding(rows)["junk directions"]
     assert one.parameter == "fc"
     assert "40 % of the directions of the right factor" in one.message
     assert "60 times" in one.message
     assert "2.5e-06" in one.advice
     assert one.evidence["suggested_epsilon"] == 2.5e-6
-    assert "junk directions" not in finding(rows[:2])
+    assert "junk directions" not in finding([*rows[:2], rows[3]])
     for place, mild in ((0, 0.05), (1, 3.0)):
         weak = [row | {"value": mild} if k == place else row for k, row in enumerate(rows)]
         assert "junk directions" not in finding(weak)
     assert "junk directions" not in finding([row | {"step": 5} for row in rows])
+    # 1 of 10: what a softmax has by construction; and 1 of 3
+    for share, rank in ((0.1, 9.0), (1 / 3, 2.0)):
+        single = [rows[0] | {"value": share}, *rows[1:3], rows[3] | {"value": rank}]
+        assert "junk directions" not in finding(single)
 
 
 def test_a_basis_far_off_is_told_with_its_step() -> None:

@@ -94,7 +94,7 @@ BAD: dict[str, list[Any]] = {
     "nesterov": [1, True],
     "scale_by_shape": [None],
     "statistics.accumulate": ["mean"],
-    "statistics.rule": ["kfac"],
+    "statistics.rule": ["hessian"],
     "statistics.q": [1.0],
     "statistics.bias_correction": [1, None],
     "statistics.every": [0],

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import Result
 from matplotlib.figure import Figure
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from kronecker_probe.cli import app
 from kronecker_probe.comparison import Comparison, Timing
@@ -71,15 +70,16 @@ def test_each_optimizer_has_the_run_that_it_would_have_alone(
     compared: tuple[Path, str], workload: str, tmp_path: Path
 ) -> None:
     out, _ = compared
-    for name in ("soap", "rmsprop"):
-        alone = tmp_path / name
-        result = invoke("track", workload, "--optimizer", name, "--out", alone, *SHORT)
-        assert result.exit_code == DONE, result.output
-        pd.testing.assert_frame_equal(
-            RunStore.open(out / name).read(), RunStore.open(alone).read(), check_exact=True
-        )
-        assert (out / name / "report.html").is_file()
-        assert RunStore.open(out / name).status == "done"
+    assert all((out / name / "report.html").is_file() for name in ("soap", "rmsprop"))
+    assert RunStore.open(out / "soap").status == "done"
+    # the second one, before which the first has trained
+    result = invoke("track", workload, "--optimizer", "rmsprop", "--out", tmp_path / "one", *SHORT)
+    assert result.exit_code == DONE, result.output
+    pd.testing.assert_frame_equal(
+        RunStore.open(out / "rmsprop").read(),
+        RunStore.open(tmp_path / "one").read(),
+        check_exact=True,
+    )
 
 
 def test_the_numbers_are_those_of_the_runs(compared: tuple[Path, str]) -> None:
@@ -112,6 +112,7 @@ def test_the_page_embeds_the_figure_and_leads_to_the_runs(compared: tuple[Path, 
     assert all((out / link).is_file() for link in links)
 
 
+@pytest.mark.slow
 def test_it_is_drawn_again_from_what_is_stored(copied: Path) -> None:
     files = ("comparison.csv", "comparison.png", "report.html")
     before = {name: (copied / name).read_bytes() for name in files}
@@ -133,6 +134,7 @@ def test_runs_that_are_there_are_not_touched_without_a_word(copied: Path, worklo
     assert "--resume" in again.output
 
 
+@pytest.mark.slow
 def test_resuming_keeps_what_is_done_and_adds_what_is_not(copied: Path, workload: str) -> None:
     before = RunStore.open(copied / "soap").record["created"]
     more = (*PAIR, "--optimizer", "sgd")
@@ -143,6 +145,7 @@ def test_resuming_keeps_what_is_done_and_adds_what_is_not(copied: Path, workload
     assert list(Comparison.open(copied).timings) == ["soap", "rmsprop", "sgd"]
 
 
+@pytest.mark.slow
 def test_overwriting_starts_each_anew(copied: Path, workload: str) -> None:
     (copied / "soap" / "mine.txt").write_text("keep")
     longer = [*SHORT, "--overwrite"]
@@ -187,11 +190,12 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_running(
     workload: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    pair = ("--optimizer", "sgd", "--optimizer", "adamw")
-    result = invoke("track", workload, *pair, "--out", out, *SHORT[:-1], "1e38")
+    # AdamW's decay multiplies the weights by -1e23 a step; SGD is where the softmax saturates
+    pair = ("--optimizer", "adamw", "--optimizer", "sgd")
+    result = invoke("track", workload, *pair, "--out", out, *SHORT[:-1], "1e25")
     assert result.exit_code == FAILED, result.output
-    assert RunStore.open(out / "sgd").status == "failed"
-    assert (out / "adamw" / "run.json").is_file()
+    assert RunStore.open(out / "adamw").status == "failed"
+    assert RunStore.open(out / "sgd").status == "done"
     assert (out / "comparison.csv").is_file()
 
 

@@ -6,8 +6,9 @@ import pandas as pd
 
 from kronecker_probe.quality.findings import Finding
 
-# Junk is told of from this share of the directions, and this much more scale than the median's.
-JUNK, AMPLIFIED = 0.1, 10.0
+# Junk is told of above this share of the directions, from this much more scale than the median's.
+# A single direction is what a softmax has by construction: its gradients add up to zero.
+JUNK, FEWEST, AMPLIFIED = 0.1, 2, 10.0
 # The off-diagonal share from which a basis is far off: of a random one it is near 1.
 FAR = 0.5
 _SIDES = {0: "left", 1: "right"}
@@ -32,14 +33,21 @@ def factor_findings(rows: pd.DataFrame, name: str, last: int) -> list[Finding]:
 
 def _junk(now: pd.DataFrame, name: str, side: int) -> list[Finding]:
     """Directions without a correct digit that epsilon lets grow."""
-    share, amplification, epsilon = (
+    rank, share, amplification, epsilon = (
         _number(now, metric)
-        for metric in ("factor_under_floor", "factor_amplification", "factor_suggested_epsilon")
+        for metric in (
+            "factor_rank",
+            "factor_under_floor",
+            "factor_amplification",
+            "factor_suggested_epsilon",
+        )
     )
     # without a suggestion, epsilon is as large as it has to be already
-    if share is None or amplification is None or epsilon is None:
+    if rank is None or share is None or amplification is None or epsilon is None:
         return []
-    if share < JUNK or amplification < AMPLIFIED:
+    if not JUNK < share < 1 or amplification < AMPLIFIED:
+        return []
+    if round(rank * share / (1 - share)) < FEWEST:
         return []
     message = (
         f"{100 * share:.0f} % of the directions of the {_side(side)} factor are below its "
@@ -47,7 +55,10 @@ def _junk(now: pd.DataFrame, name: str, side: int) -> list[Finding]:
         "one"
     )
     evidence = {"share": share, "amplification": amplification, "suggested_epsilon": epsilon}
-    advice = f"an epsilon (spectrum.epsilon) of {epsilon:.1e} would not"
+    advice = (
+        f"an epsilon (spectrum.epsilon) of {epsilon:.1e} would not; harmless only where inputs "
+    )
+    advice += "or outputs are constant"
     return [Finding("notice", name, "junk directions", message, advice, evidence)]
 
 

@@ -1,0 +1,229 @@
+"""What the hooks of KFAC and EKFAC record, leave alone and refuse."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kronecker_probe import optim
+from kronecker_probe.errors import InvalidInputError, UnknownNameError, UnsupportedError
+from tests.kfac_cases import (
+    LOSS,
+    N,
+    Twice,
+    assert_close,
+    dense,
+    fresh,
+    operators,
+    problem,
+    step,
+)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "twice"])
+def test_hooks_change_no_output_and_no_gradient(name: str) -> None:
+    model, x, y = problem(name)
+    plain = copy.deepcopy(model)
+    optim.KFAC(model)
+    outputs = [m(x) for m in (model, plain)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        LOSS(output, y).backward()
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_passes_add_up_to_the_batch_that_they_are_parts_of() -> None:
+    model, x, y = problem("conv2d")
+
+    def parts(_: optim.KroneckerOptimizer) -> None:
+        for part in (slice(0, 10), slice(10, 25), slice(25, N)):
+            (LOSS(model(x[part]), y[part]) * len(x[part]) / N).backward()
+
+    found = operators(model, parts)
+    wanted = operators(model, lambda _: LOSS(model(x), y).backward())
+    for one, two in zip(found, wanted, strict=True):
+        assert_close(one, two)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_count_once(reentrant: bool) -> None:
+    model, x, y = problem("twice")
+    assert isinstance(model, Twice)
+
+    def run(_: optim.KroneckerOptimizer) -> None:
+        inputs = x.clone().requires_grad_()
+        hidden = checkpoint(lambda v: torch.tanh(model.inner(v)), inputs, use_reentrant=reentrant)
+        LOSS(model.head(torch.relu_(hidden)), y).backward()
+
+    def plain(_: optim.KroneckerOptimizer) -> None:
+        LOSS(model.head(torch.relu(torch.tanh(model.inner(x)))), y).backward()
+
+    for one, two in zip(operators(model, run), operators(model, plain), strict=True):
+        assert_close(one, two)
+
+
+def test_what_is_no_training_leaves_no_trace() -> None:
+    model, x, y = problem()
+
+    def with_others(optimizer: optim.KroneckerOptimizer) -> None:
+        LOSS(model(x[:7]), y[:7]).backward()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(2 * x)
+        model(3 * x)  # no backward pass
+        model.eval()
+        LOSS(model(4 * x.requires_grad_()), y).backward()
+        model.train()
+        for param in model.parameters():
+            param.grad = None
+        inputs = (5 * x).detach().requires_grad_()
+        torch.autograd.grad(LOSS(model(inputs), y), inputs)
+        LOSS(model(x.detach()), y).backward()
+
+    found = operators(model, with_others)
+    wanted = operators(model, lambda _: LOSS(model(x.detach()), y).backward())
+    for one, two in zip(found, wanted, strict=True):
+        assert_close(one, two)
+
+
+def test_sampling_gives_the_statistics_and_no_gradient() -> None:
+    model, x, y = problem()
+    drawn = [(y + k) % 4 for k in (1, 2)]
+    optimizer = fresh(model)
+    outputs = model(x)
+    with optimizer.sampling():
+        for labels in drawn:
+            (LOSS(outputs, labels) / 2).backward(retain_graph=True)
+    assert all(p.grad is None for p in model.parameters())
+    LOSS(outputs, y).backward()
+    own = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), own, strict=True))
+    optimizer.step()
+    optimizer.remove_hooks()
+    model.zero_grad()
+    other = fresh(model)
+    LOSS(model(torch.cat([x, x])), torch.cat(drawn)).backward()
+    other.step()
+    for param in model.parameters():
+        assert_close(dense(optimizer, param), dense(other, param))
+
+
+def test_a_closure_is_recorded() -> None:
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    optimizer, other = optim.KFAC(model), optim.KFAC(twin)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = LOSS(model(x), y)
+        loss.backward()
+        return float(loss.detach())
+
+    first = LOSS(model(x), y).item()
+    assert optimizer.step(closure) == first
+    optimizer.step(closure)
+    for _ in range(2):
+        step(twin, other, x, y)
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_end_with_removal_and_do_not_keep_the_optimizer() -> None:
+    model, x, y = problem()
+    optimizer = optim.KFAC(model)
+    assert hooks_of(model) == 2
+    optimizer.attach(model)
+    assert hooks_of(model) == 2
+    optimizer.remove_hooks()
+    assert hooks_of(model) == 0
+    LOSS(model(x), y).backward()
+    with pytest.raises(InvalidInputError, match="attach"):
+        optimizer.step()
+    optimizer.attach(model)
+    step(model, optimizer, x, y)
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    LOSS(model(x), y).backward()  # its hooks find nobody
+
+
+def test_an_input_changed_in_place_is_refused() -> None:
+    model = nn.Linear(4, 2)
+    optim.KFAC(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # autograd keeps a copy of its own
+        x = torch.randn(3, 4)
+        output = model(x)
+        x.add_(1)
+    with pytest.raises(UnsupportedError, match="in place"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("mistake", ["eval", "functional", "twice"])
+def test_a_gradient_without_statistics_is_refused(mistake: str) -> None:
+    model, x, y = problem()
+    optimizer = optim.KFAC(model)
+    optimizer.step()  # no gradient, nothing to do
+    if mistake == "functional":
+        torch.func.functional_call(
+            nn.Sequential(*copy.deepcopy(model)), dict(model.named_parameters()), x
+        ).sum().backward()
+    else:
+        model.train(mistake != "eval")
+        LOSS(model(x), y).backward()
+    if mistake == "twice":
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InvalidInputError, match=r"'0\.weight'.*model\.train"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_different_numbers_of_data_in_one_pass_are_refused() -> None:
+    model, x, y = problem()
+    optimizer = optim.KFAC(model)
+    (LOSS(model(x), y) + LOSS(model(x[:3]), y[:3])).backward()
+    with pytest.raises(UnsupportedError, match=r"\[3, 40\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("build", "error", "told"), [
+    (lambda: optim.KFAC(nn.LayerNorm(3)), InvalidInputError, "EShampoo"),
+    (lambda: optim.KFAC(nn.Conv2d(4, 4, 2, groups=2)), InvalidInputError, "groups"),
+    (lambda: optim.KFAC(nn.Linear(3, 2).requires_grad_(False)), InvalidInputError, "EShampoo"),
+    (lambda: optim.KFAC(nn.Linear(9, 2, bias=False), shapes={"max_dim": 8}), InvalidInputError,
+     "max_dim=8"),
+    (lambda: optim.KFAC(nn.Linear(3, 2).parameters()), InvalidInputError, "the model"),  # type: ignore[arg-type]
+    (lambda: optim.KFAC(nn.Linear(3, 2), loss_reduction="none"), UnknownNameError, "mean"),
+    (lambda: optim.KFAC(nn.Linear(3, 2), shapes={"block_size": 2}), InvalidInputError, "block"),
+    (lambda: optim.KFAC(nn.Linear(3, 2), shapes={"vectors": "diagonal"}), InvalidInputError,
+     "vectors"),
+    (lambda: optim.EKFAC(nn.Linear(3, 2), basis={"marginals": True}), InvalidInputError,
+     "marginals"),
+    (lambda: optim.Statistics(rule="kfac", batch_size=2), InvalidInputError, "batch_size"),
+    (lambda: optim.Statistics(loss_reduction="sum"), InvalidInputError, "kfac"),
+    (lambda: optim.SOAP(nn.Linear(3, 2).parameters()).attach(nn.Linear(3, 2)), InvalidInputError,
+     "kfac"),
+    (lambda: optim.KFAC(nn.Linear(3, 2)).attach(nn.Linear(3, 2)), InvalidInputError, "no weight"),
+    (lambda: optim.SOAP(nn.Linear(3, 2).parameters()).sampling(), InvalidInputError, "attached"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(
+    build: Callable[[], Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        build()
