@@ -8,7 +8,7 @@ import sys
 MODULES = (
     "kronecker_floor",
     "tracker_overhead",
-    "shampoo_step",
+    "optimizer_step",
     "roots",
     "shared_layers",
     "planner_grid",

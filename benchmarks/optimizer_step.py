@@ -213,7 +213,7 @@ def floor_of(name: str, times: dict[str, list[list[float]]], unit: float) -> flo
         return 0.0
     pairs = (
         1
-        if name == "Shampoo" or name.startswith("Distributed Shampoo") and "corr" not in name
+        if name == "Shampoo" or (name.startswith("Distributed Shampoo") and "corr" not in name)
         else 2
     )
     return statistics.median(itertools.chain(*times[f"floor {pairs}"])) + unit

@@ -158,8 +158,8 @@ OptimizerOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="shampoo, shampoo-squared, eshampoo, soap, kl-shampoo, kl-soap, root-free-shampoo, "
-        "inverse-free-shampoo, rmsprop-root-free, adagrad-root-free, muon; or torch's adamw, adam, "
-        "sgd, rmsprop, adagrad. May be repeated: a run each in --out/NAME, and their comparison.",
+        "inverse-free-shampoo, rmsprop-root-free, adagrad-root-free, kfac, ekfac, muon; or torch's "
+        "adamw, adam, sgd, rmsprop, adagrad. May be repeated: a run each in --out/NAME, and their comparison.",
     ),
 ]
 SettingsOption = Annotated[
