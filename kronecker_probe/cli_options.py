@@ -159,7 +159,8 @@ OptimizerOption = Annotated[
         metavar="NAME",
         help="shampoo, shampoo-squared, eshampoo, soap, kl-shampoo, kl-soap, root-free-shampoo, "
         "inverse-free-shampoo, rmsprop-root-free, adagrad-root-free, kfac, ekfac, muon; or torch's "
-        "adamw, adam, sgd, rmsprop, adagrad. May be repeated: a run each in --out/NAME, and their comparison.",
+        "adamw, adam, sgd, rmsprop, adagrad. May be repeated: a run each in --out/NAME, and "
+        "their comparison.",
     ),
 ]
 SettingsOption = Annotated[
