@@ -25,6 +25,8 @@ figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze honest-numbers --preset default --out figures
 	$(BIN)/kronecker-probe analyze batch-and-labels --preset default --out figures
 	$(BIN)/kronecker-probe analyze adagrad-view --preset default --out figures
+	$(BIN)/kronecker-probe analyze purifying --preset default --out figures
+	$(BIN)/kronecker-probe analyze root-free --preset default --out figures
 	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
 	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png
 

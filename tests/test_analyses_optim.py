@@ -147,3 +147,11 @@ def test_the_command_line_knows_them() -> None:
     assert told.exit_code != 0
     for script in (purifying.SCRIPT, root_free.SCRIPT):
         assert script.name.replace("_", "-") in told.output
+
+
+@pytest.mark.parametrize("script", [purifying.SCRIPT, root_free.SCRIPT], ids=["purifying", "root"])
+def test_the_index_says_what_the_kept_table_says(script: Script) -> None:
+    figures = Path(__file__).parents[1] / "figures"
+    index = (figures / "README.md").read_text("utf-8")
+    for sentence in script.sentences(pd.read_csv(figures / f"{script.name}.csv")):
+        assert sentence.rstrip(".") in index
