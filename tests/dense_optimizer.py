@@ -138,7 +138,7 @@ class Dense:
             if r.carry == "transport":
                 self.D = (QL.T @ self.QL) ** 2 @ self.D @ ((QR.T @ self.QR) ** 2).T
             else:
-                self.D = self.D[continued(self.QL, QL)][:, continued(self.QR, QR)]
+                self.D = kept(self.QL, QL) @ self.D @ kept(self.QR, QR).T
             self.QL, self.QR = QL, QR
 
     def _direction(self, G: np.ndarray, keep: float, weight: float) -> np.ndarray:
@@ -172,9 +172,10 @@ class Dense:
         return U * np.linalg.norm(theirs) / np.linalg.norm(U)
 
 
-def continued(old: np.ndarray, new: np.ndarray) -> list[int]:
-    """Which old column each new one continues; those without one take what is left, in order."""
-    overlap = (old.T @ new) ** 2
-    found = {j: int(overlap[:, j].argmax()) for j in range(len(new)) if overlap[:, j].max() > 0.5}
-    left = [i for i in range(len(old)) if i not in found.values()]
-    return [found[j] if j in found else left.pop(0) for j in range(len(new))]
+def kept(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Weights [new, old]: a column keeps the number of the one it continues, else the average."""
+    rows = []
+    for column in new.T:
+        squares = (column @ old) ** 2
+        rows.append(squares == squares.max() if squares.max() > 0.5 else squares)
+    return np.array(rows, dtype=float)

@@ -182,8 +182,8 @@ class Basis(Config):
         max_iterations: Of "qr", a refresh.
         start: Step of the first refresh; None for ``frequency``.
         carry: What becomes of corrected eigenvalues when a basis changes: "keep" (each column
-            has that of the old one which it continues) or "transport" (by the squared overlaps of
-            old and new columns).
+            has that of the old one which it continues, and where it continues none the average by
+            squared overlaps) or "transport" (that average for all).
         marginals: Rescale them after that to the marginals diag(Q^T L Q), diag(Q^T R Q).
         stagger: Spread the refreshes of different blocks over the steps in between.
     """

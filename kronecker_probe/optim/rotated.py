@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.basis_refresh import BasisRefresh, columns_continued
+from kronecker_probe.linalg.basis_refresh import BasisRefresh
 from kronecker_probe.operators.eigen import EigenOperator
 from kronecker_probe.optim.contractions import contract
 from kronecker_probe.optim.diagonal import damped_power, divided
@@ -83,15 +83,10 @@ class Rotated(Factored):
         overlap = found.vectors.mT @ old
         if "momentum" in state:
             state["momentum"][rows] = contract(state["momentum"][rows], overlap, side)
-        moment = state["second_moment"][rows]
-        if self.recipe.basis.carry == "transport":
-            moment = contract(moment, overlap.square(), side)
-        else:
-            shape = [len(rows), *[1] * (moment.ndim - 1)]
-            shape[side + 1] = -1
-            order = columns_continued(overlap.mT).view(shape).expand_as(moment)
-            moment = moment.gather(side + 1, order)
-        state["second_moment"][rows] = moment
+        weights = overlap.square()
+        if self.recipe.basis.carry == "keep":
+            weights = _kept(weights)
+        state["second_moment"][rows] = contract(state["second_moment"][rows], weights, side)
 
     def _match(self, state: State, step: int) -> None:
         """Scale D to the diagonals of the factors, which are its row and column sums.
@@ -163,3 +158,15 @@ class Rotated(Factored):
         bases = {side: state[f"basis_{side}"][block] for side in self.sides}
         left, right = self.product(state, bases)
         return EigenOperator(left, right, values.reshape(len(left), -1))
+
+
+def _kept(squares: Tensor) -> Tensor:
+    """Of squared overlaps [b, new, old], each new column's continued one alone, where there is one.
+
+    No two can have more than half of the same old column. A column that has not that much of any,
+    as in a null space, whose basis is anyone's choice, keeps its average over all: a second moment
+    that belongs to another direction could be far too small for it.
+    """
+    most, partner = squares.max(dim=2)
+    alone = torch.zeros_like(squares).scatter_(2, partner.unsqueeze(2), 1.0)
+    return torch.where((most > 0.5).unsqueeze(2), alone, squares)
