@@ -32,21 +32,19 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 from rich.progress import track
 from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.panels import GREY, Panels, Style
+from kronecker_probe.panels import GREY, Panels, Style, log_axis, name_axes
 from kronecker_probe.scripts import Script
 from kronecker_probe.workloads import Workload, load_workload
 
 NAME, WORKLOAD = "purifying", "digits-mlp"
 BETAS, WINDOW = (0.9, 0.99), 500
-FEW = 100.0  # the range of an axis with few powers of ten
 TESTED = 10  # steps from one test of the tolerance to the next
 
 Row = dict[str, Any]
@@ -411,14 +409,8 @@ def draw(table: pd.DataFrame) -> Figure:
     texts = [(ax.get_xlabel(), ax.get_ylabel()) for ax in axes]
     panels.finish(sentences(table)[0], "", "", legend=True)
     for ax, (x, y) in zip(axes, texts, strict=True):
-        _name(ax, ax.get_title(loc="left"), x, y)
+        name_axes(ax, ax.get_title(loc="left"), x, y)
     return figure
-
-
-def _name(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=9, loc="left")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
 
 
 def _draw_noise(ax: Axes, rows: pd.DataFrame) -> None:
@@ -434,20 +426,11 @@ def _draw_noise(ax: Axes, rows: pd.DataFrame) -> None:
         shift = 1.2 ** (place - 1 if place < 3 else 0)  # three of them lie on one line
         mn = [m * n * shift for m, n in found.index]
         _line(ax, mn, found, LOOKS[variant], variant, linestyle="")
-    _log(ax.xaxis)
-    _log(ax.yaxis)
+    log_axis(ax.xaxis)
+    log_axis(ax.yaxis)
     ax.set_ylim(top=3)
-    _name(ax, "white noise: theory (lines), measured", "mn, of m × n layers", "RMS of the update")
-
-
-def _log(axis: Axis) -> None:
-    """A log scale with plain numbers; 2 and 5, too, where there are few powers of ten."""
-    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
-    low, high = axis.get_view_interval()
-    subs = (1.0, 2.0, 5.0) if high / low < FEW else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axis.set_major_formatter("{x:g}" if low > 1e-5 else LogFormatterSciNotation())
-    axis.set_minor_formatter(NullFormatter())
+    what = "white noise: theory (lines), measured"
+    name_axes(ax, what, "mn, of m × n layers", "RMS of the update")
 
 
 def _line(ax: Axes, x: Any, y: Any, look: Style, text: str, **more: Any) -> None:
@@ -467,9 +450,9 @@ def _draw_drift(ax: Axes, over: pd.DataFrame, measured: str) -> None:
     ax.set_xticks(ages, [f"{age:g}" for age in ages])
     ax.xaxis.set_minor_locator(NullLocator())
     if measured in ("eigenvalue_error", "length"):
-        _log(ax.yaxis)
+        log_axis(ax.yaxis)
     title, label = DRIFTS[measured]
-    _name(ax, title, "steps since the refresh", label)
+    name_axes(ax, title, "steps since the refresh", label)
 
 
 def _draw_rules(ax: Axes, rules: Any, measured: str) -> None:
@@ -488,10 +471,10 @@ def _draw_rules(ax: Axes, rules: Any, measured: str) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.margins(0.25, 0.35)
-    _log(ax.xaxis)
-    _log(ax.yaxis)
+    log_axis(ax.xaxis)
+    log_axis(ax.yaxis)
     title, label = RULES[measured]
-    _name(ax, title, "refreshes, mean of the factors", label)
+    name_axes(ax, title, "refreshes, mean of the factors", label)
 
 
 def _draw_factors(ax: Axes, table: pd.DataFrame, rules: Any) -> None:
@@ -507,7 +490,7 @@ def _draw_factors(ax: Axes, table: pd.DataFrame, rules: Any) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.12)
-    _name(ax, "each factor has its own frequency", "refreshes at tolerance τ", "")
+    name_axes(ax, "each factor has its own frequency", "refreshes at tolerance τ", "")
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)

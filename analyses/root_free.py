@@ -31,9 +31,8 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 from rich.progress import track
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -42,7 +41,7 @@ from torch.optim import Optimizer
 import kronecker_probe as kp
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.panels import GREY, Panels, Style
+from kronecker_probe.panels import GREY, Panels, Style, log_axis, name_axes
 from kronecker_probe.scripts import Script
 from kronecker_probe.workloads import Workload, load_workload
 
@@ -53,7 +52,6 @@ RATES = (1e-4, 1.0)  # the range of the search
 SPREAD = 1.0  # standard deviation of log D
 WARMUP = 20  # steps before the second moments are measured
 CHANCE, WORST = math.log(10), 10.0  # losses: of guessing, and what the figure shows of larger ones
-FEW = 100.0  # the range of an axis with few powers of ten
 KEYS = ["method", "batch_size"]
 SCALINGS = ("B g²", "g²")
 SCALING_LOOKS = {"B g²": Style("#cc79a7", "P", "-"), "g²": Style("#000000", "X", (0, (1, 1)))}
@@ -456,24 +454,8 @@ def draw(table: pd.DataFrame) -> Figure:
     texts = [(ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()) for ax in axes]
     panels.finish(sentences(table)[0], "", "", legend=True)
     for ax, text in zip(axes, texts, strict=True):
-        _name(ax, *text)
+        name_axes(ax, *text)
     return figure
-
-
-def _name(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=9, loc="left")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
-
-
-def _log(axis: Axis) -> None:
-    """A log scale with plain numbers; 2 and 5, too, where there are few powers of ten."""
-    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
-    low, high = axis.get_view_interval()
-    subs = (1.0, 2.0, 5.0) if high / low < FEW else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axis.set_major_formatter("{x:g}" if low > 1e-5 else LogFormatterSciNotation())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _line(ax: Axes, x: Any, y: Any, method: str, **more: Any) -> None:
@@ -489,9 +471,9 @@ def _draw_search(ax: Axes, table: pd.DataFrame) -> None:
         one = rows[rows["method"] == method].sort_values("lr")
         _line(ax, one["lr"], one["value"].clip(upper=WORST), method)
     ax.axhline(CHANCE, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
-    _log(ax.xaxis)
-    _log(ax.yaxis)
-    _name(ax, "the search: one seed, the same rates", "learning rate", "final training loss")
+    log_axis(ax.xaxis)
+    log_axis(ax.yaxis)
+    name_axes(ax, "the search: one seed, the same rates", "learning rate", "final training loss")
 
 
 def _draw_curves(ax: Axes, over: pd.DataFrame) -> None:
@@ -500,8 +482,8 @@ def _draw_curves(ax: Axes, over: pd.DataFrame) -> None:
         ax.fill_between(one.index, one["min"], one["max"], color=how.look.color, alpha=0.12,
                         linewidth=0)  # fmt: skip
         _line(ax, one.index, one["median"], method, markevery=4)
-    _log(ax.yaxis)
-    _name(ax, "median and range of the seeds", "step", "training loss")
+    log_axis(ax.yaxis)
+    name_axes(ax, "median and range of the seeds", "step", "training loss")
 
 
 def _draw_final(ax: Axes, table: pd.DataFrame) -> None:
@@ -516,8 +498,8 @@ def _draw_final(ax: Axes, table: pd.DataFrame) -> None:
                     ha="center", fontsize=8, color=GREY)  # fmt: skip
     ax.set_yticks(range(len(names)), names)
     ax.margins(x=0.15, y=0.15)
-    _log(ax.xaxis)
-    _name(ax, "at the last step, seed by seed", "training loss", "")
+    log_axis(ax.xaxis)
+    name_axes(ax, "at the last step, seed by seed", "training loss", "")
 
 
 def _draw_moments(ax: Axes, over: pd.DataFrame, labels: str) -> None:
@@ -531,14 +513,14 @@ def _draw_moments(ax: Axes, over: pd.DataFrame, labels: str) -> None:
                     color=look.color, marker=look.marker, markersize=5, linestyle="",
                     label=f"s of {name}, held")  # fmt: skip
     ax.set_xscale("log", base=4)
-    _log(ax.yaxis)
+    log_axis(ax.yaxis)
     ax.xaxis.set_minor_locator(NullLocator())
     sizes = list(over.index.unique("batch_size"))
     ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
     title = f"{labels} labels: " + (
         "B undoes the batch" if labels == "sampled" else "the mean enters"
     )
-    _name(ax, title, "batch size B", "mean of s over that at B = 1")
+    name_axes(ax, title, "batch size B", "mean of s over that at B = 1")
 
 
 def _draw_distances(ax: Axes, over: pd.DataFrame) -> None:
@@ -547,8 +529,8 @@ def _draw_distances(ax: Axes, over: pd.DataFrame) -> None:
         ax.fill_between(one.index, one["min"], one["max"], color=look.color, alpha=0.12,
                         linewidth=0)  # fmt: skip
         _line(ax, one.index, one["median"], method, markevery=4)
-    _log(ax.yaxis)
-    _name(ax, "weights rescaled at random", "step", "relative distance of the runs")
+    log_axis(ax.yaxis)
+    name_axes(ax, "weights rescaled at random", "step", "relative distance of the runs")
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)

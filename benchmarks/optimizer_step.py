@@ -14,13 +14,12 @@ import importlib.util
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import device, environment
+from benchmarks.timing import clock, device, environment
 from kronecker_probe import optim
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -164,12 +163,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(seen.values())
 
 
-def clock(on: torch.device) -> float:
-    if on.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * time.perf_counter()
-
-
 def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
     """Print the table of one model at one interval."""
     model = MODELS[name]
@@ -188,9 +181,7 @@ def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
             rows.append([])
         for _ in range(frequency):
             for k, call in calls.items():
-                start = clock(on)
-                call()
-                times[k][-1].append(clock(on) - start)
+                times[k][-1].append(1e3 * clock(call))
     count = sum(p.numel() for p in parameters(model, on))
     median = statistics.median
     unit = median(itertools.chain(*times["AdamW"]))

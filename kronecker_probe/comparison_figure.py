@@ -54,9 +54,30 @@ def plot_comparison(table: pd.DataFrame, *, figure: Figure | None = None) -> NDA
         name = layer if single else f"mean and range of {len(layers)} layers"
         title = ax.set_title(f"live cosine to H: {name}", fontsize=9, loc="left")
         title.set_parse_math(False)
-    title = f"Loss, and what {len(optimizers)} optimizers hold: cosine to H"
-    panels.finish(title, "optimizer step", "", legend=True)
+    panels.finish(_headline(losses, live), "optimizer step", "", legend=True)
     return panels.axes
+
+
+def _headline(losses: pd.DataFrame, live: pd.DataFrame) -> str:
+    """Which optimizer ends at the lowest loss, and which holds the matrix nearest to H."""
+    metric = "probe_loss" if (losses["metric"] == "probe_loss").any() else "train_loss"
+    ends = _last(losses[losses["metric"] == metric]).dropna()
+    if ends.empty:
+        return "No loss is finite at the end"
+    lowest = str(ends.idxmin())
+    title = f"{lowest} ends at the lowest loss ({ends[lowest]:.3g})"
+    held = _last(live).dropna()
+    if held.empty:
+        return title
+    nearest = str(held.idxmax())
+    holds = f"holds the matrix nearest to H (mean cosine {held[nearest]:.2f})"
+    return f"{title} and {holds}" if nearest == lowest else f"{title}; {nearest} {holds}"
+
+
+def _last(rows: pd.DataFrame) -> pd.Series[float]:
+    """The value at each optimizer's own last step, the mean over layers."""
+    final = rows[rows["step"] == rows.groupby("optimizer")["step"].transform("max")]
+    return final.groupby("optimizer", sort=False)["value"].mean()
 
 
 def _style(number: int) -> dict[str, Any]:

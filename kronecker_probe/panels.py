@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError
@@ -25,6 +34,7 @@ _DECADE = 10.0
 # last gap between probed steps over the first, above which a linear axis hides the early ones
 _UNEVEN = 10
 _MARKER_ROOM = 0.03  # the share of the axis that a marker takes
+_FEW = 100.0  # the range of an axis with few powers of ten
 _CEILING = 1.02  # of cosines, with room for the marker of a 1
 
 
@@ -300,6 +310,23 @@ def label_hidden(ax: Axes, lines: pd.DataFrame) -> None:
 
 def _hidden(name: str, value: float) -> str:
     return f"{short(name)} ↓ {value:.3f}"
+
+
+def log_axis(axis: Axis) -> None:
+    """A log scale with plain numbers; 2 and 5, too, where there are few powers of ten."""
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high / low < _FEW else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter("{x:g}" if low > 1e-5 else LogFormatterSciNotation())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def name_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    """The title of a panel, on the left, and the names of its axes."""
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
 
 
 def say(ax: Axes, text: str) -> None:

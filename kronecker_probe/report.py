@@ -242,8 +242,19 @@ def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
             )
         about = [_sizes(rows), f"{shown[name]} numbers" if name in shown else ""]
         sizes = ", ".join(part for part in about if part)
-        layers.append({"name": shape(last, name), "sizes": sizes, "rows": cells})
+        shared = _shared_note(cells)
+        layers.append({"name": shape(last, name), "sizes": sizes, "note": shared, "rows": cells})
     return layers
+
+
+def _shared_note(cells: list[dict[str, Any]]) -> str:
+    """A note that all rows of a layer have, taken from them; "" if they differ."""
+    notes = {cell["note"] for cell in cells}
+    if len(cells) < 2 or len(notes) > 1:
+        return ""
+    for cell in cells:
+        cell["note"] = ""
+    return str(notes.pop())
 
 
 def _cell(row: dict[Any, Any]) -> str:

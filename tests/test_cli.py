@@ -179,6 +179,13 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def test_the_help_names_every_optimizer() -> None:
+    from kronecker_probe.optim.build import optimizer_names
+
+    words = told(invoke("track", "--help")).replace("│", " ")
+    assert [name for name in optimizer_names() if name not in words.replace("- ", "-")] == []
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_says_what_each_option_means_and_its_default(command: str) -> None:
     result = invoke(command, "--help")

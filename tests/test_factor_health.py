@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.quality.factor_health import FactorHealth, factor_health, kronecker_health
+from kronecker_probe.quality.factor_health import factor_health
 
 F32, F64 = (float(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64))
 EXACT = 1e-12  # float64 spectra, read back from a rotated matrix; relative to the largest
@@ -101,17 +100,6 @@ def test_the_suggestion_keeps_what_it_says(
     assert dataclasses.astuple(unscaled)[2:] == pytest.approx(
         dataclasses.astuple(health)[2:], rel=1e-9
     )
-
-
-def test_a_kronecker_product_has_two() -> None:
-    left, right = rotated([2.0, 1.0, 0.0]), rotated([5.0, 1.0], seed=1)
-    pair = kronecker_health(
-        KroneckerOperator(left, right, scale=7.0), 1e-4, exponent=-0.5, dtype=torch.float32
-    )
-    alone = [factor_health(side.float(), 1e-4, exponent=-0.5) for side in (left, right)]
-    for got, expected in zip(pair, alone, strict=True):
-        assert isinstance(got, FactorHealth)
-        assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kronecker_probe import optim
+from kronecker_probe.optim.rotated import kept
 from tests.optimizer_cases import step_of
 
 # One formula in another order of operations, float64
@@ -200,3 +201,24 @@ def test_bases_refined_by_one_iteration_stay_descending_and_near(preset: Any) ->
         assert (B.diagonal().diff() <= 0).all()
         off = torch.linalg.matrix_norm(B - torch.diag(B.diagonal()))
         assert float(off / torch.linalg.matrix_norm(B)) < 0.05
+
+
+def test_columns_keep_what_they_continue_and_others_the_average() -> None:
+    """A null space has any basis: its columns' second moments are mixed as the columns are."""
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    turn = torch.eye(6, dtype=torch.float64)
+    turn[0, 0] = turn[1, 1] = angle.cos()
+    turn[0, 1], turn[1, 0] = -angle.sin(), angle.sin()
+    mixed = torch.full((4, 4), 0.5, dtype=torch.float64) * torch.tensor(
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    )
+    turn[2:, 2:] = mixed
+    order = torch.tensor([1, 0, 2, 3, 4, 5])
+    overlap = turn.mT[order]  # of new columns with old ones
+    moments = torch.rand(6, generator=generator, dtype=torch.float64)
+    weights = kept(overlap.square()[None])[0]
+    found = weights @ moments
+    assert torch.equal(found[:2], moments[[1, 0]])
+    assert torch.allclose(found[2:], moments[2:].mean().expand(4))
+    assert torch.allclose(weights.sum(1), torch.ones(6, dtype=torch.float64))

@@ -162,6 +162,16 @@ def test_a_change_that_the_state_does_not_fit_is_refused(name: str) -> None:
     optimizer.step()
 
 
+def test_the_precision_of_inverse_factors_is_theirs_for_good() -> None:
+    param = torch.nn.Parameter(torch.ones(5, 4))
+    optimizer = optim.InverseFreeShampoo([param])
+    param.grad = torch.ones(5, 4)
+    optimizer.step()
+    optimizer.param_groups[0]["inverse"] = optim.Inverse(precision="bfloat16")
+    with pytest.raises(InvalidInputError, match=r"inverse\.precision.*'full' and is 'bfloat16'"):
+        optimizer.step()
+
+
 def test_before_the_first_step_every_option_may_change() -> None:
     param = torch.nn.Parameter(torch.ones(5, 4))
     optimizer = optim.Shampoo([param])

@@ -168,6 +168,22 @@ def test_notes_that_differ_in_numbers_and_place_only_are_told_once(tmp_path: Pat
     assert "of another kind (a, optimal Kronecker; step 0)" in found.text
 
 
+def test_a_note_that_all_rows_of_a_layer_share_stands_once_in_the_table(tmp_path: Path) -> None:
+    why = "N_eff = 12 of N = 200"
+    rows = quality(0, "a", {"optimal": 0.9, "kfac": 0.8}) + quality(0, "b", {"optimal": 0.7})
+    rows += quality(0, "b", {"kfac": 0.6})
+    rows += [
+        {**row, "kind": "population", "value": math.nan, "note": why}
+        for row in rows
+        if row["parameter"] == "a" or row["approximation"] == "kfac"
+    ]
+    found = report(make_run(tmp_path / "run", {0: frame(rows)}))
+    of_layer = [cells for cells in found.cells if cells and cells[0].startswith("a ")]
+    assert [cells[0].count(why) for cells in of_layer] == [1]
+    noted = [cells for cells in found.cells if len(cells) > 1 and why in cells[-1]]
+    assert len(noted) == 1  # of layer b, where one row has it
+
+
 def test_the_table_has_error_bars_brackets_and_every_metric(tmp_path: Path) -> None:
     rows = estimated("a", {"optimal": 0.9, "kfac": 0.8}, stderr=0.01)
     rows += [
@@ -214,7 +230,9 @@ def test_undefined_values_are_told_with_their_reason(tmp_path: Path) -> None:
     store = make_run(tmp_path / "run", {0: frame(rows)})
     found = report(store)
     kfac = next(cells for cells in found.cells if cells and cells[0] == "K-FAC")
-    assert kfac == ["K-FAC", *["undefined"] * 4, "H = 0: no gradient reaches it"]
+    assert kfac == ["K-FAC", *["undefined"] * 4, ""]
+    layer = next(cells for cells in found.cells if cells and cells[0].startswith("dead.weight"))
+    assert "H = 0: no gradient reaches it" in layer[0]
     assert "No cosine similarity to H is defined in this table" in found.text
     assert "1.000" not in found.text
 

@@ -239,3 +239,18 @@ def test_few_layers_have_a_panel_each_and_many_share_one() -> None:
     assert lines["a"].get_marker() != lines["b"].get_marker()
     with pytest.raises(InvalidInputError, match="no losses"):
         plot_comparison(numbers(2).query("metric == 'live_cosine'"), figure=Figure())
+
+
+def test_the_title_names_the_lowest_loss_and_the_nearest_matrix() -> None:
+    table = numbers(2)
+    table.loc[(table["optimizer"] == "b") & (table["metric"] == "probe_loss"), "value"] = 0.25
+    nearer = (table["optimizer"] == "a") & (table["metric"] == "live_cosine") & (table["step"] == 5)
+    table.loc[nearer, "value"] = 0.8
+
+    def title(rows: pd.DataFrame) -> str:
+        return " ".join(plot_comparison(rows, figure=Figure())[0].figure.get_suptitle().split())
+
+    assert title(table) == (
+        "b ends at the lowest loss (0.25); a holds the matrix nearest to H (mean cosine 0.80)"
+    )
+    assert title(table[table["metric"] == "probe_loss"]) == "b ends at the lowest loss (0.25)"

@@ -22,9 +22,6 @@ class BasisRefresh:
     Attributes:
         vectors: Q, [..., d, d], orthonormal columns; descending where refreshed.
         diagonal: diag(Q^T A Q), [..., d].
-        continues: [..., d], long: column j of the new basis continues the old column
-            ``continues[..., j]``. A permutation; a caller applies it to whatever it holds per
-            column, as in ``moments.gather(-1, continues)``. See :func:`continued_columns`.
         iterations: QR iterations of each matrix, [...]; 0 for an eigendecomposition.
         share_before: :func:`off_diagonal_share` in the old basis, [...]; NaN where not tested.
         share_after: In the new basis, [...].
@@ -35,7 +32,6 @@ class BasisRefresh:
 
     vectors: Tensor
     diagonal: Tensor
-    continues: Tensor
     iterations: Tensor
     share_before: Tensor
     share_after: Tensor
@@ -67,9 +63,7 @@ def off_diagonal_share(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         return _share(A @ Q, Q)
 
 
-def warm_qr(
-    A: Tensor, Q: Tensor, tolerance: float, max_iterations: int = 1, *, continued: bool = True
-) -> BasisRefresh:
+def warm_qr(A: Tensor, Q: Tensor, tolerance: float, max_iterations: int = 1) -> BasisRefresh:
     """QR iterations from the held basis, until the off-diagonal share is within the tolerance.
 
     Purifying Shampoo (arXiv 2506.03595): the criterion of :func:`off_diagonal_share` is tested
@@ -84,7 +78,6 @@ def warm_qr(
         Q: [..., d, d], the held basis, of the same dtype.
         tolerance: At least 0 and below 1. A matrix that meets it is left alone, bit for bit.
         max_iterations: Of each matrix, at least 1.
-        continued: Whether to work out ``continues`` (one product); otherwise it is the identity.
 
     Raises:
         InvalidInputError: Shapes or dtypes that differ, or an argument out of range.
@@ -92,49 +85,16 @@ def warm_qr(
     """
     if isinstance(max_iterations, bool) or max_iterations < 1:
         raise InvalidInputError(f"max_iterations must be at least 1; got {max_iterations!r}.")
-    return _refresh(
-        A, Q, tolerance, partial(_qr_iterations, max_iterations=max_iterations), continued
-    )
+    return _refresh(A, Q, tolerance, partial(_qr_iterations, max_iterations=max_iterations))
 
 
-def refresh_by_eigh(
-    A: Tensor, Q: Tensor, tolerance: float = 0.0, *, continued: bool = True
-) -> BasisRefresh:
+def refresh_by_eigh(A: Tensor, Q: Tensor, tolerance: float = 0.0) -> BasisRefresh:
     """A full eigendecomposition of each matrix that fails the criterion, retried in float64.
 
     Arguments, result and errors as in :func:`warm_qr`. With tolerance 0 every basis is replaced
     that is not exact to the last bit.
     """
-    return _refresh(A, Q, tolerance, _by_eigh, continued)
-
-
-def continued_columns(old: Tensor, new: Tensor) -> Tensor:
-    """As :func:`columns_continued`, of the bases [..., d, d] themselves."""
-    return columns_continued(old.mT @ new)
-
-
-def columns_continued(overlap: Tensor) -> Tensor:
-    """Which old column each new one continues.
-
-    A new column continues the old one with which its squared inner product exceeds 1/2; no two
-    columns can claim the same one. The columns without such a partner, mixed by the refresh beyond
-    recognition, are assigned the old ones left over, in order.
-
-    Args:
-        overlap: Q_old^T Q_new of two orthonormal bases, [..., d, d].
-
-    Returns:
-        A permutation of 0 ... d - 1 for each matrix, [..., d].
-    """
-    overlap = overlap.square()
-    most, partner = overlap.max(-2)
-    found = most > 0.5
-    taken = torch.zeros_like(found).scatter_reduce(-1, partner, found, "amax")
-    # in a stable sort by "has a partner" the left over come first, in their order, on both sides
-    left_new = found.to(torch.int8).argsort(dim=-1, stable=True)
-    left_old = taken.to(torch.int8).argsort(dim=-1, stable=True)
-    in_order = torch.empty_like(partner).scatter_(-1, left_new, left_old)
-    return torch.where(found, partner, in_order)
+    return _refresh(A, Q, tolerance, _by_eigh)
 
 
 def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
@@ -146,8 +106,7 @@ def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
         iterations: QR iterations from it, as in :func:`warm_qr`; None for an eigendecomposition.
 
     Returns:
-        As :func:`warm_qr`, with shares that are NaN and ``continues`` that is the identity; see
-        :func:`continued_columns`.
+        As :func:`warm_qr`, with shares that are NaN.
 
     Raises:
         InvalidInputError: The shapes or dtypes of the two differ, or are not square matrices.
@@ -173,7 +132,6 @@ def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
     return BasisRefresh(
         vectors.view(A.shape),
         diagonal.view(A.shape[:-1]),
-        torch.arange(d, device=A.device).expand(A.shape[:-1]),
         *(part.view(batch) for part in (counts, untested, untested, ok, ok)),
     )
 
@@ -194,9 +152,7 @@ _Replaced = tuple[Tensor, Tensor, Tensor, Tensor]
 _Replace = Callable[[Tensor, Tensor, Tensor, float], _Replaced]
 
 
-def _refresh(
-    A: Tensor, Q: Tensor, tolerance: float, replace: _Replace, continued: bool
-) -> BasisRefresh:
+def _refresh(A: Tensor, Q: Tensor, tolerance: float, replace: _Replace) -> BasisRefresh:
     _check(A, Q)
     if not 0.0 <= tolerance < 1.0:
         raise InvalidInputError(f"tolerance must be at least 0 and below 1; got {tolerance!r}.")
@@ -206,7 +162,6 @@ def _refresh(
         image = H @ held
         before, diagonal = _share(image, held)
         vectors, after = held.clone(), before.clone()
-        continues = torch.arange(d, device=A.device).expand(len(H), d).clone()
         iterations = torch.zeros(len(H), dtype=torch.long, device=A.device)
         refreshed, ok = torch.zeros_like(before, dtype=torch.bool), before.isfinite()
         rows = (before > tolerance).nonzero()[:, 0]
@@ -218,12 +173,9 @@ def _refresh(
             vectors[rows], iterations[rows] = found, counts[good]
             after[rows], diagonal[rows] = share[good], values[good]
             refreshed[rows] = True
-            if continued:
-                continues[rows] = continued_columns(held[rows], found)
     return BasisRefresh(
         vectors.view(A.shape),
         diagonal.view(A.shape[:-1]),
-        continues.view(A.shape[:-1]),
         *(part.view(batch) for part in (iterations, before, after, refreshed, ok)),
     )
 

@@ -65,8 +65,8 @@ def inverse_root_eigh(
 ) -> Roots:
     """(A + epsilon I)^(-1/p) by eigendecomposition.
 
-    Eigenvalues below zero are set to zero before epsilon is added, as in
-    :func:`~kronecker_probe.linalg.roots.psd_power`; the residual is that of the matrix so raised.
+    Eigenvalues below zero, which a PSD matrix has by rounding only, are set to zero before epsilon
+    is added; the residual is that of the matrix so raised.
     Matrices on which the solver fails, or whose residual exceeds the tolerance, are solved once
     more in float64 (Distributed Shampoo, arXiv 2309.06497, retries after failures only; in float32
     the solver can return small eigenvalues that are off by far more than themselves).

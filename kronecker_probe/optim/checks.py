@@ -21,8 +21,8 @@ def check_parameter(param: Tensor, name: str) -> None:
     """
     if not param.is_floating_point() or param.layout != torch.strided:
         raise UnsupportedError(
-            f"{name} is {param.dtype}, {param.layout}; Shampoo takes dense real floating-point "
-            "parameters. Leave it to another optimizer."
+            f"{name} is {param.dtype}, {param.layout}; these optimizers take dense real "
+            "floating-point parameters. Leave it to another optimizer."
         )
 
 
@@ -72,7 +72,7 @@ def check_gradients(
         assert param.grad is not None
         if param.grad.layout != torch.strided:
             raise UnsupportedError(
-                f"{name_of(param)} has a sparse gradient, which Shampoo does not take. "
+                f"{name_of(param)} has a sparse gradient, which these optimizers do not take. "
                 "Use sparse=False in its layer, or another optimizer for it."
             )
         gradients.append(param.grad)

@@ -29,7 +29,6 @@ from kronecker_probe.optim.config import (
 from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
 from kronecker_probe.optim.inspection import Inspection
 from kronecker_probe.optim.layer_samples import LayerSamples
-from kronecker_probe.optim.live import rule_of
 from kronecker_probe.optim.loading import checked_groups, checked_states
 from kronecker_probe.optim.precision import full_precision
 from kronecker_probe.optim.stack import Failed, Stack, stacks_of
@@ -356,7 +355,11 @@ class KroneckerOptimizer(ModelOptimizer):
         Raises:
             InvalidInputError: Not a parameter of this optimizer.
         """
-        return rule_of(param, self._stacks.get(self._group_of(param), []))
+        try:
+            found = self.inspect(param)
+        except UnsupportedError:  # no step
+            return None
+        return None if found.block_size else found.rule
 
     def _group_of(self, param: Tensor) -> int:
         number = next(

@@ -146,19 +146,13 @@ class Factored(Preconditioner):
         chosen = factor if len(rows) == len(factor) else factor[rows]
         return completed(chosen, self.block[int(end)]) / self.correction(step)
 
-    def is_due(self, step: int) -> bool:
-        """Whether any block may be refreshed in this step."""
-        basis = self.recipe.basis
-        return step >= basis.first and (basis.stagger or basis.is_due(step, 0))
-
     def due(self, state: State, step: int) -> Tensor:
-        """The blocks whose turn it is."""
-        basis = self.recipe.basis
+        """The blocks whose turn it is to be refreshed in this step."""
+        basis, count = self.recipe.basis, len(state["offset"])
         if not basis.stagger:
-            return torch.arange(len(state["offset"]))
+            return torch.arange(count if basis.is_due(step, 0) else 0)
         offsets = state["offset"].tolist()
-        turn = [k for k, offset in enumerate(offsets) if basis.is_due(step, offset)]
-        return torch.tensor(turn, dtype=torch.int64)
+        return torch.tensor([k for k in range(count) if basis.is_due(step, offsets[k])]).long()
 
     def ready(self, state: State, step: int) -> Tensor | bool:
         if step < self.recipe.basis.first:

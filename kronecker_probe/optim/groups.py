@@ -102,6 +102,7 @@ def _structure(recipe: Recipe) -> dict[str, object]:
         "spectrum.eigenvalues": recipe.spectrum.eigenvalues,
         "spectrum.root": recipe.spectrum.root,
         "inverse.structure": recipe.inverse.structure,
+        "inverse.precision": recipe.inverse.precision,
         "basis.solver": recipe.basis.solver,
         "basis.tolerance is None": recipe.basis.tolerance is None,
         "magnitude.grafting": magnitude,

@@ -69,8 +69,6 @@ class Kronecker(Factored):
         return self.with_momentum(state, like)
 
     def refresh(self, state: State, step: int) -> list[Failure]:
-        if not self.is_due(step):
-            return []
         rows = self.due(state, step)
         if not len(rows):
             return []
@@ -218,8 +216,8 @@ def refreshed_basis(basis: Basis, factor: Tensor, held: Tensor) -> BasisRefresh:
     if basis.tolerance is None:
         return renewed(factor, held, basis.max_iterations if by_qr else None)
     if by_qr:
-        return warm_qr(factor, held, basis.tolerance, basis.max_iterations, continued=False)
-    return refresh_by_eigh(factor, held, basis.tolerance, continued=False)
+        return warm_qr(factor, held, basis.tolerance, basis.max_iterations)
+    return refresh_by_eigh(factor, held, basis.tolerance)
 
 
 def inverse_powers(values: Tensor, exponent: float) -> Tensor:

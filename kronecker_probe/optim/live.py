@@ -52,20 +52,6 @@ def operator_of(
     return BlockOperator([[found[r, c] for c in columns] for r in rows])
 
 
-def rule_of(param: Tensor, stacks: Sequence[Stack]) -> str | None:
-    """The approximation that a parameter's operator is but for age and damping; None if cut.
-
-    Args:
-        param: The parameter.
-        stacks: Those of its group.
-    """
-    for stack in stacks:
-        for member in stack.members:
-            if member.param is param:
-                return stack.preconditioner.rule if member.layout.is_whole else None
-    return None
-
-
 def _check_rectangles(member: Member, name: str) -> None:
     shape = member.layout.shape
     if len(shape) > 2 and any(

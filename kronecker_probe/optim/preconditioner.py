@@ -172,12 +172,6 @@ class Preconditioner(abc.ABC):
         """Entries of a block over those of the sides that have a factor."""
         return math.prod(self.block) // math.prod(self.block[side] for side in self.sides)
 
-    @property
-    def rest(self) -> tuple[int, ...]:
-        """Entries of a block over each side that has a factor."""
-        size = math.prod(self.block)
-        return tuple(size // self.block[side] for side in self.sides)
-
     def product(self, state: State, factors: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """The factors [r, r] of all sides as left and right one, the identity where there is none.
 

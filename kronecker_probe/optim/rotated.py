@@ -47,8 +47,6 @@ class Rotated(Factored):
         return self.with_momentum(state, like)
 
     def refresh(self, state: State, step: int) -> list[Failure]:
-        if not self.is_due(step):
-            return []
         rows = self.due(state, step)
         if not len(rows):
             return []
@@ -85,7 +83,7 @@ class Rotated(Factored):
             state["momentum"][rows] = contract(state["momentum"][rows], overlap, side)
         weights = overlap.square()
         if self.recipe.basis.carry == "keep":
-            weights = _kept(weights)
+            weights = kept(weights)
         state["second_moment"][rows] = contract(state["second_moment"][rows], weights, side)
 
     def _match(self, state: State, step: int) -> None:
@@ -160,7 +158,7 @@ class Rotated(Factored):
         return EigenOperator(left, right, values.reshape(len(left), -1))
 
 
-def _kept(squares: Tensor) -> Tensor:
+def kept(squares: Tensor) -> Tensor:
     """Of squared overlaps [b, new, old], each new column's continued one alone, where there is one.
 
     No two can have more than half of the same old column. A column that has not that much of any,

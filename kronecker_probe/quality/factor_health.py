@@ -11,7 +11,6 @@ from torch import Tensor
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.operators.factors import Factor
-from kronecker_probe.operators.kronecker import KroneckerOperator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,33 +87,6 @@ def factor_health(
         raise InvalidInputError(f"A factor is square, [k, k]; got {list(matrix.shape)}.")
     values, _ = eigh_descending(matrix.double())
     return _health(values, epsilon, exponent, held)
-
-
-def kronecker_health(
-    operator: KroneckerOperator,
-    epsilon: float,
-    *,
-    exponent: float = -0.25,
-    dtype: torch.dtype,
-) -> tuple[FactorHealth, FactorHealth]:
-    """The health of both factors of a Kronecker product, left and right; its scale is left out.
-
-    Only factors have a floor: entries of a diagonal operator are each right to their own rounding.
-
-    Args:
-        operator: Of a live one, which is damped already, the ranks are those after damping.
-        epsilon: As for :func:`factor_health`; 0 where the operator is damped already.
-        exponent: As there.
-        dtype: In which the run holds the factors: operators are float64 inside.
-
-    Raises:
-        NonFiniteError, InvalidInputError, UnsupportedError: As there.
-    """
-    left, right = (
-        factor_health(factor, epsilon, exponent=exponent, dtype=dtype)
-        for factor in (operator.left_factor, operator.right_factor)
-    )
-    return left, right
 
 
 def _health(values: Tensor, epsilon: float, exponent: float, dtype: torch.dtype) -> FactorHealth:

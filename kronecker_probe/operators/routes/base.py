@@ -55,13 +55,17 @@ class Route(abc.ABC):
         self.shape = samples.shape
         self.kernels: Kernels = kernels_for(samples)
 
-    @abc.abstractmethod
     def norm_squared(self) -> float:
         """|H|^2."""
+        return float(self.weights @ (self.pair_products() @ self.weights))
 
-    @abc.abstractmethod
     def pair_products(self) -> Tensor:
         """K_ij = sum_cd <G_ic, G_jd>^2, float64 [N, N]."""
+        return self._pairs
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        return self.kernels.pair_products()
 
     @cached_property
     def left(self) -> Factor:

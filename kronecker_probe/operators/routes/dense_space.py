@@ -58,13 +58,6 @@ class DenseSpace(Route):
     def norm_squared(self) -> float:
         return float(torch.linalg.vector_norm(self.rearranged).square())
 
-    def pair_products(self) -> Tensor:
-        return self._pairs
-
-    @cached_property
-    def _pairs(self) -> Tensor:
-        return self.kernels.pair_products()
-
     def left_step(self, right: Factor | None) -> MatrixFactor:
         matrix = self._identity(self.shape[1]) if right is None else right.matrix
         return MatrixFactor((self.rearranged @ matrix.reshape(-1)).view(2 * self.shape[:1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar, NoReturn, final
 
 from torch import Tensor
@@ -25,16 +24,6 @@ class OneSided(Route):
     """
 
     name: ClassVar[str] = "one-sided"
-
-    def norm_squared(self) -> float:
-        return float(self.weights @ (self._pairs @ self.weights))
-
-    @cached_property
-    def _pairs(self) -> Tensor:
-        return self.kernels.pair_products()
-
-    def pair_products(self) -> Tensor:
-        return self._pairs
 
     def left_step(self, right: Factor | None) -> Factor:
         if self._tall or not _is_identity(right):

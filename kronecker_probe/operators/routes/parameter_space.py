@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -38,16 +37,6 @@ class ParameterSpace(Route):
         super().__init__(samples)
         self._left_images: list[tuple[Factor, MatrixFactor]] = []
         self._right_images: list[tuple[Factor, MatrixFactor]] = []
-
-    def norm_squared(self) -> float:
-        return float(self.weights @ (self._pairs @ self.weights))
-
-    @cached_property
-    def _pairs(self) -> Tensor:
-        return self.kernels.pair_products()
-
-    def pair_products(self) -> Tensor:
-        return self._pairs
 
     def left_step(self, right: Factor | None) -> MatrixFactor:
         if right is None:

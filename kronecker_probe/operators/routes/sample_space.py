@@ -47,12 +47,6 @@ class SampleSpace(Route):
         part.outputs, part.inputs = self.outputs.subset(index), self.inputs.subset(index)
         return part
 
-    def norm_squared(self) -> float:
-        return float(self.weights @ (self.pair_products() @ self.weights))
-
-    def pair_products(self) -> Tensor:
-        return self._pairs
-
     @cached_property
     def _pairs(self) -> Tensor:
         return self.outputs.squared_gram * self.inputs.squared_gram
