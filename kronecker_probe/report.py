@@ -287,7 +287,8 @@ def _notes(table: pd.DataFrame) -> list[dict[str, Any]]:
 
     With how often there is one, for how many parameters and steps that is, and which.
     """
-    noted = table[table["note"].notna() & (table["metric"] != "skipped")]
+    # parameters that were skipped have a table of their own, and a rule's name is no remark
+    noted = table[table["note"].notna() & ~table["metric"].isin(["skipped", "live_rule"])]
     noted = noted.assign(text=noted["note"].str.replace(_OF_PARAMETER, "", regex=True))
     probed = table.loc[table["note"].notna() | table["approximation"].notna(), "step"].unique()
     notes = []

@@ -102,6 +102,21 @@ def test_the_suggestion_keeps_what_it_says(
     )
 
 
+def test_the_rounding_of_a_long_average_raises_the_floor_and_is_no_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.zeros(10, 10)
+    for step in range(6000):  # gradients in 9 dimensions that shrink a thousandfold
+        rows = torch.randn(10, 3, generator=generator) * 10 ** (-3 * min(1.0, step / 1000))
+        rows = rows - rows.mean(0)
+        factor.mul_(0.999).add_(rows @ rows.T, alpha=0.001)
+    values = torch.linalg.eigvalsh(factor.double())
+    noise = float(-values[0] / values[-1])
+    assert noise > 10 * torch.finfo(torch.float32).eps  # more than a decomposition's
+    health = factor_health(factor, 0.0)
+    assert health.relative_floor == pytest.approx(noise)
+    assert health.numerical_rank == 9
+
+
 @pytest.mark.parametrize(
     ("matrix", "options", "error", "told"),
     [

@@ -12,6 +12,10 @@ from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.operators.factors import Factor
 
+# Roundings of one sum that an average over many steps may hold; what is more is no rounding.
+ACCUMULATED = 100.0
+TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclasses.dataclass(frozen=True)
 class FactorHealth:
@@ -19,8 +23,10 @@ class FactorHealth:
 
     The **floor** is the size of the rounding errors in the spectrum: k u lambda_1 from the
     decomposition, with u the machine epsilon of the dtype, at least float32, or ||A||_F u' / 2
-    from storage in a lower precision of epsilon u', where that is more. An eigenvalue at or below
-    it has no correct digit, and its eigenvector no meaning.
+    from storage in a lower precision of epsilon u', where that is more; or the size of the most
+    negative eigenvalue, which a PSD matrix has by rounding only: an average over thousands of steps
+    holds more of it than a single sum. An eigenvalue at or below the floor has no correct digit,
+    and its eigenvector no meaning.
 
     Attributes:
         size: k.
@@ -68,7 +74,7 @@ def factor_health(
 
     Raises:
         NonFiniteError: The factor holds a NaN or an infinity.
-        InvalidInputError: Not square, not PSD up to the floor, or an option out of range.
+        InvalidInputError: Not square, not PSD up to rounding, or an option out of range.
         UnsupportedError: Not a real floating-point dtype.
     """
     if isinstance(factor, Factor):
@@ -93,12 +99,14 @@ def _health(values: Tensor, epsilon: float, exponent: float, dtype: torch.dtype)
     """Of the eigenvalues, float64 [k], descending, of a matrix held in ``dtype``."""
     size, largest = len(values), float(values[0])
     relative_floor = _relative_floor(values, dtype)
-    if float(values[-1]) < -relative_floor * float(values.abs().max()):
+    negative = -float(values[-1]) / float(values.abs().max().clamp_min(TINY))
+    if negative > ACCUMULATED * relative_floor:
         raise InvalidInputError(
             f"The factor [{size}, {size}] has eigenvalues from {float(values[-1]):.3g} to "
             f"{largest:.3g}, so that it is not PSD in {dtype}; look for statistics that were "
             "accumulated in a lower precision (TF32, autocast)."
         )
+    relative_floor = max(relative_floor, negative)
     resolved = values[values > relative_floor * largest]
     rank = len(resolved)
     complete = rank in (0, size)
