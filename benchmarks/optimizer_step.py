@@ -3,8 +3,11 @@
 Everything is measured in one run, in turn: steps without a refresh, steps with one, and their
 mean over a cycle of F steps. The floor of a method is what no implementation of it can leave out:
 the matrix products of a step at the cost of plain ones, and one AdamW step; symmetric products
-count half. Peers are measured where they can be imported (``distributed_shampoo``, ``soap`` and
-``pytorch_optimizer``), with equal roots, intervals, grafting and no blocking.
+count half. That of a cycle has the decompositions of a refresh too: eigh of every factor and, for
+roots, the product that forms them; or for QR the product with the basis, the diagonal by which
+columns are sorted, the decomposition, and the turn of both averages. Peers are measured where they
+can be imported (``distributed_shampoo``, ``soap`` and ``pytorch_optimizer``), with equal roots,
+intervals, grafting and no blocking.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from kronecker_probe import optim
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 BATCH = 128
+LEAN = {"factors": "bfloat16", "roots": "packed"}
 
 
 def mlp() -> nn.Module:
@@ -68,31 +72,64 @@ def ours(frequency: int) -> dict[str, Build]:
     every = {"frequency": frequency}
     return {
         "Shampoo": lambda p: optim.Shampoo(p, lr=1e-6, basis=every, shapes={"vectors": "diagonal"}),
+        "Shampoo, lean": lambda p: optim.Shampoo(
+            p, lr=1e-6, basis=every, shapes={"vectors": "diagonal"}, storage=LEAN
+        ),
         "EShampoo": lambda p: optim.EShampoo(
             p, lr=1e-6, basis=every, shapes={"vectors": "diagonal"}
         ),
         "SOAP": lambda p: optim.SOAP(p, lr=1e-6, basis=every),
+        "SOAP, lean": lambda p: optim.SOAP(
+            p, lr=1e-6, basis=every, storage={"factors": "bfloat16"}
+        ),
     }
 
 
-def floor_products(params: list[nn.Parameter], second: int) -> Callable[[], None]:
-    """Statistics (symmetric: half) and ``second`` pairs of products of each matrix's shape."""
-    work = []
+def matrices(params: list[nn.Parameter]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each matrix its gradient and two orthogonal matrices of its sides."""
+    found = []
     for param in params:
-        if param.ndim != 2:
-            continue
-        m, n = param.shape
-        work.append((param.grad, torch.randn(m, m, device=param.device),
-                     torch.randn(n, n, device=param.device)))  # fmt: skip
+        if param.ndim == 2:
+            assert param.grad is not None
+            sides = (torch.randn(r, r, device=param.device) for r in param.shape)
+            left, right = (torch.linalg.qr(side).Q for side in sides)
+            found.append((param.grad, left, right))
+    return found
+
+
+def floor_products(params: list[nn.Parameter], pairs: int) -> Callable[[], None]:
+    """Statistics (symmetric: half) and ``pairs`` of products of each matrix's shape."""
+    work = matrices(params)
 
     def products() -> None:
         for G, left, right in work:
             h, k = (G.shape[0] + 1) // 2, (G.shape[1] + 1) // 2
             torch.mm(G[:h], G.T), torch.mm(G.T[:k], G)
-            for _ in range(second):
+            for _ in range(pairs):
                 (left @ G) @ right
 
     return products
+
+
+def floor_refresh(params: list[nn.Parameter], kind: str) -> Callable[[], None]:
+    """The decompositions of a refresh: "root", "basis" by eigh, or "qr"."""
+    work = matrices(params)
+
+    def refresh() -> None:
+        for G, left, right in work:
+            for X, Q in ((G @ G.T, left), (G.T @ G, right)):
+                if kind == "qr":
+                    torch.linalg.qr(X @ Q)
+                    Q.T @ X
+                else:
+                    vectors = torch.linalg.eigh(X).eigenvectors
+                    if kind == "root":
+                        vectors @ vectors.T
+            if kind != "root":
+                for _ in range(2):
+                    (left @ G) @ right
+
+    return refresh
 
 
 def peers(frequency: int) -> dict[str, Build]:
@@ -169,9 +206,9 @@ def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
     built: dict[str, torch.optim.Optimizer] = {"AdamW": adamw(parameters(model, on))}
     built |= {k: f(parameters(model, on)) for k, f in ours(frequency).items()}
     built |= {k: f(parameters(model, on)) for k, f in peers(frequency).items()}
-    floors = {k: floor_products(parameters(model, on), k) for k in (1, 2)}
     calls: dict[str, Callable[[], object]] = {k: o.step for k, o in built.items()}
-    calls |= {f"floor {k}": call for k, call in floors.items()}
+    calls |= {f"products {k}": floor_products(parameters(model, on), k) for k in (1, 2)}
+    alone = {k: floor_refresh(parameters(model, on), k) for k in ("root", "basis", "qr")}
     for _ in range(2 * frequency):
         for optimizer in built.values():
             optimizer.step()
@@ -182,32 +219,45 @@ def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
         for _ in range(frequency):
             for k, call in calls.items():
                 times[k][-1].append(1e3 * clock(call))
-    count = sum(p.numel() for p in parameters(model, on))
+    floors = {k: [1e3 * clock(call) for _ in range(cycles)] for k, call in alone.items()}
+    report(name, frequency, built, times, {k: statistics.median(v) for k, v in floors.items()})
+
+
+def report(
+    name: str,
+    frequency: int,
+    built: dict[str, torch.optim.Optimizer],
+    times: dict[str, list[list[float]]],
+    refreshes: dict[str, float],
+) -> None:
+    """Print the table: times over AdamW's, and over their floors."""
     median = statistics.median
+    adam = built["AdamW"]
+    count = sum(p.numel() for p in adam.param_groups[0]["params"])
     unit = median(itertools.chain(*times["AdamW"]))
     print(f"\n{name}, F = {frequency}: AdamW {unit:.3f} ms")
-    print(f"  {'':34s}{'plain':>8s}{'refresh':>9s}{'amortized':>11s}{'x floor':>9s}{'B/param':>9s}")
+    titles = ("plain", "refresh", "amortized", "plain/floor", "amort./floor", "B/param")
+    print(f"  {'':34s}" + "".join(f"{title:>13s}" for title in titles))
     for k, optimizer in built.items():
         plain = median(x for row in times[k] for x in sorted(row)[: max(1, frequency - 1)])
         peak = median(max(row) for row in times[k])
         mean = median(statistics.mean(row) for row in times[k])
-        below = floor_of(k, times, unit)
-        print(
-            f"  {k:34s}{plain / unit:8.1f}{peak / unit:9.1f}{mean / unit:11.1f}"
-            f"{plain / below if below else float('nan'):9.2f}{state_bytes(optimizer) / count:9.1f}"
-        )
+        numbers = [plain / unit, peak / unit, mean / unit]
+        if k != "AdamW":
+            pairs, kind = floor_of(k)
+            step = median(itertools.chain(*times[f"products {pairs}"])) + unit
+            numbers += [plain / step, mean / (step + refreshes[kind] / frequency)]
+        else:
+            numbers += [float("nan")] * 2
+        numbers.append(state_bytes(optimizer) / count)
+        print(f"  {k:34s}" + "".join(f"{number:13.2f}" for number in numbers))
 
 
-def floor_of(name: str, times: dict[str, list[list[float]]], unit: float) -> float:
-    """Products and one AdamW step, milliseconds; 0 for AdamW itself."""
-    if name == "AdamW":
-        return 0.0
-    pairs = (
-        1
-        if name == "Shampoo" or (name.startswith("Distributed Shampoo") and "corr" not in name)
-        else 2
-    )
-    return statistics.median(itertools.chain(*times[f"floor {pairs}"])) + unit
+def floor_of(name: str) -> tuple[int, str]:
+    """Pairs of products in a step of a method, and its kind of refresh."""
+    if "SOAP" in name:
+        return 2, "qr"
+    return (2, "basis") if name == "EShampoo" or "corrected" in name else (1, "root")
 
 
 def main() -> None:

@@ -206,8 +206,13 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, {"other": 1})
+    # a shell starts what it runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, {"other": 1})
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert_same_tree(load_checkpoint(path), STATE)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shampoo, tolerance": {"preset": "shampoo", "basis": {"frequency": 3, "tolerance": 0.1}},
     "shampoo, newton": {"preset": "shampoo", "spectrum": {"root": "newton"}},
     "shampoo, sum": {"preset": "shampoo", "statistics": {"accumulate": "sum"}},
+    "shampoo, lean": {"preset": "shampoo", "storage": {"factors": "bfloat16", "roots": "packed"}},
     "shampoo, staggered": {"preset": "shampoo", "basis": {"frequency": 3, "stagger": True}},
     "eshampoo, staggered": {"preset": "eshampoo", "basis": {"frequency": 4, "stagger": True}},
     "eshampoo, marginals": {
@@ -83,7 +84,8 @@ def test_a_resumed_run_continues_bitwise(variant: str, dtype: torch.dtype) -> No
     assert_equal_states(whole_optimizer.state_dict(), optimizer.state_dict())
     held = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     floating = {value.dtype for value in held if value.is_floating_point()}
-    assert floating <= {torch.promote_types(dtype, torch.float32)}
+    lean = {torch.bfloat16} if "lean" in variant else set()
+    assert floating <= {torch.promote_types(dtype, torch.float32)} | lean
     assert all(value.isfinite().all() for value in [*held, *resumed.parameters()])
 
 

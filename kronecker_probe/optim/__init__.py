@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.config import (
+    Basis,
+    Inverse,
+    Magnitude,
+    Shapes,
+    Spectrum,
+    Statistics,
+    Storage,
+)
 from kronecker_probe.optim.engine import KroneckerOptimizer
 from kronecker_probe.optim.kfac import EKFAC, KFAC, MODEL_PRESETS
 from kronecker_probe.optim.presets import (
@@ -43,4 +51,5 @@ __all__ = [
     "Shapes",
     "Spectrum",
     "Statistics",
+    "Storage",
 ]

@@ -12,6 +12,7 @@ from kronecker_probe.optim.config import (
     Shapes,
     Spectrum,
     Statistics,
+    Storage,
 )
 
 Refusal = tuple[bool, str]
@@ -24,6 +25,7 @@ def check_together(
     inverse: Inverse,
     magnitude: Magnitude,
     shapes: Shapes,
+    storage: Storage,
 ) -> None:
     """Refuse combinations that make no sense, or in which an option would have no effect.
 
@@ -36,6 +38,7 @@ def check_together(
         *_without_factors(statistics, basis, spectrum),
         *_of_inverse(spectrum, inverse),
         *_of_magnitude(magnitude),
+        *_of_storage(spectrum, storage),
         *_of_kfac(statistics, basis, shapes),
         (
             spectrum.eigenvalues == "polar" and shapes.merge > 0,
@@ -135,6 +138,22 @@ def _of_magnitude(magnitude: Magnitude) -> Iterator[Refusal]:
         plain and magnitude.epsilon != Magnitude().epsilon,
         f"magnitude.epsilon is {magnitude.epsilon}, but grafting={magnitude.grafting!r} divides by "
         "nothing; drop it, or use 'adagrad', 'rmsprop' or 'adam'.",
+    )
+
+
+def _of_storage(spectrum: Spectrum, storage: Storage) -> Iterator[Refusal]:
+    """Factors and roots that are not there."""
+    kind = spectrum.eigenvalues
+    instead = ": use inverse.precision='bfloat16'" if kind == "inverse-free" else "; drop it"
+    yield (
+        kind in ("polar", "inverse-free") and storage.factors != "full",
+        f"storage.factors is {storage.factors!r}, but spectrum.eigenvalues={kind!r} accumulates no "
+        f"factors{instead}.",
+    )
+    yield (
+        kind != "kronecker" and storage.roots != "full",
+        f"storage.roots is {storage.roots!r}, but spectrum.eigenvalues={kind!r} holds no roots, "
+        "which are symmetric; drop it.",
     )
 
 

@@ -391,6 +391,31 @@ class Shapes(Config):
         self._one_of("vectors", VECTORS)
 
 
+FACTOR_STORAGE = ("full", "bfloat16")
+ROOT_STORAGE = ("full", "packed")
+
+
+@dataclass(frozen=True)
+class Storage(Config):
+    """How factors and roots are held between steps; all is computed in float32 at least.
+
+    Attributes:
+        factors: "full", in the dtype of the state; or "bfloat16", in half of the memory, rounded so
+            that the errors of many steps cancel (``rounding.store``).
+        roots: "full"; or "packed", the upper panels of inverse roots, which is about half of the
+            memory of those from side 128 on, and completed in each step.
+    """
+
+    section: ClassVar[str] = "storage"
+
+    factors: str = "full"
+    roots: str = "full"
+
+    def check(self) -> None:
+        self._one_of("factors", FACTOR_STORAGE)
+        self._one_of("roots", ROOT_STORAGE)
+
+
 SECTIONS: dict[str, type[Config]] = {
-    one.section: one for one in (Statistics, Basis, Spectrum, Inverse, Magnitude, Shapes)
+    one.section: one for one in (Statistics, Basis, Spectrum, Inverse, Magnitude, Shapes, Storage)
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kronecker_probe.optim.rounding import store
+
 # Rows of a panel: narrower ones compute and hold less, wider ones multiply faster.
 PANEL = 64
 # Sides from which a symmetric product is computed by its upper panels only.
@@ -61,7 +63,7 @@ def _panel(factor: Tensor, size: int, panel: tuple[int, int, int]) -> Tensor:
     return factor[:, offset : offset + rows * width].view(-1, rows, width)
 
 
-def add_outer(factor: Tensor, rows: Tensor, keep: float, weight: float) -> None:
+def add_outer(factor: Tensor, rows: Tensor, keep: float, weight: float, update: int = 1) -> None:
     """A <- keep A + weight X X^T, in place.
 
     Half of a symmetric product is redundant, and half of its memory: large factors hold and compute
@@ -72,18 +74,38 @@ def add_outer(factor: Tensor, rows: Tensor, keep: float, weight: float) -> None:
         rows: X, [K, r, s].
         keep: Of the old.
         weight: Of the new.
+        update: Which update this is, counted from 1; by it a factor in bfloat16 is rounded.
     """
     if factor.ndim == 3:
-        factor.baddbmm_(rows, rows.mT, beta=keep, alpha=weight)
+        _accumulate(factor, rows, rows.mT, keep, weight, update)
         return
     size = rows.shape[1]
     for panel in panels(size):
         start, stop, _ = panel
         target = _panel(factor, size, panel)
-        if len(factor) == 1:
-            target[0].addmm_(rows[0, start:stop], rows[0, start:].T, beta=keep, alpha=weight)
-        else:
-            target.baddbmm_(rows[:, start:stop], rows[:, start:].mT, beta=keep, alpha=weight)
+        _accumulate(target, rows[:, start:stop], rows[:, start:].mT, keep, weight, update)
+
+
+def _accumulate(
+    target: Tensor, left: Tensor, right: Tensor, keep: float, weight: float, update: int
+) -> None:
+    """C <- keep C + weight A B, in place, computed in the dtype of A and B."""
+    wide = target.to(left.dtype)
+    if len(wide) == 1:  # one product instead of a batch of one
+        wide[0].addmm_(left[0], right[0], beta=keep, alpha=weight)
+    else:
+        wide.baddbmm_(left, right, beta=keep, alpha=weight)
+    if wide is not target:
+        store(wide, target, update)
+
+
+def packed(matrices: Tensor) -> Tensor:
+    """Symmetric matrices [K, r, r] as they are held: their upper panels from ``PANELLED`` on."""
+    size = matrices.shape[-1]
+    if size < PANELLED:
+        return matrices
+    parts = [matrices[:, start:stop, start:].flatten(1) for start, stop, _ in panels(size)]
+    return torch.cat(parts, dim=1)
 
 
 def completed(factor: Tensor, size: int) -> Tensor:

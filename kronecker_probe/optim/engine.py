@@ -25,6 +25,7 @@ from kronecker_probe.optim.config import (
     Shapes,
     Spectrum,
     Statistics,
+    Storage,
 )
 from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
 from kronecker_probe.optim.inspection import Inspection
@@ -72,6 +73,7 @@ class KroneckerOptimizer(ModelOptimizer):
         inverse: How inverse factors are updated, for spectrum.eigenvalues="inverse-free".
         magnitude: Whose length the step takes.
         shapes: How parameters are cut.
+        storage: How factors and roots are held.
         nesterov: Of a polar factor's average.
         scale_by_shape: Multiply the update of an m x n parameter by max(1, m / n)^1/2 (Muon).
         nonfinite: A gradient that is not finite: "raise" an error, or "skip" the whole step.
@@ -97,6 +99,7 @@ class KroneckerOptimizer(ModelOptimizer):
         inverse: Inverse | Mapping[str, Any] | None = None,
         magnitude: Magnitude | Mapping[str, Any] | None = None,
         shapes: Shapes | Mapping[str, Any] | None = None,
+        storage: Storage | Mapping[str, Any] | None = None,
         nesterov: bool = False,
         scale_by_shape: bool = False,
         nonfinite: str = "raise",
@@ -113,6 +116,7 @@ class KroneckerOptimizer(ModelOptimizer):
             "inverse": Inverse.of(inverse or {}),
             "magnitude": Magnitude.of(magnitude or {}),
             "shapes": Shapes.of(shapes or {}),
+            "storage": Storage.of(storage or {}),
             "nesterov": nesterov,
             "scale_by_shape": scale_by_shape,
         }

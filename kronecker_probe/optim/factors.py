@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ class Factored(Preconditioner):
 
     With ``statistics.rule`` "whitened", what is held of the other sides whitens the gradient:
     "whitener_k", W with W W^T = R^{q-1}, and "whitened_trace_k", Tr R^q.
+
+    Attributes:
+        renewed: What a refresh renews for each side, in the dtype of the state.
     """
+
+    renewed: ClassVar[str]
 
     def factors(self, like: Tensor) -> State:
         """Their state before the first step."""
@@ -35,7 +41,8 @@ class Factored(Preconditioner):
             # a partial trace of initial I
             initial = statistics.initial * (math.prod(self.block) // size)
             held = packed_identity(size, like)
-            state[f"factor_{end}"] = initial * held.repeat(len(like), *[1] * held.ndim)
+            held = (initial * held).to(self._factor_dtype(like.dtype))
+            state[f"factor_{end}"] = held.repeat(len(like), *[1] * held.ndim)
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
                 state[f"whitened_trace_{end}"] = like.new_zeros(len(like))
@@ -50,9 +57,10 @@ class Factored(Preconditioner):
         if self._whitens:
             self._start_whiteners(state, gradients)
         keep, weight = self.recipe.weights(self.recipe.statistics.every)
+        update = self.updates(step)
         for row, layer in enumerate(self.layers):
             for side, end in self.each():
-                layer.add_factor(state[f"factor_{end}"][row], side, keep, weight)
+                layer.add_factor(state[f"factor_{end}"][row], side, keep, weight, update)
         if self.layers:
             return
         if self.recipe.statistics.rule == "whitened":
@@ -61,7 +69,10 @@ class Factored(Preconditioner):
             rows = gradients
             if self._whitens:
                 rows = self._whitened(state, gradients, side)
-            add_outer(state[f"factor_{end}"], unfold(rows, side), keep, weight)
+            add_outer(state[f"factor_{end}"], unfold(rows, side), keep, weight, update)
+
+    def _factor_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self.recipe.storage.factors == "bfloat16" else dtype
 
     @property
     def _whitens(self) -> bool:
@@ -141,10 +152,11 @@ class Factored(Preconditioner):
         state["iterations"][where, place] += found.iterations.cpu()
 
     def full_factor(self, state: State, end: str, step: int, rows: Tensor) -> Tensor:
-        """A / b of some blocks, [b, r, r], both triangles."""
+        """A / b of some blocks, [b, r, r], both triangles, in the dtype of the state."""
         factor = state[f"factor_{end}"]
         chosen = factor if len(rows) == len(factor) else factor[rows]
-        return completed(chosen, self.block[int(end)]) / self.correction(step)
+        dtype = state[f"{self.renewed}_{end}"].dtype
+        return completed(chosen, self.block[int(end)]).to(dtype) / self.correction(step)
 
     def due(self, state: State, step: int) -> Tensor:
         """The blocks whose turn it is to be refreshed in this step."""

@@ -36,6 +36,7 @@ def recipe_of(group: Mapping[str, Any]) -> Recipe:
         inverse=group["inverse"],
         magnitude=group["magnitude"],
         shapes=group["shapes"],
+        storage=group["storage"],
         betas=(beta1, beta2),
         nesterov=group["nesterov"],
     )
@@ -98,6 +99,7 @@ def _structure(recipe: Recipe) -> dict[str, object]:
     del statistics["batch_size"]
     found: dict[str, object] = {f"statistics.{name}": v for name, v in statistics.items()}
     found |= {f"shapes.{name}": v for name, v in recipe.shapes.as_dict().items()}
+    found |= {f"storage.{name}": v for name, v in recipe.storage.as_dict().items()}
     return found | {
         "spectrum.eigenvalues": recipe.spectrum.eigenvalues,
         "spectrum.root": recipe.spectrum.root,

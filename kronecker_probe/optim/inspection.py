@@ -29,6 +29,7 @@ class HeldFactor:
         block: Which block of the parameter.
         side: Which dimension of the block: 0 for the left factor, 1 for the right one.
         factor: A [r, r], both triangles, bias-corrected, in the dtype of the state.
+        dtype: In which it is held between steps.
         basis: Q [r, r], the eigenvectors held of it; None where roots alone are held, or none yet.
         epsilon: ``spectrum.epsilon``; None where it is not added to eigenvalues of the factor.
         relative: Whether it counts in the largest eigenvalue.
@@ -42,6 +43,7 @@ class HeldFactor:
     block: int
     side: int
     factor: Tensor
+    dtype: torch.dtype
     basis: Tensor | None
     epsilon: float | None
     relative: bool
@@ -158,6 +160,7 @@ def _factors(one: Factored, stack: Stack, member: Member, step: int) -> Iterator
                 block=first + k,
                 side=side,
                 factor=one.full_factor(state, end, step, torch.tensor([row]))[0],
+                dtype=state[f"factor_{end}"].dtype,
                 basis=None if held is None else held[row].clone(),
                 epsilon=spectrum.epsilon if damps else None,
                 relative=spectrum.relative,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from kronecker_probe.linalg.eigenbasis import eigh_descending, eigh_each
 from kronecker_probe.linalg.inverse_roots import inverse_root_minimax, inverse_root_newton
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.optim.config import Basis
-from kronecker_probe.optim.contractions import contract
+from kronecker_probe.optim.contractions import completed, contract, packed, packed_identity
 from kronecker_probe.optim.factors import Factored
 from kronecker_probe.optim.preconditioner import Failure, State
 
@@ -35,6 +35,8 @@ _ITERATIONS = {"newton": inverse_root_newton, "matmul": inverse_root_minimax}
 @final
 class Kronecker(Factored):
     """M times (A_k / b + epsilon I)^e along every side that has a factor A_k."""
+
+    renewed: ClassVar[str] = "root"
 
     @property
     def exponent(self) -> float:
@@ -64,8 +66,10 @@ class Kronecker(Factored):
         for side, end in self.each():
             size = self.block[side]
             eye = torch.eye(size, dtype=like.dtype, device=like.device)
-            for name in ("root", "basis") if self._holds_basis else ("root",):
-                state[f"{name}_{end}"] = eye.repeat(len(like), 1, 1)
+            root = packed_identity(size, like) if self._packs else eye
+            state[f"root_{end}"] = root.repeat(len(like), *[1] * root.ndim)
+            if self._holds_basis:
+                state[f"basis_{end}"] = eye.repeat(len(like), 1, 1)
         return self.with_momentum(state, like)
 
     def refresh(self, state: State, step: int) -> list[Failure]:
@@ -80,7 +84,8 @@ class Kronecker(Factored):
             if place == 0 and self.recipe.spectrum.trace_scale:
                 trace = factor.diagonal(dim1=1, dim2=2).sum(1)[ok]
                 good = rows[ok.to(rows.device)]
-                state[f"root_{end}"][good] *= self._scale(trace)[:, None, None]
+                root = state[f"root_{end}"]
+                root[good] *= self._scale(trace).view(-1, *[1] * (root.ndim - 1))
             failures += self.count_failures(state, place, rows, ok, "inverse root")
         return failures
 
@@ -124,7 +129,7 @@ class Kronecker(Factored):
         solved &= powers.isfinite().all(1)
         good = rows[solved.to(rows.device)]
         roots = vectors * powers.unsqueeze(1) @ vectors.mT
-        state[f"root_{end}"][good] = roots[solved]
+        self._hold_root(state, end, good, roots[solved])
         self.hold_whitener(state, end, good, damped[solved], vectors[solved])
         return solved
 
@@ -143,7 +148,7 @@ class Kronecker(Factored):
         damping = Damping(spectrum.epsilon, "largest" if spectrum.relative else "absolute")
         roots = _ITERATIONS[spectrum.root](factor, round(-1 / self.exponent), damping)
         good = rows[roots.ok.to(rows.device)]
-        state[f"root_{end}"][good] = roots.values[roots.ok]
+        self._hold_root(state, end, good, roots.values[roots.ok])
         state["refreshes"][good.cpu(), place] += 1
         state["iterations"][good.cpu(), place] += roots.iterations[roots.ok].cpu()
         return roots.ok
@@ -157,12 +162,24 @@ class Kronecker(Factored):
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         average = self.average(state, gradients)
         for side, end in self.each():
-            average = contract(average, state[f"root_{end}"], side)
+            average = contract(average, self._root(state, end), side)
         return average
 
+    @property
+    def _packs(self) -> bool:
+        return self.recipe.storage.roots == "packed"
+
+    def _hold_root(self, state: State, end: str, rows: Tensor, roots: Tensor) -> None:
+        state[f"root_{end}"][rows] = packed(roots) if self._packs else roots
+
+    def _root(self, state: State, end: str, rows: slice = slice(None)) -> Tensor:
+        return completed(state[f"root_{end}"][rows], self.block[int(end)])
+
     def operator(self, state: State, block: int, step: int) -> KroneckerOperator:
+        row = slice(block, block + 1)
         held = {
-            side: self._inverse_power(state[f"root_{side}"][block], side) for side in self.sides
+            side: self._inverse_power(self._root(state, end, row)[0], side)
+            for side, end in self.each()
         }
         return KroneckerOperator(*self.product(state, held))
 

@@ -114,7 +114,9 @@ class LayerSamples:
         # of a square of recorded d in a mean of squares of own ones
         self._scale = float(self._total) if reduction == "mean" else 1.0 / max(1, self._total)
 
-    def add_factor(self, factor: Tensor, side: int, keep: float, weight: float) -> None:
+    def add_factor(
+        self, factor: Tensor, side: int, keep: float, weight: float, update: int
+    ) -> None:
         """F <- keep F + weight B (side 0) or A (side 1), in place, as ``add_outer`` does it.
 
         Args:
@@ -122,11 +124,13 @@ class LayerSamples:
             side: Which dimension of the m x n parameter.
             keep: Of the old.
             weight: Of the new.
+            update: Which update this is.
         """
         weight *= self._scale if side == 0 else 1.0 / max(1, self._positions)
-        for outputs, inputs in self._chunks(factor.dtype, only=side):
+        dtype = torch.promote_types(factor.dtype, torch.float32)
+        for outputs, inputs in self._chunks(dtype, only=side):
             rows = outputs if side == 0 else inputs
-            add_outer(factor[None], rows.flatten(0, 1).mT[None], keep, weight)
+            add_outer(factor[None], rows.flatten(0, 1).mT[None], keep, weight, update)
             keep = 1.0
 
     def add_squares(self, moment: Tensor, left: Tensor, right: Tensor, weight: float) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.linalg.memory import available_bytes
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.optim.config import Basis, Inverse, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.config import (
+    Basis,
+    Inverse,
+    Magnitude,
+    Shapes,
+    Spectrum,
+    Statistics,
+    Storage,
+)
 from kronecker_probe.optim.layer_samples import LayerSamples
 from kronecker_probe.optim.precision import state_dtype
 
@@ -30,6 +38,7 @@ class Recipe:
     inverse: Inverse
     magnitude: Magnitude
     shapes: Shapes
+    storage: Storage
     betas: tuple[float, float]
     nesterov: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Rotated(Factored):
     a step takes two rotations instead of three.
     """
 
+    renewed: ClassVar[str] = "basis"
     _due_marginals: tuple[Tensor, dict[int, Tensor]] | None = None
 
     @property

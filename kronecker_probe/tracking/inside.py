@@ -101,7 +101,7 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
         if one.relative and epsilon:
             epsilon *= float(torch.linalg.eigvalsh(one.factor.double())[-1].clamp_min(0))
         exponent = one.exponent if one.exponent is not None else -0.5
-        health = factor_health(one.factor, epsilon, exponent=exponent)
+        health = factor_health(one.factor, epsilon, exponent=exponent, dtype=one.dtype)
     except (NonFiniteError, InvalidInputError, UnsupportedError) as error:
         return values, str(error)
     values["factor_rank"] = health.numerical_rank
