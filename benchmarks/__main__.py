@@ -9,6 +9,7 @@ MODULES = (
     "kronecker_floor",
     "tracker_overhead",
     "optimizer_step",
+    "many_blocks",
     "roots",
     "shared_layers",
     "planner_grid",

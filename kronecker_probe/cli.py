@@ -5,7 +5,7 @@ Nothing here imports torch before a command needs it; ``report`` never does.
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -366,25 +366,24 @@ def analyze(
     """Run an analysis: one question, one table, one figure."""
     with exit_codes():
         with usage_checked():
-            folder = _analyses()
-            known = {p.stem.replace("_", "-"): p for p in sorted(folder.glob("[a-z]*.py"))}
+            package, folder = _analyses()
+            # those that begin with _ are parts of others
+            known = {p.stem.replace("_", "-"): p.stem for p in sorted(folder.glob("[a-z]*.py"))}
             if name not in known:
                 raise unknown_name("analysis", name, known)
-        arguments = [str(known[name]), "--preset", preset.value, "--out", str(out)]
-        before = sys.argv
-        sys.argv = arguments
-        try:
-            runpy.run_path(str(known[name]), run_name="__main__")
-        finally:
-            sys.argv = before
+        script = importlib.import_module(f"{package}.{known[name]}").SCRIPT
+        script.main(["--preset", preset.value, "--out", str(out)])
 
 
-def _analyses() -> Path:
-    """The analyses of an installed wheel, or of the source tree."""
-    package = Path(__file__).parent
-    for folder in (package / "_analyses", package.parent / "analyses"):
-        if folder.is_dir():
-            return folder
+def _analyses() -> tuple[str, Path]:
+    """The package and the folder of the analyses of an installed wheel, or of the source tree."""
+    own = Path(__file__).parent
+    if (own / "_analyses").is_dir():
+        return f"{__package__}._analyses", own / "_analyses"
+    if (own.parent / "analyses").is_dir():
+        if str(own.parent) not in sys.path:  # the command's own folder is there instead
+            sys.path.insert(0, str(own.parent))
+        return "analyses", own.parent / "analyses"
     raise InvalidInputError("This installation holds no analyses; install from the source tree.")
 
 
