@@ -645,12 +645,20 @@ def test_analyze_with_an_unknown_name_suggests_the_nearest() -> None:
 def test_analyze_runs_a_script_with_preset_and_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, code: int
 ) -> None:
-    (tmp_path / "my_question.py").write_text(
-        "import sys\nfrom pathlib import Path\nimport kronecker_probe as kp\n"
-        "assert __name__ == '__main__'\n"
-        f"(_, _, preset, _, out) = sys.argv\n{body}\n"
+    folder = tmp_path / f"questions_{code}"
+    folder.mkdir()
+    (folder / "_part.py").write_text("USED = 1\n")  # no analysis of its own
+    (folder / "my_question.py").write_text(
+        "from pathlib import Path\nimport kronecker_probe as kp\nfrom ._part import USED\n"
+        "class SCRIPT:\n"
+        "    @staticmethod\n"
+        "    def main(arguments):\n"
+        "        (_, preset, _, out) = arguments\n"
+        f"        {body}\n"
     )
-    monkeypatch.setattr("kronecker_probe.cli._analyses", lambda: tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("kronecker_probe.cli._analyses", lambda: (folder.name, folder))
+    assert invoke("analyze", "-part").exit_code == USAGE
     arguments = list(sys.argv)
     result = invoke("analyze", "my-question", "--preset", "quick", "--out", tmp_path / "out")
     assert result.exit_code == code, result.output
