@@ -165,3 +165,14 @@ def test_blocks_that_are_no_rectangles_of_the_matrix_have_no_operator() -> None:
         optimizer.step()
         with pytest.raises(UnsupportedError, match=r"use shapes\.merge=0"):
             optimizer.operator(param)
+
+
+def test_what_is_divided_by_a_tiny_number_is_not_null() -> None:
+    """Second moments of 1 and 1e-14: the same steps of Adam, in whatever basis."""
+    gradient = torch.diag(torch.tensor([1.0, 1e-7], dtype=torch.float64))
+    change, optimizer, param = step_of(
+        [gradient], preset=optim.EShampoo, betas=(0.0, 0.9), epsilon=1e-14
+    )
+    applied = optimizer.operator(param).power(-0.5).apply(gradient)
+    torch.testing.assert_close(-change, applied, rtol=1e-6, atol=0)
+    torch.testing.assert_close(applied.abs().diagonal(), torch.ones(2, dtype=torch.float64))

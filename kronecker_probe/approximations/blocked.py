@@ -45,5 +45,7 @@ def _formed(operator: Operator) -> Operator:
     if isinstance(operator, KroneckerOperator):
         return KroneckerOperator(operator.left, operator.right, operator.scale, operator.info)
     if isinstance(operator, EigenOperator):
-        return EigenOperator(operator.left_basis, operator.right_basis, operator.eigenvalues)
+        return EigenOperator(
+            operator.left_basis, operator.right_basis, operator.eigenvalues, exact=operator.exact
+        )
     return operator

@@ -22,14 +22,22 @@ class EigenOperator(Operator):
         left_basis: Q_L, [m, r], orthonormal columns.
         right_basis: Q_R, [n, s], orthonormal columns.
         eigenvalues: D, [r, s], nonnegative.
+        exact: Whether D is what it says in each entry, as what an optimizer divides by; then only
+            zeros are null. Else entries below the rounding of a decomposition are.
     """
 
     def __init__(
-        self, left_basis: Tensor | Eigenbasis, right_basis: Tensor | Eigenbasis, eigenvalues: Tensor
+        self,
+        left_basis: Tensor | Eigenbasis,
+        right_basis: Tensor | Eigenbasis,
+        eigenvalues: Tensor,
+        *,
+        exact: bool = False,
     ) -> None:
         self.left = _as_basis(left_basis)
         self.right = _as_basis(right_basis)
         self.eigenvalues = eigenvalues.detach().double()
+        self.exact = exact
         check_nonnegative("eigenvalues", self.eigenvalues)
         if eigenvalues.shape != (self.left.rank, self.right.rank):
             raise InvalidInputError(
@@ -64,7 +72,8 @@ class EigenOperator(Operator):
     def power(self, p: float) -> EigenOperator:
         """P^p; for p <= 0 the pseudo-inverse power, null on the null space of P."""
         values = self.eigenvalues
-        return EigenOperator(self.left, self.right, spectrum_power(values, p, values.numel()))
+        powered = spectrum_power(values, p, 0 if self.exact else values.numel())
+        return EigenOperator(self.left, self.right, powered, exact=self.exact)
 
     def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         left = (self.left_basis.T @ left_basis).square()

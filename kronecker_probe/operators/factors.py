@@ -324,6 +324,11 @@ class SpectralFactor(Factor):
 def spectrum_power(values: Tensor, p: float, size: int) -> Tensor:
     """Entrywise values^p of a PSD spectrum; what is below rounding is null, for any p.
 
+    Args:
+        values: The spectrum.
+        p: The power.
+        size: How many roundings of the largest value; 0 for those that are exact.
+
     Raises:
         InvalidInputError: p is not a finite number.
     """

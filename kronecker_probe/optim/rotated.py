@@ -156,7 +156,7 @@ class Rotated(Factored):
         values = self._denominator(moment, step)[0].pow(1 / power)
         bases = {side: state[f"basis_{side}"][block] for side in self.sides}
         left, right = self.product(state, bases)
-        return EigenOperator(left, right, values.reshape(len(left), -1))
+        return EigenOperator(left, right, values.reshape(len(left), -1), exact=True)
 
 
 def kept(squares: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def soap(held: Held) -> Operator:
         _identity(held, size) if basis is None else basis.double()
         for basis, size in zip(bases, held.matrix_shape, strict=True)
     ]
-    return EigenOperator(sides[0], sides[1], squared)
+    return EigenOperator(sides[0], sides[1], squared, exact=True)
 
 
 def _denominator(held: Held, moment: Tensor, steps: int) -> Tensor:
