@@ -177,7 +177,7 @@ def track(
                 for name in optimizer
             ]
             if len(each) > 1:
-                check_several(loaded, directory, each, resume=resume, overwrite=overwrite)
+                check_several(loaded, workload, directory, each, resume=resume, overwrite=overwrite)
             else:
                 training = Training(
                     loaded,

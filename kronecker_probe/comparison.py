@@ -138,7 +138,7 @@ class Summary:
 
     Attributes:
         head: Column names of ``rows``.
-        rows: One a run: optimizer, loss, accuracy, seconds, status.
+        rows: One a run: optimizer, last probed step, loss, accuracy, seconds, status.
         layers: One a layer: its name, and a cell for each optimizer.
         optimizers: The optimizers.
     """
@@ -162,6 +162,7 @@ def summarize(comparison: Comparison) -> Summary:
         rows.append(
             [
                 name,
+                "-" if probed is None else str(probed),
                 _told(_last(of, "probe_loss"), 4),
                 _told(_last(of, "train_loss"), 4),
                 _told(_last(of, "test_accuracy"), 4),
@@ -175,7 +176,16 @@ def summarize(comparison: Comparison) -> Summary:
             at = now[now["parameter"] == layer]
             live, rule = (_told(_last(at, one), 3) for one in ("live_cosine", "rule_cosine"))
             cells.setdefault(str(layer), {})[name] = f"{live} | {rule}"
-    head = ("optimizer", "loss", "train loss", "test accuracy", "seconds", "ms a step", "run")
+    head = (
+        "optimizer",
+        "step",
+        "loss",
+        "train loss",
+        "test accuracy",
+        "seconds",
+        "ms a step",
+        "run",
+    )
     layers = [[layer, *(of.get(name, "-") for name in stores)] for layer, of in cells.items()]
     return Summary(head, rows, layers, list(stores))
 

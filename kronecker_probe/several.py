@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
@@ -15,13 +17,17 @@ from kronecker_probe.interruption import resumable
 from kronecker_probe.optim.build import build_optimizer
 from kronecker_probe.report import write_report
 from kronecker_probe.terminal import errors, progress_shown, show_probes
-from kronecker_probe.tracking.record import FILE
+from kronecker_probe.tracking.record import FILE, as_json
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
 from kronecker_probe.workloads import Workload, load_workload
+
+# Options of a run in which runs that are compared may differ.
+_OWN = ("optimizer", "settings", "lr", "device", "approximations", "metrics", "estimates")
 
 
 def check_several(
     workload: Workload,
+    name: str,
     directory: Path,
     options: Sequence[TrainingOptions],
     *,
@@ -30,9 +36,18 @@ def check_several(
 ) -> None:
     """Refuse what can be refused before the first run starts.
 
+    Args:
+        workload: What is trained.
+        name: Its name.
+        directory: Of the comparison.
+        options: Of each run.
+        resume: Go on with the runs that are there.
+        overwrite: Delete them first.
+
     Raises:
         InvalidInputError: An optimizer given twice, or one that does not take the settings.
-        RunDirectoryError: A run is there already, or ``directory`` is itself a run or other files.
+        RunDirectoryError: A run is there already, or ``directory`` is itself a run, or holds other
+            files, or runs of something else.
     """
     names = [one.optimizer for one in options]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -59,6 +74,23 @@ def check_several(
             f"{directory} holds a run of {', '.join(held)} already; go on with --resume, delete it "
             "with --overwrite, or choose another path."
         )
+    if Comparison.holds(directory):
+        replaced = names if overwrite else []
+        _check_alike(Comparison.open(directory), {"workload": name, **asdict(options[0])}, replaced)
+
+
+def _check_alike(comparison: Comparison, config: dict[str, Any], replaced: Sequence[str]) -> None:
+    """Refuse to put runs of other data, targets or lengths into one table."""
+    wanted = as_json({key: value for key, value in config.items() if key not in _OWN})
+    for name, store in comparison.stores().items():
+        held = store.config
+        for key in sorted(wanted.keys() & held.keys()) if name not in replaced else ():
+            if held[key] != wanted[key]:
+                raise RunDirectoryError(
+                    f"{comparison.path} holds a run of {name} with {key} {held[key]!r}, and that "
+                    f"of now is {wanted[key]!r}: they would not compare. Choose another path, or "
+                    "the same options."
+                )
 
 
 def track_several(
@@ -104,7 +136,12 @@ def track_several(
         )
         errors.print(f"[bold]{escape(one.optimizer)}[/]", highlight=False)
         show_probes(training.probed)
-        clock = _Clock(training.probed)
+
+        def save(timing: Timing, name: str = one.optimizer, past: Timing = before) -> None:
+            kept[name] = past + timing
+            Comparison(directory, kept).save()
+
+        clock = _Clock(training.probed, save)
         try:
             with resumable(training), progress_shown(one.steps) as show:
                 training.run(clock.then(show))
@@ -112,18 +149,18 @@ def track_several(
             diverged.append(one.optimizer)
             errors.print(f"[red]{escape(one.optimizer)}:[/] {escape(str(error))}", soft_wrap=True)
         finally:
-            kept[one.optimizer] = before + clock.timing()
-            Comparison(directory, kept).save()
+            save(clock.timing())
         if training.store.steps():
             write_report(training.store.path)
     return Comparison(directory, kept), diverged
 
 
 class _Clock:
-    """Times a run, and its steps without a probe."""
+    """Times a run, and its steps without a probe; tells at each probe, should it be the last."""
 
-    def __init__(self, probed: Sequence[int]) -> None:
+    def __init__(self, probed: Sequence[int], tell: Callable[[Timing], None]) -> None:
         self.probed = frozenset(probed)
+        self.tell = tell
         self.started = self.last = time.perf_counter()
         self.steps = 0
         self.step_seconds = 0.0
@@ -140,7 +177,9 @@ class _Clock:
     def tick(self, taken: int) -> None:
         """After a step; the one before ``taken`` was probed or not."""
         now = time.perf_counter()
-        if taken - 1 not in self.probed:
+        if taken - 1 in self.probed:
+            self.tell(self.timing())
+        else:
             self.steps += 1
             self.step_seconds += now - self.last
         self.last = now

@@ -124,7 +124,7 @@ def show_comparison(comparison: Comparison) -> None:
         runs.add_row(*map(escape, row))
     for row in summary.layers:
         layers.add_row(*map(escape, row))
-    needed = max(Console(width=1000).measure(one).minimum for one in (runs, layers))
+    needed = max(Console(width=1000).measure(one).maximum for one in (runs, layers))
     wide = Console(width=max(console.width, 80, needed))
     wide.print("[bold]Training[/]", runs, sep="\n", highlight=False)
     if summary.layers:

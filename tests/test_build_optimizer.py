@@ -46,7 +46,7 @@ def test_settings_reach_their_sections() -> None:
     ("soap", ["basis.=1"], InvalidInputError, "section.field=value"),
     ("soap", ["basis.frequency=1", "basis.frequency=2"], InvalidInputError, "twice"),
     ("soap", ["basis.frequency=often"], InvalidInputError, "frequency"),
-    ("soap", ["lr=1"], InvalidInputError, "twice"),
+    ("soap", ["lr=1"], InvalidInputError, "use --lr"),
     ("kfac", [], InvalidInputError, "model"),
     ("adamw", ["basis.frequency=1"], InvalidInputError, "section"),
     ("adamw", ["weight_decey=1"], UnknownNameError, "weight_decay"),

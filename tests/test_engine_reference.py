@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Build, Rule]] = {
     ),
     "ShampooSquared": (
         lambda p: optim.ShampooSquared(p, lr=0.01, epsilon=1e-3),
-        Rule(exponents=1.0, trace=True, epsilon=1e-3, relative=True),
+        Rule(exponents=1.0, trace=True, epsilon=1e-3, relative=True, start=1),
     ),
     "EShampoo": (
         lambda p: optim.EShampoo(p, lr=0.01, basis=LATE),

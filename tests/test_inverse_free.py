@@ -103,7 +103,7 @@ def test_with_expected_statistics_it_finds_the_kl_optimum() -> None:
             velocities.append([trial[f"velocity_{k}"] for k in (0, 1)])
         for k in (0, 1):
             mean = torch.stack([v[k] for v in velocities]).mean(0)
-            one._move(state[f"inverse_{k}"], mean)
+            one._move(state[f"inverse_{k}"], mean, 1)
     fitted = one.operator(state, 0, 1)
     H = kp.SecondMoment(kp.GradientSamples.from_matrices(G))
     kl = kp.approximate(H, "divergence:q=0")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kronecker_probe import optim
-from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.errors import InvalidInputError, NonFiniteError
 from kronecker_probe.optim import factors, inverse_free, kronecker, polar
 from tests.optimizer_cases import PRESETS, Problem, break_eigh, step_of
 
@@ -138,17 +138,52 @@ def test_a_polar_factor_that_is_not_found_is_approximated(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal"])
-def test_overflowing_products_do_not_reach_inverse_factors(structure: str) -> None:
-    gradients = [torch.ones(4, 3), torch.full((4, 3), 4e18), torch.ones(4, 3)]
+def test_the_factor_of_the_batch_counts_in_what_overflows(structure: str) -> None:
+    gradients = [torch.ones(4, 3), torch.full((4, 3), 4e18)]
+    with pytest.raises(NonFiniteError, match="overflows its statistics"):
+        step_of(
+            gradients,
+            torch.float32,
+            optim.InverseFreeShampoo,
+            batch_size=10**6,
+            inverse={"structure": structure},
+        )
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_step_that_overflows_does_not_reach_a_weight(structure: str, nonfinite: str) -> None:
+    options: dict[str, Any] = {"inverse": {"structure": structure}, "nonfinite": nonfinite}
     _, optimizer, param = step_of(
-        gradients,
-        torch.float32,
-        optim.InverseFreeShampoo,
-        batch_size=10**6,
-        inverse={"structure": structure},
+        [torch.ones(4, 3)], torch.float32, optim.InverseFreeShampoo, **options
     )
-    for value in optimizer.state[param].values():
-        assert not isinstance(value, torch.Tensor) or value.isfinite().all()
+    state = optimizer.state[param]
+    for side in (0, 1):
+        state[f"inverse_{side}"].mul_(1e10)
+    before = param.detach().clone()
+    param.grad = torch.ones(4, 3)
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match=r"The step of parameter 0 .* No weight"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert all(v.isfinite().all() for k, v in state.items() if "velocity" in k or "inverse" in k)
+
+
+def test_inputs_that_never_fire_stop_growing_without_damping() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = []
+    for _ in range(600):
+        gradient = torch.randn(6, 5, generator=generator)
+        gradient[:, :2] = 0.0
+        gradients.append(gradient)
+    _, optimizer, param = step_of(
+        gradients, torch.float32, optim.InverseFreeShampoo, inverse={"damping": 0.0, "lr": 1.0}
+    )
+    held = optimizer.state[param]["inverse_1"]
+    assert 1e5 < float(held.abs().max()) < 1e8
+    assert param.isfinite().all()
 
 
 @pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "sgd", "none"])

@@ -35,6 +35,12 @@ LIKE_ADAM = frozenset(
 )
 
 
+# As they are written elsewhere too: "false" is a text, and true, to Python.
+_CONSTANTS = {"true": True, "false": False}
+# What is passed by itself.
+_RESERVED = ("params", "model")
+
+
 def optimizer_names() -> tuple[str, ...]:
     """All that :func:`build_optimizer` knows."""
     return (*PRESETS, *MODEL_PRESETS, *TORCH)
@@ -69,19 +75,34 @@ def build_optimizer(
     options = read_settings(settings, name not in TORCH)
     if lr is not None:
         if "lr" in options:
-            raise InvalidInputError("lr is given twice: as the learning rate and as a setting.")
+            raise InvalidInputError(
+                "lr is no setting where the learning rate is an option of its own: use --lr (lr=)."
+            )
         options["lr"] = lr
     if name in MODEL_PRESETS:
         if model is None:
             raise InvalidInputError(f"{name} hooks the layers of a model; pass model=.")
         return MODEL_PRESETS[name](model, **options)
-    build = known[name]
     if name in TORCH:
-        accepted = [p for p in inspect.signature(build).parameters if p not in ("self", "params")]
-        for option in options:
-            if option not in accepted:
-                raise unknown_name(f"option of {name}", option, accepted)
-    return build(params, **options)
+        return _torch(name, params, options)
+    return known[name](params, **options)
+
+
+def _torch(name: str, params: ParamsT, options: dict[str, Any]) -> Optimizer:
+    """One of torch's, whose own checks are few."""
+    found = inspect.signature(TORCH[name]).parameters
+    accepted = {key: one.default for key, one in found.items() if key not in ("self", "params")}
+    for key, value in options.items():
+        if key not in accepted:
+            raise unknown_name(f"option of {name}", key, accepted)
+        flag = isinstance(accepted[key], bool)
+        if isinstance(value, str) or (flag and not isinstance(value, bool)):
+            kind = "True or False" if flag else "a number, True, False or None"
+            raise InvalidInputError(f"{key} of {name} is {value!r}; give {kind}.")
+    try:
+        return TORCH[name](params, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"torch's {name} refuses {options}: {error}") from error
 
 
 def read_settings(settings: Sequence[str], sections: bool) -> dict[str, Any]:
@@ -99,7 +120,7 @@ def read_settings(settings: Sequence[str], sections: bool) -> dict[str, Any]:
     for text in settings:
         path, equals, value = text.partition("=")
         section, dot, field = path.strip().partition(".")
-        if not equals or not section or (dot and not field):
+        if not equals or not section or (dot and not field) or section in _RESERVED:
             raise InvalidInputError(
                 f"Setting {text!r} is none; write option=value or section.field=value, for "
                 "example basis.tolerance=0.1."
@@ -120,6 +141,8 @@ def read_settings(settings: Sequence[str], sections: bool) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     """A Python literal, or the text itself: a name of a choice."""
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

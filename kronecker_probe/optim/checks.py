@@ -51,13 +51,18 @@ def check_betas(value: object, name: str) -> None:
 
 
 def check_gradients(
-    params: Sequence[Tensor], name_of: Callable[[Tensor], str], *, skip: bool = False
+    params: Sequence[Tensor],
+    name_of: Callable[[Tensor], str],
+    *,
+    weight: float = 1.0,
+    skip: bool = False,
 ) -> bool:
     """Refuses gradients that would spoil the state, with one transfer from each device and dtype.
 
     Args:
         params: Parameters with a gradient.
         name_of: The name of a parameter in messages, asked for only when one is refused.
+        weight: What squares are multiplied by: B of root-free methods.
         skip: Answer False instead where one is not finite.
 
     Returns:
@@ -77,7 +82,7 @@ def check_gradients(
             )
         gradients.append(param.grad)
     for param, gradient, norm in zip(params, gradients, _norms(gradients), strict=True):
-        limit = math.sqrt(torch.finfo(state_dtype(gradient.dtype)).max)
+        limit = math.sqrt(torch.finfo(state_dtype(gradient.dtype)).max / weight)
         if norm < limit:
             continue
         if skip:
@@ -94,15 +99,48 @@ def check_gradients(
     return True
 
 
-def _norms(gradients: list[Tensor]) -> list[float]:
-    """Frobenius norms; not finite where an entry is not, or where the squares overflow."""
+def check_updates(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    name_of: Callable[[Tensor], str],
+    *,
+    skip: bool = False,
+) -> bool:
+    """Refuses steps that would write a NaN or an infinity into a weight.
+
+    Args:
+        params: Parameters.
+        updates: Of each.
+        name_of: The name of a parameter in messages.
+        skip: Answer False instead where one is not finite.
+
+    Returns:
+        Whether the weights may be changed.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity.
+    """
+    for param, largest in zip(params, _norms(updates, math.inf), strict=True):
+        if not math.isfinite(largest):
+            if skip:
+                return False
+            raise NonFiniteError(
+                f"The step of {name_of(param)} holds a NaN or an infinity, although its gradient "
+                "does not. No weight of this parameter group was changed: raise the damping "
+                "(spectrum.epsilon or inverse.damping), or build the optimizer anew."
+            )
+    return True
+
+
+def _norms(gradients: Sequence[Tensor], order: float = 2) -> list[float]:
+    """Norms of entries; not finite where an entry is not, or where their squares overflow."""
     batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
         key = gradient.device, state_dtype(gradient.dtype)
         batches.setdefault(key, []).append(index)
     norms = [0.0] * len(gradients)
     for (_, dtype), indices in batches.items():
-        found = torch._foreach_norm([gradients[index] for index in indices], 2, dtype=dtype)
+        found = torch._foreach_norm([gradients[index] for index in indices], order, dtype=dtype)
         for index, norm in zip(indices, torch.stack(found).tolist(), strict=True):
             norms[index] = norm
     return norms

@@ -205,15 +205,17 @@ class KroneckerOptimizer(ModelOptimizer):
             (k, group, [p for p in group["params"] if p.grad is not None and p.numel()])
             for k, group in enumerate(self.param_groups)
         ]
-        every = [param for _, _, params in active for param in params]
         for k, group, _ in active:
             check_group(group, f" of parameter group {k}")
         self._check_changes()
-        if not checks.check_gradients(every, self._name, skip=self.nonfinite == "skip"):
-            self._forget_records()
-            return loss
+        skip = self.nonfinite == "skip"
+        for _, group, params in active:
+            largest = max(1.0, group["statistics"].batch_size)
+            if not checks.check_gradients(params, self._name, weight=largest, skip=skip):
+                self._forget_records()
+                return loss
         layers = self._recorded([(group, params) for _, group, params in active])
-        with full_precision(param.device.type for param in every):
+        with full_precision(p.device.type for _, _, params in active for p in params):
             for k, group, params in active:
                 if params:
                     self._step_group(k, group, params, layers)
@@ -242,6 +244,10 @@ class KroneckerOptimizer(ModelOptimizer):
                 parts |= turn.directions
                 self._note(turn.failures, step)
         updates = [_assembled(param, recipe.shapes, parts) for param in params]
+
+        skip = self.nonfinite == "skip"
+        if not checks.check_updates(params, updates, self._name, skip=skip):
+            return
 
         def buffer(param: Tensor) -> Tensor:
             state = self.state[param]

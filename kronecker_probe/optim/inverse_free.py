@@ -13,6 +13,10 @@ from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.optim.contractions import contract, unfold
 from kronecker_probe.optim.preconditioner import Preconditioner, State
+from kronecker_probe.optim.rounding import store
+
+# Entries of inverse factors: with four of them a direction stays within the range of float32.
+_LARGEST = 2.0**25
 
 
 @final
@@ -66,7 +70,8 @@ class InverseFree(Preconditioner):
             velocity = state[f"velocity_{end}"]
             sound = new.flatten(1).isfinite().all(1)  # the product of huge numbers may overflow
             new = torch.where(sound.view(-1, *[1] * (new.ndim - 1)), new, velocity)
-            self._move(state[f"inverse_{end}"], velocity.lerp_(new, 1 - rule.decay))
+            velocity.lerp_(new, 1 - rule.decay)
+            self._move(state[f"inverse_{end}"], velocity, self.updates(step))
 
     def _velocity(self, inverse: Tensor, rows: Tensor, scale: float, damping: Tensor) -> Tensor:
         """Half of [scale X X^T + damping K^T K - I], X the whitened gradient along one side."""
@@ -78,12 +83,19 @@ class InverseFree(Preconditioner):
         outer.diagonal(dim1=1, dim2=2).sub_(1.0)
         return 0.5 * outer
 
-    def _move(self, inverse: Tensor, velocity: Tensor) -> None:
+    def _move(self, inverse: Tensor, velocity: Tensor, update: int) -> None:
         rate = self.recipe.inverse.lr
         dims = (1,) if self._diagonal else (1, 2)
         size = torch.linalg.vector_norm(velocity, dim=dims, keepdim=True).clamp_min(1.0)
         step = velocity * (rate / size)
-        inverse.sub_(inverse * step if self._diagonal else torch.bmm(inverse, step))
+        change = inverse * step if self._diagonal else torch.bmm(inverse, step)
+        # without damping, an input that never fires makes its inverse grow for ever
+        largest = inverse.flatten(1).abs().amax(1)
+        change *= (largest < _LARGEST).view(-1, *[1] * (change.ndim - 1))
+        if inverse.dtype == torch.bfloat16:  # where a change is less than a rounding
+            store(inverse.float() - change, inverse, update)
+        else:
+            inverse.sub_(change)
 
     def _times(self, state: State, blocks: Tensor, side: int) -> Tensor:
         """K^T along one dimension."""

@@ -37,11 +37,13 @@ def built(
     options: dict[str, Any],
 ) -> KroneckerOptimizer:
     """The optimizer of a preset's sections with what the caller changes."""
-    known = inspect.signature(KroneckerOptimizer).parameters
+    known = [name for name in inspect.signature(KroneckerOptimizer).parameters if name != "params"]
     chosen: dict[str, Any] = dict(sections)
     for name, value in options.items():
         if name not in known:
             raise unknown_name("option", name, known)
+        if name in SECTIONS and value is None:
+            continue  # the preset's own
         if name in SECTIONS and isinstance(value, Mapping):
             value = chosen.get(name, SECTIONS[name]()).replace(**value)
         chosen[name] = value
@@ -76,17 +78,20 @@ def ShampooSquared(
     params: ParamsT,
     lr: float = 1e-3,
     betas: Betas = (0.9, 0.999),
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-3,
     **options: Any,
 ) -> KroneckerOptimizer:
     """Power 1/2 with the trace scale: L kron R / Tr L as the estimate of H (arXiv 2406.17748).
 
-    It divides by more than Shampoo does, and has no bound on what H is after whitening; so
-    ``epsilon`` is relative to the largest eigenvalue of each factor, as an absolute 1e-12 diverges.
+    It divides by more than Shampoo does; so ``epsilon`` is relative to the largest eigenvalue of
+    each factor, as an absolute 1e-12 diverges. Roots are there from the first step on, which makes
+    the steps free of the loss's scale; the first, singular factors need an epsilon of about 1e-3,
+    and a later ``basis.start`` trains with less of it.
     Arguments as in :func:`Shampoo`.
     """
     sections = {
         "statistics": Statistics(),
+        "basis": Basis(start=1),
         "spectrum": Spectrum(trace_scale=True, epsilon=epsilon, relative=True),
     }
     return built(params, lr, betas, sections, options)

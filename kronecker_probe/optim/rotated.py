@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, final
 
 import torch
@@ -19,6 +20,8 @@ from kronecker_probe.optim.preconditioner import Failure, State
 _SCALINGS = 3
 # Marginals below this share of the largest are not divided by.
 _FLOOR = 1e-12
+# Roots of D within this many roundings of the largest are those of the rotation, and no gradients.
+_ROUNDINGS = 32
 # What D in the bases of the factors is, by the rule of their statistics.
 _RULES = {"gradient": "eigen-corrected", "kfac": "ekfac"}
 
@@ -28,7 +31,8 @@ class Rotated(Factored):
     """Q_L ((Q_L^T M Q_R) / (D^power + epsilon)) Q_R^T, D the second moment of Q_L^T G Q_R.
 
     M is kept in the rotated frame: bases are complete, so that turning it with them is exact, and
-    a step takes two rotations instead of three.
+    a step takes two rotations instead of three. Where D is rounding the step is 0: in a null space
+    of the gradients their quotient would be noise of size 1.
     """
 
     renewed: ClassVar[str] = "basis"
@@ -65,7 +69,7 @@ class Rotated(Factored):
             state["refreshed"][rows.cpu()[found.ok.cpu()], place] = step
             if bool(found.refreshed.any()):
                 self._turn(state, side, rows, old, found)
-            damped = marginals[side] + self.recipe.spectrum.epsilon
+            damped = marginals[side] + self._epsilon(marginals[side])
             self.hold_whitener(state, end, rows[ok], damped[found.ok], found.vectors[found.ok])
             failures += self.count_failures(state, place, rows, found.ok, "eigenbasis")
             sound &= ok
@@ -73,6 +77,12 @@ class Rotated(Factored):
             chosen = {side: values[sound.to(values.device)] for side, values in marginals.items()}
             self._due_marginals = rows[sound], chosen
         return failures
+
+    def _epsilon(self, values: Tensor) -> Tensor:
+        """What damps the factors that whiten, [b, 1]."""
+        spectrum = self.recipe.spectrum
+        largest = values.amax(1, keepdim=True)
+        return spectrum.epsilon * (largest if spectrum.relative else torch.ones_like(largest))
 
     def _turn(
         self, state: State, side: int, rows: Tensor, old: Tensor, found: BasisRefresh
@@ -119,12 +129,13 @@ class Rotated(Factored):
             moment.addcmul_(rotated, rotated, value=weight)
         self._match(state, step)
         average = self.average(state, rotated)
-        direction = divided(
-            average,
-            self._denominator(state["second_moment"], step),
-            damped=self.recipe.spectrum.surely_damps,
-        )
-        return self._rotate_back(state, direction)
+        denominator = self._denominator(moment, step).masked_fill_(self._null(moment), math.inf)
+        return self._rotate_back(state, divided(average, denominator, damped=True))
+
+    def _null(self, moment: Tensor) -> Tensor:
+        """Where D is zero or rounding, and nothing is known of the sign of a gradient."""
+        top = moment.flatten(1).amax(1).view(-1, *[1] * (moment.ndim - 1))
+        return moment <= (_ROUNDINGS * torch.finfo(moment.dtype).eps) ** 2 * top
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
         spectrum = self.recipe.spectrum
@@ -151,9 +162,10 @@ class Rotated(Factored):
         return True
 
     def operator(self, state: State, block: int, step: int) -> EigenOperator:
-        moment = state["second_moment"][block : block + 1].double()
+        held = state["second_moment"][block : block + 1]
         power = self.recipe.spectrum.power
-        values = self._denominator(moment, step)[0].pow(1 / power)
+        values = self._denominator(held.double(), step).pow(1 / power)
+        values = values.masked_fill(self._null(held), 0.0)[0]
         bases = {side: state[f"basis_{side}"][block] for side in self.sides}
         left, right = self.product(state, bases)
         return EigenOperator(left, right, values.reshape(len(left), -1), exact=True)
