@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from analyses import _root_free_precision as precision
 from analyses import purifying, root_free
+from analyses._root_free_sentences import breaking
 from kronecker_probe.cli import app
+from kronecker_probe.linalg.inverse_roots import TOLERANCE
 from kronecker_probe.scripts import Script
 
 # float32 updates and eigenbases of the same factors, found by the same program
@@ -20,6 +25,9 @@ SAME = 1e-4
 NOISE = 0.15
 # float64 runs of 8 steps in two coordinates; those that differ do so by O(1)
 INVARIANT, DIFFERENT = 1e-9, 0.1
+# bfloat16 has 8 bits; the iteration as it is stops at 10 units of these, in the largest entry
+HALVED = 2e-2
+ACCURATE = {precision.FULL: SAME, precision.HALF: 10 * HALVED, precision.BEST: HALVED}
 AGES = (0, 15)
 
 
@@ -32,7 +40,8 @@ def purified() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def rootless() -> pd.DataFrame:
-    return root_free.collect(root_free.Preset(1, 2, 6, (1, 16), 300, 64, 8))
+    steps = {root_free.CNN: 6, root_free.GPT: 4}
+    return root_free.collect(root_free.Preset(1, 2, steps, (1, 16), 300, 64, 8, (1e-1, 1e-6)))
 
 
 def drifted(table: pd.DataFrame, measured: str) -> pd.DataFrame:
@@ -111,21 +120,103 @@ def test_without_the_root_coordinates_do_not_matter(rootless: pd.DataFrame) -> N
 
 def test_every_method_has_the_same_search(rootless: pd.DataFrame) -> None:
     trials = rootless[rootless["measured"] == "trial"]
-    rates = trials.groupby("method")["lr"].agg(tuple)
-    assert set(rates.index) == set(root_free.METHODS)
+    by = ["workload", "method"]
+    rates = trials.groupby(by)["lr"].agg(tuple)
+    assert set(rates.index) == set(
+        itertools.product((root_free.CNN, root_free.GPT), root_free.METHODS)
+    )
     assert rates.nunique() == 1
     low, high = root_free.RATES
     assert trials["lr"].between(low, high).all()
-    best = trials.loc[trials.groupby("method")["value"].idxmin()].set_index("method")["lr"]
-    curves = rootless[rootless["measured"] == "loss"]
+    best = trials.loc[trials.groupby(by)["value"].idxmin()].set_index(by)["lr"]
+    curves = rootless[(rootless["part"] == "training") & (rootless["measured"] == "loss")]
     assert root_free.SEARCH_SEED not in set(curves["seed"])
-    for method, lr in curves.groupby("method")["lr"]:
-        assert (lr == best[method]).all()
+    for case, lr in curves.groupby(by)["lr"]:
+        assert (lr == best[case]).all()
+
+
+def test_bfloat16_runs_have_the_rate_that_float32_found(rootless: pd.DataFrame) -> None:
+    runs = rootless[rootless["part"] == "precision"]
+    found = root_free.best_rates(rootless, root_free.GPT)
+    assert (runs["lr"] == runs["method"].map(found)).all()
+    losses = root_free.by_precision(rootless, "loss")
+    pairs = {(method, damping) for method, damping, _ in losses.dropna(how="all").index}
+    assert {("Shampoo", 1e-1), ("Shampoo", 1e-6), ("RootFreeShampoo", 1e-6)} < pairs
+    # from the same start, after four steps
+    change = root_free.changes(rootless).xs("InverseFreeShampoo", level="method")["bfloat16"]
+    assert 0 < change.abs().max() < HALVED
+    residuals = root_free.by_precision(rootless, "log10_residual").xs("Shampoo", level="method")
+    wide, narrow = (residuals.xs(damping, level="damping").iloc[0] for damping in (1e-1, 1e-6))
+    assert wide["float32"] < math.log10(SAME)
+    assert wide["bfloat16"] < math.log10(TOLERANCE) < narrow["bfloat16"]
+
+
+def test_changes_are_relative_and_broken_runs_infinite() -> None:
+    losses = {"float32": (2.0, 2.0), "bfloat16": (2.02, math.inf), precision.BEST: (1.9, 2.2)}
+    rows = [
+        {"part": "precision", "method": "Shampoo", "damping": 1e-3, "measured": "loss"}
+        | {"precision": how, "seed": seed, "value": value}
+        for how, values in losses.items()
+        for seed, value in enumerate(values)
+    ]
+    found = root_free.changes(pd.DataFrame(rows)).droplevel(["method", "damping"])
+    assert found["bfloat16"].tolist() == pytest.approx([0.01, math.inf])
+    assert found[precision.BEST].tolist() == pytest.approx([-0.05, 0.1])
+    assert breaking(pd.DataFrame(rows), precision.BEST) == [1e-3]
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("how", [precision.FULL, precision.HALF, precision.BEST])
+def test_roots_are_those_of_a_decomposition(p: int, how: str) -> None:
+    generator = torch.Generator().manual_seed(p)
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q
+    values = torch.linspace(1.0, 1e-3, 24, dtype=torch.float64) * 7.0  # the largest
+    A = (basis * values) @ basis.mT
+    expected = (basis * (values + 0.1 * 7.0).pow(-1 / p)) @ basis.mT
+    roots, residual = precision.inverse_roots(A.float()[None], p, 0.1, how)
+    error = (roots[0].double() - expected).norm() / expected.norm()
+    assert error < ACCURATE[how]
+    assert residual[0] < ACCURATE[how]
+
+
+def test_bfloat16_has_no_decomposition_and_its_iteration_diverges() -> None:
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        torch.linalg.eigh(torch.eye(3, dtype=torch.bfloat16))
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    A = (rows @ rows.mT)[None]  # of rank 8: its damped null space is below bfloat16's rounding
+    exact, half, best = (
+        float(precision.inverse_roots(A, 4, 1e-4, how)[1])
+        for how in (precision.FULL, precision.HALF, precision.BEST)
+    )
+    assert exact < TOLERANCE / 10
+    assert TOLERANCE < best < half
+
+
+@pytest.mark.parametrize("method", ["RootFreeShampoo", "Shampoo"])
+def test_written_roots_are_those_that_the_optimizer_finds(method: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    optimizer = precision._with_roots(method, list(model.named_parameters()), 0.0, 1e-2, 1)
+    torch.nn.functional.cross_entropy(model(torch.randn(32, 5)), torch.randint(3, (32,))).backward()
+    optimizer.step()  # by eigendecomposition
+    found = {
+        (name, key): tensor.clone()
+        for name, param in model.named_parameters()
+        for key, tensor in optimizer.state[param].items()
+        if key.startswith("root_")
+    }
+    assert len(found) == (4 if method == "RootFreeShampoo" else 6)
+    for name, key in found:
+        optimizer.state[model.get_parameter(name)][key].zero_()
+    precision.write_roots(optimizer, precision.FULL)
+    for (name, key), expected in found.items():
+        written = optimizer.state[model.get_parameter(name)][key]
+        assert (written - expected).norm() < SAME * expected.norm(), (name, key)
 
 
 @pytest.mark.parametrize(
     ("script", "table", "panels"),
-    [(purifying.SCRIPT, "purified", 8), (root_free.SCRIPT, "rootless", 6)],
+    [(purifying.SCRIPT, "purified", 8), (root_free.SCRIPT, "rootless", 12)],
     ids=["purifying", "root_free"],
 )
 def test_the_figure_says_the_conclusion(

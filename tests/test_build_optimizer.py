@@ -50,9 +50,26 @@ def test_settings_reach_their_sections() -> None:
     ("kfac", [], InvalidInputError, "model"),
     ("adamw", ["basis.frequency=1"], InvalidInputError, "section"),
     ("adamw", ["weight_decey=1"], UnknownNameError, "weight_decay"),
+    ("adamw", ["foreach=no"], InvalidInputError, "foreach of adamw is 'no'"),
+    ("adamw", ["capturable=1"], InvalidInputError, "capturable .* True or False"),
+    ("adamw", ["eps=abc"], InvalidInputError, "eps of adamw is 'abc'"),
+    ("adam", ["betas=0.9"], InvalidInputError, "refuses"),
+    ("sgd", ["momentum=-1"], InvalidInputError, "refuses"),
+    ("soap", ["params=3"], InvalidInputError, "is none"),
+    ("soap", ["defaults=3"], UnknownNameError, "option"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(
     name: str, settings: list[str], error: type[Exception], told: str
 ) -> None:
     with pytest.raises(error, match=told):
         build_optimizer(name, params(), lr=0.1, settings=settings)
+
+
+@pytest.mark.parametrize("text", ["false", "False", "FALSE"])
+def test_booleans_are_booleans(text: str) -> None:
+    optimizer = build_optimizer("adamw", params(), settings=[f"maximize={text}"])
+    assert optimizer.param_groups[0]["maximize"] is False
+    own = build_optimizer("muon", params(), settings=[f"nesterov={text}"])
+    assert own.param_groups[0]["nesterov"] is False
+    kept = build_optimizer("shampoo", params(), settings=["magnitude.grafting=none"])
+    assert kept.param_groups[0]["magnitude"].grafting == "none"

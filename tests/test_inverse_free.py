@@ -136,3 +136,20 @@ def test_the_whole_state_may_be_bfloat16_and_still_trains(dtype: torch.dtype) ->
     start = float(Y.square().mean())
     assert losses[0] < 0.1 * start
     assert losses[1] < losses[0] + 0.01 * start
+
+
+def test_inverse_factors_in_bfloat16_move_by_less_than_a_rounding() -> None:
+    """Their updates are smaller than bfloat16's steps: rounded to the nearest they stand still."""
+    held = {}
+    scales = torch.ones(12)
+    scales[:3] = 0.1
+    for precision in ("full", "bfloat16"):
+        param = torch.nn.Parameter(torch.zeros(10, 12))
+        optimizer = optim.InverseFreeShampoo([param], inverse={"precision": precision})
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(1200):
+            param.grad = torch.randn(10, 12, generator=generator) * scales
+            optimizer.step()
+        held[precision] = optimizer.state[param]["inverse_1"][0].double().diagonal()
+    assert float(held["full"][0]) > 2.0
+    torch.testing.assert_close(held["bfloat16"], held["full"], rtol=0.1, atol=0.0)

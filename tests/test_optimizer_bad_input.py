@@ -209,6 +209,26 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"spectrum": {"eigenvalues": "polar"}, "basis": {"solver": "qr"}},
         "no bases",
     ),
+    "polar, damped": (
+        {"spectrum": {"eigenvalues": "polar", "epsilon": 1e-3}},
+        "drop basis and spectrum.epsilon",
+    ),
+    "polar, refreshed": (
+        {"spectrum": {"eigenvalues": "polar"}, "basis": {"frequency": 3}},
+        "drop basis",
+    ),
+    "polar of a sum": (
+        {"spectrum": {"eigenvalues": "polar"}, "statistics": {"accumulate": "sum"}},
+        "no second moments",
+    ),
+    "polar, every third": (
+        {"spectrum": {"eigenvalues": "polar"}, "statistics": {"every": 3}},
+        "no statistics",
+    ),
+    "polar, one-sided": (
+        {"spectrum": {"eigenvalues": "polar"}, "shapes": {"max_dim": 3}},
+        "shapes.max_dim is 3",
+    ),
     "polar by newton": ({"spectrum": {"eigenvalues": "polar", "root": "newton"}}, "newton"),
     "polar of merged": (
         {"spectrum": {"eigenvalues": "polar"}, "shapes": {"merge": 8}},
@@ -282,3 +302,59 @@ def test_no_gradient_for_long_and_then_some(name: str, dtype: torch.dtype) -> No
         assert dtype == torch.float16 or not torch.equal(param, torch.ones_like(param))
         held = optimizer.state[param].values()
         assert all(v.isfinite().all() for v in held if isinstance(v, torch.Tensor))
+
+
+def test_a_parameter_that_moved_to_another_group_is_refused() -> None:
+    one, other = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = optim.SOAP([{"params": [one]}, {"params": [other]}])
+    one.grad, other.grad = torch.ones(3, 2), torch.ones(3, 2)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].remove(one)
+    optimizer.param_groups[1]["params"].append(one)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(InvalidInputError, match="moved from parameter group 0 to 1"):
+        optimizer.step()
+    assert_equal_states(optimizer.state_dict(), before)
+
+
+def test_a_parameter_of_another_shape_is_refused() -> None:
+    param = torch.nn.Parameter(torch.ones(6, 5))
+    optimizer = optim.SOAP([param])
+    param.grad = torch.ones(6, 5)
+    optimizer.step()
+    param.grad, param.data = None, torch.ones(5, 6)
+    param.grad = torch.ones(5, 6)
+    with pytest.raises(InvalidInputError, match="another shape when its state was built"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["lr", "betas", "basis"])
+def test_an_option_that_was_dropped_is_named(option: str) -> None:
+    param = torch.nn.Parameter(torch.ones(6, 5))
+    optimizer = optim.SOAP([param])
+    del optimizer.param_groups[0][option]
+    param.grad = torch.ones(6, 5)
+    with pytest.raises(InvalidInputError, match=f"{option} of parameter group 0 is not there"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d["state"][0]["second_moment"].fill_(math.nan), "NaN or an infinity"),
+        (lambda d: d["state"][0].update(step=-5), "no counts 'step'"),
+        (lambda d: d["state"][0].update(step=True), "no counts 'step'"),
+        (lambda d: d["state"][0].update(factor_0=torch.ones(1, 3, 3).long()), "int64"),
+        (lambda d: d["param_groups"].append(3), "no list of 'params'"),
+        (lambda d: d["param_groups"][0].pop("params"), "no list of 'params'"),
+    ],
+)
+def test_a_damaged_state_is_refused(damage: Any, message: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = optim.SOAP([param])
+    param.grad = torch.ones(3, 2)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    damage(state)
+    with pytest.raises(InvalidInputError, match=message):
+        optimizer.load_state_dict(state)

@@ -222,3 +222,32 @@ def test_columns_keep_what_they_continue_and_others_the_average() -> None:
     assert torch.equal(found[:2], moments[[1, 0]])
     assert torch.allclose(found[2:], moments[2:].mean().expand(4))
     assert torch.allclose(weights.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("preset", [optim.EShampoo, optim.SOAP, optim.KLSOAP])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_steps_stay_in_the_space_of_the_gradients(preset: Any, scale: float) -> None:
+    """In a null space the rotated gradient is rounding, and Adam would make it of size 1."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 5, generator=generator).double())[0]
+    gradients = [
+        (torch.randn(60, 5, generator=generator).double() @ basis.T * scale).float()
+        for _ in range(25)
+    ]
+    _, _, param = step_of(gradients, torch.float32, preset)
+    W = param.detach().double()
+    outside = torch.linalg.norm(W - W @ basis @ basis.T)
+    assert outside < 1e-5 * torch.linalg.norm(W)
+
+
+def test_whiteners_are_damped_in_the_units_of_their_factor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(5, 4, generator=generator).double() for _ in range(12)]
+    options: dict[str, Any] = {
+        "preset": optim.KLSOAP,
+        "spectrum": {"relative": True, "epsilon": 1e-3},
+        "basis": {"frequency": 2},
+    }
+    one, _, _ = step_of(gradients, **options)
+    other, _, _ = step_of([1e-3 * g for g in gradients], **options)
+    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)

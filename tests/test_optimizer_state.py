@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda s: s["state"][2].update(exp_avg=torch.zeros(6, 12)),
         "'2.weight' holds 'exp_avg'",
     ),
-    "no step": (lambda s: s["state"][2].pop("step"), "'2.weight'.*no int 'step'"),
+    "no step": (lambda s: s["state"][2].pop("step"), "'2.weight'.*no counts 'step'"),
     "lacks a tensor": (lambda s: s["state"][2].pop("root_1"), "'2.weight' lacks root_1"),
     "other options": (
         lambda s: s["param_groups"][0]["spectrum"].update(eigenvalues="corrected"),

@@ -49,8 +49,10 @@ def test_a_preset_is_one_engine_with_sections(name: str) -> None:
     assert type(optimizer) is optim.KroneckerOptimizer
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"], optimizer.allowed_failures) == (0.5, 0.25, 7)
-    changed = PRESETS[name]([param], shapes={"max_dim": 7}).param_groups[0]["shapes"]
-    assert changed == group["shapes"].replace(max_dim=7)  # the preset's own other fields stay
-    whole = PRESETS[name]([param], shapes=optim.Shapes(max_dim=9)).param_groups[0]["shapes"]
-    assert whole == optim.Shapes(max_dim=9)
+    changed = PRESETS[name]([param], shapes={"block_size": 7}).param_groups[0]["shapes"]
+    assert changed == group["shapes"].replace(block_size=7)  # the preset's own other fields stay
+    whole = PRESETS[name]([param], shapes=optim.Shapes(block_size=9)).param_groups[0]["shapes"]
+    assert whole == optim.Shapes(block_size=9)
+    same = PRESETS[name]([param], shapes=None, basis=None).param_groups[0]
+    assert (same["shapes"], same["basis"]) == (group["shapes"], group["basis"])
     assert PRESETS[name]([param], betas=(0.1, 0.2)).param_groups[0]["betas"] == (0.1, 0.2)

@@ -17,7 +17,9 @@ from kronecker_probe.cli import app
 from kronecker_probe.comparison import Comparison, Timing
 from kronecker_probe.comparison_figure import plot_comparison
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.several import _Clock
 from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.training import Progress
 
 DONE, FAILED, USAGE = 0, 1, 2
 SHORT = ("--steps", "4", "--probes", "3", "--probe-size", "16", "--layers", "0.weight",
@@ -132,6 +134,36 @@ def test_runs_that_are_there_are_not_touched_without_a_word(copied: Path, worklo
     assert again.exit_code == USAGE
     assert "soap, rmsprop already" in again.output
     assert "--resume" in again.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--seed", "7"], "seed 0, and that of now is 7"),
+        (["--steps", "9"], "steps 4, and that of now is 9"),
+        (["--draws", "empirical-fisher"], "draws 'ggn'"),
+    ],
+)
+def test_runs_that_do_not_compare_are_not_put_into_one_table(
+    copied: Path, workload: str, changes: list[str], words: str
+) -> None:
+    others = ("--optimizer", "sgd", "--optimizer", "adam")
+    again = invoke("track", workload, *others, "--out", copied, *SHORT, *changes)
+    assert again.exit_code == USAGE
+    told = " ".join(again.output.split())
+    assert words in told
+    assert "would not compare" in told
+    assert not (copied / "sgd").exists()
+
+
+def test_times_are_kept_at_each_probe(compared: tuple[Path, str]) -> None:
+    told: list[Timing] = []
+    clock = _Clock([0, 2], told.append)
+    show = clock.then(lambda _: None)
+    for step in (1, 2, 3, 4):
+        show(Progress(step, 0.0, 0.0, None))
+    assert [one.steps for one in told] == [0, 1]  # after the probed steps 0 and 2
+    assert clock.timing().steps == 2
 
 
 @pytest.mark.slow

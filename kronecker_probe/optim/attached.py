@@ -28,8 +28,8 @@ class ModelOptimizer(Optimizer, abc.ABC):
     def attach(self, model: nn.Module) -> None:
         """Record, from now on, what layers of ``model`` read and the gradients of their outputs.
 
-        What counts between ``zero_grad`` and ``step`` are forward passes in training mode, with
-        gradients, that a backward pass follows. The N data of several backward passes (gradient
+        What counts are forward passes that a backward pass to the gradient of now followed, since
+        the last step or since it was zeroed. The N data of several backward passes (gradient
         accumulation) are one batch, of whose mean (or sum) the gradient is; so losses that are
         means are divided by the number of passes, as ever. Calls in one backward pass add up datum
         by datum, as shared positions. The first dimension of a layer's input is that of data.
@@ -85,7 +85,8 @@ class ModelOptimizer(Optimizer, abc.ABC):
                 loss_fn(outputs, drawn).backward(retain_graph=True)
             loss_fn(outputs, labels).backward()
 
-        A step uses these alone if there are any.
+        A step uses these alone if there are any; it is taken outside of the context, and
+        ``zero_grad`` in between does not forget them.
 
         Raises:
             InvalidInputError: Not attached to a model.
@@ -95,9 +96,22 @@ class ModelOptimizer(Optimizer, abc.ABC):
         return self._recorder.sampling([p for group in self.param_groups for p in group["params"]])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch has it; what was recorded is forgotten with the gradients."""
+        """As torch has it; what was recorded of the gradients is forgotten with them."""
         super().zero_grad(set_to_none)
-        self._forget_records()
+        if self._recorder is not None:
+            self._recorder.forget_gradients()
+
+    def _refuse_sampling(self) -> None:
+        """Refuse a step with the gradients of sampled labels.
+
+        Raises:
+            InvalidInputError: Inside :meth:`sampling`.
+        """
+        if self._recorder is not None and self._recorder.is_sampling:
+            raise InvalidInputError(
+                "step() inside sampling() would move the weights by the gradient of sampled "
+                "labels. Leave the context first."
+            )
 
     def _forget_records(self) -> None:
         if self._recorder is not None:

@@ -41,6 +41,11 @@ def check_together(
         *_of_storage(spectrum, storage),
         *_of_kfac(statistics, basis, shapes),
         (
+            spectrum.eigenvalues == "polar" and shapes.max_dim != Shapes().max_dim,
+            f"shapes.max_dim is {shapes.max_dim}, but a polar factor has no factors to leave out; "
+            "drop it.",
+        ),
+        (
             spectrum.eigenvalues == "polar" and shapes.merge > 0,
             f"shapes.merge is {shapes.merge}, but a polar factor is that of a matrix; use merge=0.",
         ),
@@ -99,12 +104,20 @@ def _without_factors(statistics: Statistics, basis: Basis, spectrum: Spectrum) -
     without = kind in ("polar", "inverse-free")
     has = f"spectrum.eigenvalues={kind!r} has no"
     yield (
-        without and statistics.rule != "gradient",
-        f"{has} factors to whiten or to record; drop statistics.rule={statistics.rule!r}.",
+        without and (basis != Basis() or spectrum.epsilon != Spectrum().epsilon),
+        f"{has} bases or roots to refresh or to damp; drop basis and spectrum.epsilon.",
     )
     yield (
-        without and (basis.solver != "eigh" or basis.tolerance is not None),
-        f"{has} bases to refresh; drop basis.solver and basis.tolerance.",
+        without and (statistics.accumulate != "average" or statistics.initial > 0),
+        f"{has} second moments; drop statistics.accumulate and statistics.initial.",
+    )
+    yield (
+        kind == "polar" and (statistics.every > 1 or statistics.batch_size > 1),
+        f"{has} statistics; drop statistics.every and statistics.batch_size.",
+    )
+    yield (
+        without and statistics.rule != "gradient",
+        f"{has} factors to whiten or to record; drop statistics.rule={statistics.rule!r}.",
     )
     yield (
         without and (spectrum.exponent is not None or spectrum.trace_scale or spectrum.relative),

@@ -133,6 +133,7 @@ class KroneckerOptimizer(ModelOptimizer):
     def _forget(self) -> None:
         """Drop the stacks; they are built again from the state of the parameters."""
         self._stacks: dict[int, list[Stack]] = {}
+        self._homes: dict[int, int] = {}  # the group in which a parameter's state was built
         self._warned: set[tuple[int, int, int, int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,6 +198,7 @@ class KroneckerOptimizer(ModelOptimizer):
             InvalidInputError: An option was changed to what the state does not fit, and nothing
                 was changed; or the refresh of a factor failed too often.
         """
+        self._refuse_sampling()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -259,13 +261,27 @@ class KroneckerOptimizer(ModelOptimizer):
         apply_updates(group, params, updates, [steps[id(p)] for p in params], buffer)
 
     def _check_changes(self) -> None:
-        """Let the stacks know of options that changed since the last step, or refuse them."""
+        """Let the stacks know of what changed since the last step, or refuse it."""
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if (home := self._homes.get(id(param), number)) != number:
+                    raise InvalidInputError(
+                        f"{self._name(param)} has moved from parameter group {home} to {number}, "
+                        "and its state is of the options there. Nothing was changed. Move it back, "
+                        "or change the options of its group."
+                    )
         for number, stacks in self._stacks.items():
             recipe = recipe_of(self.param_groups[number])
             for stack in stacks:
                 if stack.recipe != recipe:
                     check_change(stack.recipe, recipe, f" of parameter group {number}")
                     stack.follow(recipe)
+                for one in stack.members:
+                    if layout(one.param.shape, recipe.shapes) != one.layout:
+                        raise InvalidInputError(
+                            f"{self._name(one.param)} had another shape when its state was built. "
+                            "Nothing was changed. Give it back, or build another optimizer."
+                        )
 
     def _build(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
         """Stacks for the parameters that have none.
@@ -296,6 +312,7 @@ class KroneckerOptimizer(ModelOptimizer):
                 if "batch" in state:
                     stack.fill(member, state)
                 state |= stack.views(member)
+                self._homes[id(member.param)] = number
 
     def _note(self, failures: Iterable[Failed], step: int) -> None:
         """Warn of a factor's first failure, and stop after too many in a row."""

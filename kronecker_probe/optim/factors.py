@@ -18,6 +18,9 @@ from kronecker_probe.optim.contractions import (
 )
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, State
 
+# The step of the last refresh; tests, refreshes, iterations, and failures in a row.
+COUNTERS = ("refreshed", "tests", "refreshes", "iterations", "failures")
+
 
 class Factored(Preconditioner):
     """Factors of a stack of blocks: one for each side, "factor_0", "factor_1", ...
@@ -46,8 +49,7 @@ class Factored(Preconditioner):
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
                 state[f"whitened_trace_{end}"] = like.new_zeros(len(like))
-        # the step of the last refresh; tests, refreshes, iterations and failures in a row
-        for name in ("refreshed", "tests", "refreshes", "iterations", "failures"):
+        for name in COUNTERS:
             state[name] = torch.zeros(len(like), len(self.sides), dtype=torch.int64)
         return state
 

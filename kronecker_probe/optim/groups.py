@@ -25,6 +25,9 @@ NOT_OPTIONS = (
     "base_momentum",
 )
 
+# What each group must have.
+OPTIONS = ("lr", "betas", "weight_decay", "momentum", "nesterov", "scale_by_shape", *SECTIONS)
+
 
 def recipe_of(group: Mapping[str, Any]) -> Recipe:
     """The choices of a group."""
@@ -52,6 +55,9 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     Raises:
         InvalidInputError: One of them; the message says which.
     """
+    for name in OPTIONS:
+        if name not in group:
+            raise InvalidInputError(f"{name}{where} is not there any more; put it back.")
     for name, kind in SECTIONS.items():
         if not isinstance(group[name], kind):
             raise InvalidInputError(

@@ -20,12 +20,12 @@ Key = tuple[int, int]
 
 @final
 class LayerRecorder:
-    """Records inputs and output gradients of layers, in training and with gradients only.
+    """Records inputs and output gradients of layers.
 
-    A call counts once a backward pass went through it and on to the parameter's ``grad``; what
-    ``torch.autograd.grad`` computes leaves no trace. Inputs and output gradients are held until
-    :meth:`clear`. Hooks change no value, do nothing in copies of the model, and end with this
-    object.
+    A call counts once a backward pass went through it and on to the parameter's ``grad``, as long
+    as that is there; what ``torch.autograd.grad`` computes leaves no trace. Inputs and output
+    gradients are held until :meth:`clear`. Hooks change no value, do nothing in copies of the
+    model, and end with this object.
 
     Args:
         model: The model.
@@ -55,6 +55,7 @@ class LayerRecorder:
             for layer, is_bias in known[param]:
                 self._biases[id(param)] = is_bias
                 layers.setdefault(layer, []).append(param)
+        self._params = {id(p): weakref.ref(p) for members in layers.values() for p in members}
         self.clear()
         own = weakref.ref(self)
         for layer, members in layers.items():
@@ -67,6 +68,15 @@ class LayerRecorder:
         """Forget what was recorded."""
         self._passes: dict[bool, dict[Key, Pass]] = {False: {}, True: {}}
         self._reached: set[Key] = set()
+
+    def forget_gradients(self) -> None:
+        """Forget the passes of gradients that were zeroed; what was sampled is no gradient."""
+        self._passes[False] = {}
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether :meth:`sampling` is entered."""
+        return self._sampled
 
     def remove(self) -> None:
         """Take the hooks off the model, and forget what was recorded."""
@@ -93,7 +103,17 @@ class LayerRecorder:
         """Take in a call, in the backward pass that goes on right now."""
         task = torch._C._current_graph_task_id()
         for param in members:
+            if not self._sampled and (param, task) not in self._passes[False]:
+                self._forget_discarded(param)
             self._passes[self._sampled].setdefault((param, task), Pass()).calls.append(call)
+
+    def _forget_discarded(self, param: int) -> None:
+        """Forget earlier passes whose gradient is no more, as after ``model.zero_grad()``."""
+        earlier = [key for key in self._passes[False] if key[0] == param and key in self._reached]
+        held = self._params[param]()
+        if earlier and held is not None and (held.grad is None or not bool(held.grad.any())):
+            for key in earlier:
+                del self._passes[False][key]
 
     def reach(self, param: Tensor) -> None:
         """Note that the backward pass that goes on right now has changed ``param.grad``."""
@@ -133,9 +153,9 @@ class LayerRecorder:
         return (
             f"{self._name_of(param)} has a gradient, but nothing was recorded of its layer since "
             f"the last step or zero_grad(){drawn if self._passes[True] else ''}. Nothing was "
-            "changed. Run the model itself, in training mode (model.train()), with gradients, and "
-            "backward() between zero_grad() and step(); gradients of other parameters should be "
-            "None, which zero_grad(set_to_none=True) makes them."
+            "changed. Run the model itself, with gradients, and backward() between zero_grad() and "
+            "step(); gradients of other parameters should be None, which "
+            "zero_grad(set_to_none=True) makes them."
         )
 
 
@@ -151,7 +171,7 @@ class _ForwardHook:
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
         recorder = self._recorder()
-        if recorder is None or not (layer.training and torch.is_grad_enabled()):
+        if recorder is None or not torch.is_grad_enabled():
             return
         if not output.requires_grad:
             return

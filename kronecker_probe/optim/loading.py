@@ -10,8 +10,12 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.config import SECTIONS
+from kronecker_probe.optim.factors import COUNTERS
 from kronecker_probe.optim.groups import Group, check_group, recipe_of
 from kronecker_probe.optim.stack import state_shapes
+
+# Tensors of whole numbers.
+COUNTS = {*COUNTERS, "offset"}
 
 
 def checked_groups(
@@ -80,6 +84,8 @@ def _same_groups(
     if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
         raise InvalidInputError("A state dict of an optimizer has 'state' and 'param_groups'.")
     groups = list(loaded["param_groups"])
+    if not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups):
+        raise InvalidInputError("A parameter group of the loaded state has no list of 'params'.")
     theirs, ours = ([len(g["params"]) for g in some] for some in (groups, own))
     if theirs != ours:
         raise InvalidInputError(
@@ -103,12 +109,13 @@ def _check_state(
     Raises:
         InvalidInputError: Not a state of this optimizer, or one of another shape.
     """
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(key), int) for key in ("step", "batch")
-    ):
+    counts = [state.get(key) if isinstance(state, dict) else None for key in ("step", "batch")]
+    if not all(type(count) is int and count >= 0 for count in counts):
         raise InvalidInputError(
-            f"The loaded state of {name} is not one of this optimizer: no int 'step' and 'batch'."
+            f"The loaded state of {name} is not one of this optimizer: no counts 'step' and "
+            f"'batch', but {counts}."
         )
+    assert isinstance(state, dict)
     known = {**shapes, "momentum_buffer": own}
     for key, value in state.items():
         if key in ("step", "batch"):
@@ -118,6 +125,7 @@ def _check_state(
                 f"The loaded state of {name} holds {key!r}, which is no state of this optimizer "
                 f"under the loaded options. Known: {', '.join(sorted(known))}."
             )
+        _check_values(key, value, name)
         if tuple(value.shape) != known[key]:
             raise InvalidInputError(
                 f"{key} in the loaded state of {name} has shape {list(value.shape)}; the parameter "
@@ -127,6 +135,16 @@ def _check_state(
         raise InvalidInputError(
             f"The loaded state of {name} lacks {', '.join(sorted(missing))}, which the loaded "
             "options need. Save and load all of a state dict."
+        )
+
+
+def _check_values(key: str, value: Tensor, name: str) -> None:
+    counts = key.rpartition(".")[2] in COUNTS
+    if value.is_floating_point() == counts:
+        raise InvalidInputError(f"{key} in the loaded state of {name} is of {value.dtype}.")
+    if not counts and not bool(value.isfinite().all()):
+        raise InvalidInputError(
+            f"{key} in the loaded state of {name} holds a NaN or an infinity: load an earlier one."
         )
 
 
