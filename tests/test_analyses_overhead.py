@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import statistics
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from analyses import _overhead_steps as steps
+from analyses import _overhead_tables as tables
 from analyses import overhead
 from kronecker_probe import optim
 from kronecker_probe.cli import app
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 SUM = 1e-9
 # numbers in the kept table have six decimals
 KEPT = 1e-4
-MODEL, OTHER = overhead.PROBLEMS
+MODEL, OTHER = steps.PROBLEMS
 # made-up milliseconds: what a plain step takes in each part, and a refresh
 PLAIN = {"statistics": 2.0, "refresh": 0.0, "application": 3.0, "other": 1.0}
 REFRESH, PASS, UPDATE = 40.0, 98.0, 2.0
@@ -45,12 +48,12 @@ def made_up(sizes: dict[str, tuple[int, ...]]) -> pd.DataFrame:
     """Passes grow with the batch, AdamW's step is 100 ms at its reference; blocks halve parts."""
     rows = []
     for model, batches in sizes.items():
-        for size, method in itertools.product(batches, (overhead.ADAMW, "Shampoo", "Muon")):
-            scale = size / overhead.PROBLEMS[model].reference
+        for size, method in itertools.product(batches, (steps.ADAMW, "Shampoo", "Muon")):
+            scale = size / steps.PROBLEMS[model].reference
             knobs = (0, 64) if method == "Shampoo" and scale == 1 else (0,)
             shared = {"seed": 0, "model": model, "batch_size": size, "optimizer": method}
             for block, kind in itertools.product(knobs, ("plain", "refresh")):
-                parts = {"update": UPDATE} if method == overhead.ADAMW else dict(PLAIN)
+                parts = {"update": UPDATE} if method == steps.ADAMW else dict(PLAIN)
                 if kind == "refresh" and method == "Shampoo":
                     parts["refresh"] = REFRESH
                 parts = {name: value / (2 if block else 1) for name, value in parts.items()}
@@ -59,13 +62,13 @@ def made_up(sizes: dict[str, tuple[int, ...]]) -> pd.DataFrame:
                     for name, value in ({"forward_backward": PASS * scale} | parts).items()
                 ]
             if scale == 1:
-                own = {overhead.ADAMW: 2.0, "Shampoo": 10.0, "Muon": 6.0}[method]
+                own = {steps.ADAMW: 2.0, "Shampoo": 10.0, "Muon": 6.0}[method]
                 rows.append(
                     shared | {"block_size": 0, "step": "direct", "measured": "step",
-                              "interval": overhead.USUAL, "value": PASS + own}
+                              "interval": tables.USUAL, "value": PASS + own}
                 )  # fmt: skip
     measured = pd.DataFrame(rows)
-    table = pd.concat([measured.assign(unit="ms"), overhead.drawn(measured, (1, 10, 100))])
+    table = pd.concat([measured.assign(unit="ms"), tables.drawn(measured, (1, 10, 100))])
     return table.assign(machine="an abacus")
 
 
@@ -78,12 +81,12 @@ def synthetic() -> pd.DataFrame:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller models and batches."""
     for name, build, width in (
-        (MODEL, lambda: nn.Linear(96, 10), 96), (OTHER, lambda: overhead.GPT(32), 0),
+        (MODEL, lambda: nn.Linear(96, 10), 96), (OTHER, lambda: steps.GPT(32), 0),
     ):  # fmt: skip
-        usual = overhead.PROBLEMS[name]
+        usual = steps.PROBLEMS[name]
         data = (lambda B: (torch.randn(B, 96), torch.randint(10, (B,)))) if width else usual.data
-        less = overhead.Problem(build, data, (2, 4), 4, usual.unit)
-        monkeypatch.setitem(overhead.PROBLEMS, name, less)
+        less = steps.Problem(build, data, (2, 4), 4, usual.unit)
+        monkeypatch.setitem(steps.PROBLEMS, name, less)
 
 
 @pytest.fixture
@@ -96,17 +99,17 @@ def short(small: None, request: pytest.FixtureRequest) -> pd.DataFrame:
     return kept["_short"]
 
 
-@pytest.mark.parametrize("name", overhead.METHODS)
+@pytest.mark.parametrize("name", steps.METHODS)
 def test_timers_leave_the_weights_as_they_are(name: str) -> None:
     runs = []
     for timed in (True, False):
         params = parameters()
-        optimizer = overhead.build((name, 4), params, 3)
+        optimizer = steps.build((name, 4), params, 3)
         for step in range(7):
             gradients(params, step)
             given = [param.grad.clone() for param in params if param.grad is not None]
             if timed:
-                overhead.timed_step(optimizer, CPU)
+                steps.timed_step(optimizer, CPU)
             else:
                 optimizer.step()
             # which all optimizers share
@@ -120,15 +123,15 @@ def test_timers_leave_the_weights_as_they_are(name: str) -> None:
 def test_parts_make_up_the_whole_step(preset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks once a reading, time is the number of readings: it is exact."""
     ticks = itertools.count()
-    monkeypatch.setattr(overhead.time, "perf_counter", lambda: 1e-3 * next(ticks))
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: 1e-3 * next(ticks))
     params = parameters()
     optimizer = preset(params)
     for step in range(2):
         gradients(params, step)
         before = next(ticks)
-        spent = overhead.timed_step(optimizer, CPU)
+        spent = steps.timed_step(optimizer, CPU)
         whole = next(ticks) - before - 2  # between the first reading and the last
-        assert set(spent) == set(overhead.PARTS)
+        assert set(spent) == set(steps.PARTS)
         assert sum(spent.values()) == pytest.approx(whole, abs=SUM)
         # a call takes one tick, and as many pass between calls; nested ones do not count again
         assert all(value > 0 for part, value in spent.items() if part != "refresh")
@@ -139,29 +142,29 @@ def test_parts_make_up_the_whole_step(preset: Any, monkeypatch: pytest.MonkeyPat
 def test_what_is_not_covered_is_little_of_a_step_that_has_work_to_do() -> None:
     params = [nn.Parameter(torch.randn(384, 384))]
     params[0].grad = torch.randn(384, 384)
-    optimizer = overhead.build(("Shampoo", 0), params, 1)
+    optimizer = steps.build(("Shampoo", 0), params, 1)
     shares = []
     for _ in range(3):
-        spent = overhead.timed_step(optimizer, CPU)
+        spent = steps.timed_step(optimizer, CPU)
         shares.append(spent["other"] / sum(spent.values()))
     assert 0 <= min(shares) < 0.1
 
 
 def test_the_functions_are_put_back_even_after_an_error() -> None:
-    before = [vars(owner)[name] for owner, name, _ in overhead.covered()]
-    with overhead.split(CPU):
-        inside = [vars(owner)[name] for owner, name, _ in overhead.covered()]
+    before = [vars(owner)[name] for owner, name, _ in steps.covered()]
+    with steps.split(CPU):
+        inside = [vars(owner)[name] for owner, name, _ in steps.covered()]
     assert not set(inside) & set(before)
-    with pytest.raises(RuntimeError, match="stop"), overhead.split(CPU):
+    with pytest.raises(RuntimeError, match="stop"), steps.split(CPU):
         raise RuntimeError("stop")
-    assert [vars(owner)[name] for owner, name, _ in overhead.covered()] == before
+    assert [vars(owner)[name] for owner, name, _ in steps.covered()] == before
 
 
 def test_a_refresh_is_a_part_of_refresh_steps_alone() -> None:
     params = [nn.Parameter(torch.randn(256, 256))]
     params[0].grad = torch.randn(256, 256)
-    optimizer = overhead.build(("SOAP", 0), params, 3)
-    spent = [overhead.timed_step(optimizer, CPU)["refresh"] for _ in range(7)]
+    optimizer = steps.build(("SOAP", 0), params, 3)
+    spent = [steps.timed_step(optimizer, CPU)["refresh"] for _ in range(7)]
     others = [value for step, value in enumerate(spent) if step % 3]
     assert statistics.median(spent[0::3]) > 3 * statistics.median(others)
 
@@ -169,9 +172,9 @@ def test_a_refresh_is_a_part_of_refresh_steps_alone() -> None:
 def test_block_sizes_change_the_blocks() -> None:
     blocks = {}
     for size in (0, 64, 128):
-        model, run = overhead.posed(MODEL, 2, 0, CPU)
+        model, run = steps.posed(MODEL, 2, 0, CPU)
         run()
-        optimizer: Any = overhead.build(("Shampoo", size), list(model.parameters()), 1)
+        optimizer: Any = steps.build(("Shampoo", size), list(model.parameters()), 1)
         optimizer.step()
         weight = next(model.parameters())
         held = optimizer.state[weight].items()
@@ -180,9 +183,9 @@ def test_block_sizes_change_the_blocks() -> None:
     assert blocks == {0: 1, 64: 8 * 13, 128: 4 * 7}
 
 
-@pytest.mark.parametrize("name", overhead.PROBLEMS)
+@pytest.mark.parametrize("name", steps.PROBLEMS)
 def test_models_see_their_batch(name: str) -> None:
-    model, run = overhead.posed(name, 3, 0, CPU)
+    model, run = steps.posed(name, 3, 0, CPU)
     run()
     first = [param.grad.clone() for param in model.parameters() if param.grad is not None]
     assert len(first) == len(list(model.parameters()))
@@ -192,8 +195,8 @@ def test_models_see_their_batch(name: str) -> None:
 
 def test_the_gpt_is_causal() -> None:
     torch.manual_seed(0)
-    model = overhead.GPT()
-    tokens = torch.randint(256, (1, overhead.LENGTH))
+    model = steps.GPT()
+    tokens = torch.randint(256, (1, steps.LENGTH))
     changed = tokens.clone()
     changed[0, 40] = (changed[0, 40] + 1) % 256
     one, other = model(tokens), model(changed)
@@ -203,7 +206,7 @@ def test_the_gpt_is_causal() -> None:
 
 @pytest.mark.parametrize("interval", [1, 2, 10, 1000])
 def test_a_mean_step_is_that_of_a_whole_interval(synthetic: pd.DataFrame, interval: int) -> None:
-    mean = overhead.amortized(synthetic[synthetic["unit"] == "ms"], interval)
+    mean = tables.amortized(synthetic[synthetic["unit"] == "ms"], interval)
     steps = [PLAIN] * (interval - 1) + [PLAIN | {"refresh": REFRESH}]
     expected = {part: sum(step[part] for step in steps) / interval for part in PLAIN}
     found = mean.loc[(0, MODEL, 1024, "Shampoo", 0)]
@@ -215,15 +218,15 @@ def test_a_mean_step_is_that_of_a_whole_interval(synthetic: pd.DataFrame, interv
 
 
 def test_overheads_are_over_the_whole_step_of_adamw(synthetic: pd.DataFrame) -> None:
-    found = overhead.percents(synthetic)
+    found = tables.percents(synthetic)
     # (98 + 6 + 40 / F) ms against 98 + 2
     for F, expected in ((1, 44.0), (10, 8.0), (100, 4.4)):
         assert found[MODEL, "Shampoo", 0, F, "overhead", 1024] == pytest.approx(expected)
     assert found[MODEL, "Shampoo", 64, 10, "overhead", 1024] == pytest.approx(3.0)
     # a quarter of the batch has a quarter of the pass: (24.5 + 10) / 26.5
     assert found[MODEL, "Shampoo", 0, 10, "overhead", 256] == pytest.approx(100 * 8 / 26.5)
-    assert found[MODEL, overhead.ADAMW, 0, 10, "overhead", 256] == pytest.approx(0, abs=SUM)
-    direct = overhead.percents(synthetic, "direct")
+    assert found[MODEL, steps.ADAMW, 0, 10, "overhead", 256] == pytest.approx(0, abs=SUM)
+    direct = tables.percents(synthetic, "direct")
     assert direct[MODEL, "Muon", 0, 10, "overhead", 1024] == pytest.approx(4.0)
 
 
@@ -238,7 +241,7 @@ def test_overheads_are_over_the_whole_step_of_adamw(synthetic: pd.DataFrame) -> 
     ],
 )
 def test_ten_percent_holds_from_a_batch_on(curve: dict[int, float], start: int | None) -> None:
-    assert overhead.holds_from(pd.Series(curve)) == start
+    assert tables.holds_from(pd.Series(curve)) == start
 
 
 def test_the_title_is_computed(synthetic: pd.DataFrame) -> None:
@@ -261,9 +264,9 @@ def test_every_setting_is_measured(short: pd.DataFrame) -> None:
     parts = short[(short["unit"] == "ms") & (short["step"] != "direct")]
     for (model, size), rows in parts.groupby(["model", "batch_size"]):
         keys = set(zip(rows["optimizer"], rows["block_size"], strict=True))
-        expected = {(name, 0) for name in (overhead.ADAMW, *overhead.METHODS)}
+        expected = {(name, 0) for name in (steps.ADAMW, *steps.METHODS)}
         if size == 4:
-            expected |= {(n, 64) for n, one in overhead.METHODS.items() if one.knobs}
+            expected |= {(n, 64) for n, one in steps.METHODS.items() if one.knobs}
         assert keys == expected, model
         assert rows.loc[rows["measured"] == "forward_backward", "value"].nunique() == 1
     assert (parts["value"] >= 0).all()
@@ -274,7 +277,7 @@ def test_every_setting_is_measured(short: pd.DataFrame) -> None:
 def test_stacks_reach_the_overhead(short: pd.DataFrame) -> None:
     """At one seed the parts that are drawn on top of each other end at 100 + overhead."""
     rows = short[(short["unit"] == "percent") & (short["step"] == "mean")]
-    wide = rows.set_index([*overhead.SETTING, "interval", "measured"])["value"].unstack()
+    wide = rows.set_index([*tables.SETTING, "interval", "measured"])["value"].unstack()
     stacks = wide.drop(columns="overhead").sum(axis=1)
     assert (stacks - 100 - wide["overhead"]).abs().max() < KEPT
 
@@ -282,9 +285,9 @@ def test_stacks_reach_the_overhead(short: pd.DataFrame) -> None:
 def test_the_measured_interval_is_what_the_parts_add_up_to(short: pd.DataFrame) -> None:
     """Others may run beside this test, so within a factor, and for most."""
     times = short[short["unit"] == "ms"]
-    direct = times[times["step"] == "direct"].set_index(overhead.SETTING)["value"]
-    assert len(direct) == 2 * (1 + len(overhead.METHODS))
-    parts = overhead.amortized(times, overhead.USUAL).sum(axis=1).reindex(direct.index)
+    direct = times[times["step"] == "direct"].set_index(tables.SETTING)["value"]
+    assert len(direct) == 2 * (1 + len(steps.METHODS))
+    parts = tables.amortized(times, tables.USUAL).sum(axis=1).reindex(direct.index)
     assert 0.5 < (direct / parts).median() < 2
 
 
@@ -313,7 +316,7 @@ def test_the_device_and_threads_are_asked_for(
         asked.append((preset.device, preset.threads, preset.cycles))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(overhead, "SCRIPT", overhead.replace(overhead.SCRIPT, collect=stop))
+    monkeypatch.setattr(overhead, "SCRIPT", dataclasses.replace(overhead.SCRIPT, collect=stop))
 
     def run(*more: str) -> None:
         arguments = ["overhead.py", "--preset", "quick", "--out", str(tmp_path), *more]

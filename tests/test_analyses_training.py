@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from analyses import _training_methods as methods
+from analyses import _training_runs as runs
+from analyses import _training_tables as tables
 from analyses import training
-from analyses.training import Length, Preset
+from analyses._training_runs import Length, Preset
 from kronecker_probe import optim
 from kronecker_probe.cli import app
 from kronecker_probe.workloads import load_workload
@@ -29,9 +32,9 @@ FINITE = st.floats(0.1, 10.0)
 
 def test_every_preset_is_a_method() -> None:
     named = {build.__name__ for build in (*optim.PRESETS.values(), *optim.MODEL_PRESETS.values())}
-    assert set(training.METHODS) == named | {"SGD", "AdamW"}
-    looks = {(how.color, how.marker) for how in training.METHODS.values()}
-    assert len(looks) == len(training.METHODS)
+    assert set(methods.METHODS) == named | {"SGD", "AdamW"}
+    looks = {(how.color, how.marker) for how in methods.METHODS.values()}
+    assert len(looks) == len(methods.METHODS)
 
 
 @pytest.mark.parametrize("trials", [1, 3, 10])
@@ -55,15 +58,15 @@ def test_steps_to_the_target_are_the_first_whose_window_is_as_low(
     if any(abs(mean - target) < 1e-9 for mean in means.values()):
         return  # rounding decides
     expected = next((t for t, mean in means.items() if mean <= target), math.inf)
-    assert training.steps_to(losses, window, target) == expected
-    assert training.smoothed(losses, window) == pytest.approx(list(means.values()), rel=1e-9)
+    assert runs.steps_to(losses, window, target) == expected
+    assert runs.smoothed(losses, window) == pytest.approx(list(means.values()), rel=1e-9)
 
 
 def test_a_step_costs_its_share_of_refreshes_but_not_a_hiccup() -> None:
     stretch = [0.1] * 9 + [1.1]
-    assert training.step_seconds(stretch * 3) == pytest.approx(0.2)
-    assert training.step_seconds([*stretch, *[9.0] * 10, *stretch]) == pytest.approx(0.2)
-    assert training.step_seconds([0.1, 0.3]) == pytest.approx(0.2)
+    assert runs.step_seconds(stretch * 3) == pytest.approx(0.2)
+    assert runs.step_seconds([*stretch, *[9.0] * 10, *stretch]) == pytest.approx(0.2)
+    assert runs.step_seconds([0.1, 0.3]) == pytest.approx(0.2)
 
 
 def test_the_trial_of_the_least_final_loss_is_chosen() -> None:
@@ -118,7 +121,7 @@ CLOSER_IS_FASTER = {"SOAP": 0.9, "Shampoo": 0.8, "AdamW": 0.7, "Muon": 0.6, "SGD
 
 
 def test_runs_that_miss_the_target_stay_in_the_median() -> None:
-    over = training.summary(made_up(STEPS, CLOSER_IS_FASTER)).loc["w"]
+    over = tables.summary(made_up(STEPS, CLOSER_IS_FASTER)).loc["w"]
     assert list(over.index[:4]) == ["SOAP", "Shampoo", "AdamW", "Muon"]
     assert over["steps"].to_dict() == {
         "SOAP": 20, "Shampoo": 26, "AdamW": 30, "Muon": 32, "SGD": math.inf, "KFAC": math.inf,
@@ -147,11 +150,11 @@ def test_ties_of_what_is_not_reached_count_as_ties() -> None:
     over = pd.DataFrame({"cosine": [0.1, 0.2, 0.3, 0.4], "steps": [1.0, 2.0, math.inf, math.inf]})
     ranks = [1, 2, 3.5, 3.5]
     expected = np.corrcoef([1, 2, 3, 4], ranks)[0, 1]
-    assert training.correlation(over, "steps")[0] == pytest.approx(expected, rel=ROUNDING)
+    assert tables.correlation(over, "steps")[0] == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_losses_are_those_of_a_plain_loop() -> None:
-    run = training.train("digits-cnn", "AdamW", (1e-3, 0.02), 3, SHORT, 2)
+    run = runs.train("digits-cnn", "AdamW", (1e-3, 0.02), 3, SHORT, 2)
     workload = load_workload("digits-cnn", 3)
     model = workload.model
     plain = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
@@ -171,9 +174,7 @@ def test_losses_are_those_of_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("method", ["SOAP", "EKFAC"])
 def test_the_tracker_leaves_the_run_as_it_is(method: str) -> None:
-    alone, tracked = (
-        training.train("digits-cnn", method, (1e-3, 0.1), 0, SHORT, n) for n in (0, 2)
-    )
+    alone, tracked = (runs.train("digits-cnn", method, (1e-3, 0.1), 0, SHORT, n) for n in (0, 2))
     assert alone.losses == tracked.losses
     assert alone.probes is None
 
@@ -187,15 +188,15 @@ def test_only_k_fac_draws_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(**options)
 
     monkeypatch.setattr(torch.distributions, "Categorical", counted)
-    training.train("digits-cnn", "SOAP", (1e-3, 0.1), 0, SHORT, 0)
+    runs.train("digits-cnn", "SOAP", (1e-3, 0.1), 0, SHORT, 0)
     assert not drawn
-    training.train("digits-cnn", "KFAC", (1e-3, 1.0), 0, SHORT, 0)
+    runs.train("digits-cnn", "KFAC", (1e-3, 1.0), 0, SHORT, 0)
     assert len(drawn) == 8
 
 
 @pytest.mark.parametrize(("method", "setting"), [("SGD", 0.1), ("SOAP", 0.05), ("KFAC", 0.02)])
 def test_a_run_that_diverges_is_infinite_from_there_on(method: str, setting: float) -> None:
-    run = training.train("digits-cnn", method, (1e18, setting), 0, SHORT, 2)
+    run = runs.train("digits-cnn", method, (1e18, setting), 0, SHORT, 2)
     assert run.diverged
     assert len(run.losses) == 8
     first = run.losses.index(math.inf)
@@ -207,7 +208,7 @@ def test_a_run_that_diverges_is_infinite_from_there_on(method: str, setting: flo
 def test_muon_has_the_hidden_matrices_alone() -> None:
     def hidden(name: str) -> list[str]:
         model = load_workload(name).model
-        found, others = training.split_for_muon(model)
+        found, others = methods.split_for_muon(model)
         assert len(found) + len(others) == len(list(model.parameters()))
         return [one for one, _ in found]
 
@@ -248,7 +249,7 @@ def test_a_short_run_has_everything() -> None:
     assert set(table["workload"]) == {"digits-cnn", "pydoc-gpt"}
     trials = table[table["measured"] == "trial"]
     budget = trials.groupby(["workload", "method"])["lr"].agg(tuple)
-    assert len(budget) == 2 * len(training.METHODS)
+    assert len(budget) == 2 * len(methods.METHODS)
     assert budget.nunique() == 1
     assert len(budget.iloc[0]) == preset.trials
     reported = table[table["measured"] == "final_loss"]
@@ -264,7 +265,7 @@ def test_a_short_run_has_everything() -> None:
         assert steps[key] >= preset.window
         assert final > target[key[0]] or steps[key] <= longest
     probes = table[table["measured"] == "cosine_live"]
-    assert set(probes["method"]) == set(training.METHODS)
-    assert np.isfinite(training.cosines(table).xs("SGD", level="method")).all()
+    assert set(probes["method"]) == set(methods.METHODS)
+    assert np.isfinite(tables.cosines(table).xs("SGD", level="method")).all()
     title = re.sub(r"\s+", " ", training.draw(table).get_suptitle())
     assert title == training.sentences(table)[0]

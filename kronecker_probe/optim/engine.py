@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, final, overload
 
 import torch
@@ -27,12 +25,13 @@ from kronecker_probe.optim.config import (
     Statistics,
     Storage,
 )
-from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_change, check_group, recipe_of
+from kronecker_probe.optim.failures import FailureLog
+from kronecker_probe.optim.groups import NOT_OPTIONS, Group, check_group, recipe_of
 from kronecker_probe.optim.inspection import Inspection
 from kronecker_probe.optim.layer_samples import LayerSamples
 from kronecker_probe.optim.loading import checked_groups, checked_states
 from kronecker_probe.optim.precision import full_precision
-from kronecker_probe.optim.stack import Failed, Stack, stacks_of
+from kronecker_probe.optim.stacks import Stacks
 from kronecker_probe.optim.tiles import layout
 
 NONFINITE = ("raise", "skip")
@@ -132,9 +131,8 @@ class KroneckerOptimizer(ModelOptimizer):
 
     def _forget(self) -> None:
         """Drop the stacks; they are built again from the state of the parameters."""
-        self._stacks: dict[int, list[Stack]] = {}
-        self._homes: dict[int, int] = {}  # the group in which a parameter's state was built
-        self._warned: set[tuple[int, int, int, int]] = set()
+        self._stacks = Stacks(self._name)
+        self._failures = FailureLog(self._name)
 
     def __getstate__(self) -> dict[str, Any]:
         held: dict[str, Any] = super().__getstate__()
@@ -209,7 +207,7 @@ class KroneckerOptimizer(ModelOptimizer):
         ]
         for k, group, _ in active:
             check_group(group, f" of parameter group {k}")
-        self._check_changes()
+        self._stacks.check_changes(self.param_groups)
         skip = self.nonfinite == "skip"
         for _, group, params in active:
             largest = max(1.0, group["statistics"].batch_size)
@@ -232,19 +230,19 @@ class KroneckerOptimizer(ModelOptimizer):
         layers: Mapping[int, LayerSamples],
     ) -> None:
         recipe = recipe_of(group)
-        self._build(number, group, params)
+        stacks = self._stacks.of(number, group, params, self.state)
         steps = {}
         for param in params:
             state = self.state[param]
             state["step"] = steps[id(param)] = state["step"] + 1
         parts: dict[tuple[int, int], Tensor] = {}
-        for stack in self._stacks[number]:
+        for stack in stacks:
             members = [one for one in stack.members if id(one.param) in steps]
             for step in sorted({steps[id(one.param)] for one in members}):
                 now = [one for one in members if steps[id(one.param)] == step]
                 turn = stack.step(now, step, layers)
                 parts |= turn.directions
-                self._note(turn.failures, step)
+                self._failures.note(turn.failures, step, self.allowed_failures)
         updates = [_assembled(param, recipe.shapes, parts) for param in params]
 
         skip = self.nonfinite == "skip"
@@ -259,78 +257,6 @@ class KroneckerOptimizer(ModelOptimizer):
             return held
 
         apply_updates(group, params, updates, [steps[id(p)] for p in params], buffer)
-
-    def _check_changes(self) -> None:
-        """Let the stacks know of what changed since the last step, or refuse it."""
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if (home := self._homes.get(id(param), number)) != number:
-                    raise InvalidInputError(
-                        f"{self._name(param)} has moved from parameter group {home} to {number}, "
-                        "and its state is of the options there. Nothing was changed. Move it back, "
-                        "or change the options of its group."
-                    )
-        for number, stacks in self._stacks.items():
-            recipe = recipe_of(self.param_groups[number])
-            for stack in stacks:
-                if stack.recipe != recipe:
-                    check_change(stack.recipe, recipe, f" of parameter group {number}")
-                    stack.follow(recipe)
-                for one in stack.members:
-                    if layout(one.param.shape, recipe.shapes) != one.layout:
-                        raise InvalidInputError(
-                            f"{self._name(one.param)} had another shape when its state was built. "
-                            "Nothing was changed. Give it back, or build another optimizer."
-                        )
-
-    def _build(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
-        """Stacks for the parameters that have none.
-
-        Those with a state, after a copy or a load, come first, and together as they were before:
-        the rounding of a batched product can depend on the batch.
-        """
-        if number not in self._stacks:
-            self._stacks[number] = []
-            having = [p for p in group["params"] if "batch" in self.state.get(p, {})]
-            for members in _by_batch(having, lambda p: int(self.state[p]["batch"])):
-                self._stack(number, group, members)
-        new = [param for param in params if "batch" not in self.state.get(param, {})]
-        if new:
-            held = (self.state[p]["batch"] for p in group["params"] if self.state.get(p))
-            batch = 1 + max(held, default=-1)
-            self._stack(number, group, new)
-            for param in new:
-                self.state[param] |= {"step": 0, "batch": batch}
-
-    def _stack(self, number: int, group: Group, params: Sequence[Tensor]) -> None:
-        known = self._stacks[number]
-        first = sum(stack.blocks for stacks in self._stacks.values() for stack in stacks)
-        for stack in stacks_of(params, recipe_of(group), first):
-            known.append(stack)
-            for member in stack.members:
-                state = self.state[member.param]
-                if "batch" in state:
-                    stack.fill(member, state)
-                state |= stack.views(member)
-                self._homes[id(member.param)] = number
-
-    def _note(self, failures: Iterable[Failed], step: int) -> None:
-        """Warn of a factor's first failure, and stop after too many in a row."""
-        for failed in failures:
-            name = self._name(failed.param)
-            message = f"No {failed.what} of factor {failed.side} of {name} was found at step {step}"
-            if failed.count > self.allowed_failures:
-                raise InvalidInputError(
-                    f"{message}, {failed.count} times in a row. Raise spectrum.epsilon, or lower "
-                    "the learning rate. No weight of this parameter group was changed."
-                )
-            if failed.key not in self._warned:
-                self._warned.add(failed.key)
-                warnings.warn(
-                    f"{message}: going on with the last good one, or the grafted direction.",
-                    RuntimeWarning,
-                    stacklevel=6,  # the caller's step, below two wrappers of torch
-                )
 
     def operator(self, param: Tensor) -> Operator:
         """The preconditioner in use: P with direction = P^{-power} M, as held right now.
@@ -366,8 +292,8 @@ class KroneckerOptimizer(ModelOptimizer):
             raise UnsupportedError(
                 f"no preconditioner yet: no step was taken with a gradient ({name})"
             )
-        self._build(number, self.param_groups[number], [param])
-        return Inspection(param, self._stacks[number], state["step"], name)
+        stacks = self._stacks.of(number, self.param_groups[number], [param], self.state)
+        return Inspection(param, stacks, state["step"], name)
 
     def rule(self, param: Tensor) -> str | None:
         """The approximation of H that :meth:`operator` would be, fresh and undamped.
@@ -429,7 +355,7 @@ class KroneckerOptimizer(ModelOptimizer):
             for param, state in incoming:
                 self.state[param] = state
             for number, group in enumerate(self.param_groups):
-                self._build(number, group, [])
+                self._stacks.of(number, group, [], self.state)
 
         # Torch casts the state to the dtype of the parameter, which would round the statistics of
         # bfloat16 parameters: put exact copies instead, before the caller's hooks see them.
@@ -452,11 +378,6 @@ class KroneckerOptimizer(ModelOptimizer):
                     shape = list(param.shape)
                     return f"parameter {position} of group {index}, of shape {shape}"
         raise AssertionError("a parameter of this optimizer")
-
-
-def _by_batch(params: Sequence[Tensor], batch: Callable[[Tensor], int]) -> Iterator[list[Tensor]]:
-    for _, members in itertools.groupby(sorted(params, key=batch), key=batch):
-        yield list(members)
 
 
 def _assembled(param: Tensor, shapes: Shapes, parts: Mapping[tuple[int, int], Tensor]) -> Tensor:
