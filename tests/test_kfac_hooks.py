@@ -176,6 +176,23 @@ def test_a_step_with_sampled_labels_is_refused() -> None:
             optimizer.step()
 
 
+def test_scaled_losses_give_the_statistics_of_plain_ones() -> None:
+    model, x, y = problem()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1)
+
+    def scaled(optimizer: optim.KroneckerOptimizer) -> None:
+        optimizer.attach(model, scaler=scaler)
+        for part in (slice(0, 4), slice(4, None)):
+            share = LOSS(model(x[part]), y[part]) * len(x[part]) / len(x)
+            scaler.scale(share).backward()
+        scaler.unscale_(optimizer)
+
+    found = operators(model, scaled)
+    wanted = operators(model, lambda _: LOSS(model(x), y).backward())
+    for one, two in zip(found, wanted, strict=True):
+        assert_close(one, two)
+
+
 def test_a_closure_is_recorded() -> None:
     model, x, y = problem()
     twin = copy.deepcopy(model)

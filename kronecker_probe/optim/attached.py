@@ -6,6 +6,7 @@ import abc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +26,7 @@ class ModelOptimizer(Optimizer, abc.ABC):
     def _name(self, param: Tensor) -> str:
         """A parameter in messages."""
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
         """Record, from now on, what layers of ``model`` read and the gradients of their outputs.
 
         What counts are forward passes that a backward pass to the gradient of now followed, since
@@ -33,14 +34,15 @@ class ModelOptimizer(Optimizer, abc.ABC):
         accumulation) are one batch, of whose mean (or sum) the gradient is; so losses that are
         means are divided by the number of passes, as ever. Calls in one backward pass add up datum
         by datum, as shared positions. The first dimension of a layer's input is that of data.
-        Inputs and output gradients are held until the step. Losses must not be scaled
-        (``GradScaler``): statistics would be off by the square of the scale.
+        Inputs and output gradients are held until the step. Losses that are scaled need to be
+        known as such: without ``scaler`` statistics are off by the square of the scale.
 
         Copies of an optimizer, by deepcopy or pickle, are attached to no model until this is
         called. Hooks that were there before are removed.
 
         Args:
             model: With a layer for each parameter of a group with statistics.rule="kfac".
+            scaler: What scales the losses of all backward passes.
 
         Raises:
             InvalidInputError: Such a parameter is of no layer of the model, or there is none.
@@ -63,7 +65,8 @@ class ModelOptimizer(Optimizer, abc.ABC):
                     f"{self._name(param)} has a side of {longest}, above shapes.max_dim={limit}, "
                     "and rule='kfac' needs both factors. Raise it, or use a group of another rule."
                 )
-        recorder = LayerRecorder(model, [param for param, _ in params], self._name)
+        scale = scaler.get_scale if scaler is not None else lambda: 1.0
+        recorder = LayerRecorder(model, [param for param, _ in params], self._name, scale)
         self.remove_hooks()
         self._recorder = recorder
 

@@ -31,14 +31,21 @@ class LayerRecorder:
         model: The model.
         params: Weights and biases of layers of it that :func:`layer_parameters` lists.
         name_of: The name of a parameter in messages.
+        loss_scale: What losses are multiplied by before a backward pass.
 
     Raises:
         InvalidInputError: One that is of no such layer.
     """
 
     def __init__(
-        self, model: nn.Module, params: Iterable[Tensor], name_of: Callable[[Tensor], str]
+        self,
+        model: nn.Module,
+        params: Iterable[Tensor],
+        name_of: Callable[[Tensor], str],
+        loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        self._loss_scale = loss_scale
+        self._scale = (-1, 1.0)  # of the last backward pass
         self._name_of = name_of
         self._sampled = False
         self._handles: list[RemovableHandle] = []
@@ -105,7 +112,16 @@ class LayerRecorder:
         for param in members:
             if not self._sampled and (param, task) not in self._passes[False]:
                 self._forget_discarded(param)
-            self._passes[self._sampled].setdefault((param, task), Pass()).calls.append(call)
+            passes, key = self._passes[self._sampled], (param, task)
+            if key not in passes:
+                passes[key] = Pass(scale=self._scale_of(task))
+            passes[key].calls.append(call)
+
+    def _scale_of(self, task: int) -> float:
+        """Of a backward pass, asked for once: it waits for an accelerator."""
+        if self._scale[0] != task:
+            self._scale = task, self._loss_scale()
+        return self._scale[1]
 
     def _forget_discarded(self, param: int) -> None:
         """Forget earlier passes whose gradient is no more, as after ``model.zero_grad()``."""

@@ -67,9 +67,15 @@ class Call:
 
 @dataclass
 class Pass:
-    """The calls of one backward pass: a datum has positions in each of them."""
+    """The calls of one backward pass: a datum has positions in each of them.
+
+    Attributes:
+        calls: The calls.
+        scale: What the loss was multiplied by.
+    """
 
     calls: list[Call] = field(default_factory=list)
+    scale: float = 1.0
 
     def check(self, name: str) -> None:
         """Refuse calls with different numbers of data.
@@ -165,6 +171,7 @@ class LayerSamples:
                 part = slice(start, start + size)
                 blank = first.outputs.new_empty(0, 0, 0)
                 d = blank if only == 1 else _joined([c.output_rows(part, dtype) for c in one.calls])
+                d = d / one.scale if one.scale != 1.0 else d
                 if only == 0:
                     yield d, blank
                 elif self._is_bias:
