@@ -17,6 +17,7 @@ hypothesis.settings.register_profile(  # a search for new counterexamples: HYPOT
 )
 # Matrices here are tiny: threads cost more than they give, and tenfold on a busy machine.
 torch.set_num_threads(1)
+os.environ["COLUMNS"] = "200"  # what the command line prints is not cut, by whatever runs the tests
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

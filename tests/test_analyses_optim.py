@@ -26,7 +26,7 @@ NOISE = 0.15
 # float64 runs of 8 steps in two coordinates; those that differ do so by O(1)
 INVARIANT, DIFFERENT = 1e-9, 0.1
 # bfloat16 has 8 bits; the iteration as it is stops at 10 units of these, in the largest entry
-HALVED = 2e-2
+HALVED = 3e-2
 ACCURATE = {precision.FULL: SAME, precision.HALF: 10 * HALVED, precision.BEST: HALVED}
 AGES = (0, 15)
 
