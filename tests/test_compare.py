@@ -451,3 +451,19 @@ def test_plot_draws_a_panel_for_each_parameter(scores: Scores) -> None:
 def test_scores_are_frozen(scores: Scores) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         scores.table = pd.DataFrame()  # type: ignore[misc]
+
+
+def test_an_extra_operator_of_any_scale_has_directions_at_its_best_one() -> None:
+    given = factors()
+    H = kp.SecondMoment(given)
+    left, right = torch.eye(3).double(), torch.diag(torch.arange(1.0, 5.0)).double()
+    mine = kp.KroneckerOperator(left, right)
+    nearest = kp.KroneckerOperator(left, kp.best_scale(H, mine) * right)
+    extra = {"layer": {"mine": mine, "scaled": kp.KroneckerOperator(left, 1e6 * right)}}
+    metric = "direction:power=0.5"
+    found = kp.compare({"layer": given}, ["optimal"], metrics=[metric], extra=extra).table
+    expected = kp.direction_agreement(H, nearest, powers=0.5).table.iloc[0]["cosine"]
+    for name in ("mine", "scaled"):
+        rows = found[found["approximation"] == name]
+        (cosine,) = rows[rows["metric"].str.startswith("direction_cosine")]["value"]
+        assert cosine == pytest.approx(expected, rel=SAME)

@@ -470,7 +470,7 @@ def test_a_layer_that_the_optimizer_does_not_hold_is_absent_with_the_reason() ->
     rows = live(tracker.table, 2).set_index("parameter")
     assert rows.loc["0.weight", "value"].notna().all()
     assert math.isnan(rows.loc["4.weight", "value"])
-    assert "not a parameter of this optimizer" in rows.loc["4.weight", "note"]
+    assert "no optimizer of the tracker's holds it" in rows.loc["4.weight", "note"]
 
 
 @pytest.mark.parametrize(

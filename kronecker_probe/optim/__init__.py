@@ -12,8 +12,10 @@ from kronecker_probe.optim.config import (
     Storage,
 )
 from kronecker_probe.optim.engine import KroneckerOptimizer
+from kronecker_probe.optim.hidden import hidden_groups
 from kronecker_probe.optim.kfac import EKFAC, KFAC, MODEL_PRESETS
 from kronecker_probe.optim.presets import (
+    ADAM,
     KLSOAP,
     PRESETS,
     SOAP,
@@ -29,6 +31,7 @@ from kronecker_probe.optim.presets import (
 )
 
 __all__ = [
+    "ADAM",
     "EKFAC",
     "KFAC",
     "KLSOAP",
@@ -52,4 +55,5 @@ __all__ = [
     "Spectrum",
     "Statistics",
     "Storage",
+    "hidden_groups",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -76,7 +77,8 @@ def build_optimizer(
     if lr is not None:
         if "lr" in options:
             raise InvalidInputError(
-                "lr is no setting where the learning rate is an option of its own: use --lr (lr=)."
+                "lr is no setting where the learning rate is an option of its own: use --lr (lr=), "
+                f"or --set {name}:lr=X on the command line."
             )
         options["lr"] = lr
     if name in MODEL_PRESETS:
@@ -86,6 +88,65 @@ def build_optimizer(
     if name in TORCH:
         return _torch(name, params, options)
     return known[name](params, **options)
+
+
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """Those of its groups in their order, each once."""
+    return list(dict.fromkeys(float(group["lr"]) for group in optimizer.param_groups))
+
+
+def settings_for(
+    name: str, settings: Sequence[str], names: Sequence[str]
+) -> tuple[float | None, tuple[str, ...]]:
+    """What of the settings of several optimizers is for one of them.
+
+    Args:
+        name: That one.
+        settings: "option=value" for all, "NAME:option=value" for NAME alone.
+        names: All optimizers.
+
+    Returns:
+        The learning rate, of "NAME:lr=X", or None; and the other settings, without prefixes. One
+        that is for ``name`` alone takes the place of the same one for all.
+
+    Raises:
+        UnknownNameError: A prefix that is none of ``names``.
+        InvalidInputError: A learning rate that is no number of at least 0, or given twice.
+    """
+    shared: list[str] = []
+    own: list[str] = []
+    for text in settings:
+        prefix, colon, _ = text.partition("=")[0].partition(":")
+        if not colon:
+            shared.append(text)
+        elif prefix.strip() not in names:
+            raise unknown_name("optimizer of this call", prefix.strip(), names)
+        elif prefix.strip() == name:
+            own.append(text.partition(":")[2].strip())
+    rates = [text for text in own if _path(text) == "lr"]
+    if len(rates) > 1:
+        raise InvalidInputError(f"Setting '{name}:lr' is given twice.")
+    replaced = {_path(text) for text in own}
+    kept = [text for text in shared if _path(text) not in replaced]
+    rest_of_own = [text for text in own if text not in rates]
+    return _rate(name, rates), (*kept, *rest_of_own)
+
+
+def _path(setting: str) -> str:
+    return setting.partition("=")[0].strip()
+
+
+def _rate(name: str, settings: Sequence[str]) -> float | None:
+    """The learning rate of at most one setting "lr=X"."""
+    for text in settings:
+        value = _value(text.partition("=")[2].strip())
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise InvalidInputError(
+                f"{name}:lr is {value!r}; give a number of at least 0, as in {name}:lr=3e-3."
+            )
+        return float(value)
+    return None
 
 
 def _torch(name: str, params: ParamsT, options: dict[str, Any]) -> Optimizer:

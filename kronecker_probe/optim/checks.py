@@ -90,7 +90,8 @@ def check_gradients(
         if gradient.isfinite().all():
             raise NonFiniteError(
                 f"The gradient of {name_of(param)} has a norm above {limit:.3g}, whose square "
-                "overflows its statistics. Nothing was changed: scale the loss down."
+                "overflows its statistics. Nothing was changed. Where the training has diverged, "
+                "lower the learning rate, raise the damping or clip; else scale the loss down."
             )
         raise NonFiniteError(
             f"The gradient of {name_of(param)} holds a NaN or an infinity. Nothing was "

@@ -10,23 +10,10 @@ from torch import nn
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.attached import longest_side
-from kronecker_probe.optim.config import Basis, Config, Magnitude, Shapes, Spectrum, Statistics
+from kronecker_probe.optim.config import Basis, Config, Shapes, Spectrum, Statistics
 from kronecker_probe.optim.engine import KroneckerOptimizer
 from kronecker_probe.optim.layer_recorder import layer_parameters
-from kronecker_probe.optim.presets import Betas, built
-
-# Adam, for the parameters that are of no layer.
-_ADAM: Mapping[str, Any] = MappingProxyType(
-    {
-        "betas": (0.9, 0.999),
-        "momentum": 0.0,
-        "statistics": Statistics(),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(epsilon=1e-8),
-        "magnitude": Magnitude(),
-        "shapes": Shapes(max_dim=1),
-    }
-)
+from kronecker_probe.optim.presets import ADAM, Betas, built
 
 
 def KFAC(
@@ -125,7 +112,7 @@ def _attached(
         )
     optimizer = built(layers, lr, betas, sections, options)
     if others:
-        optimizer.add_param_group({"params": others, "lr": diagonal_lr, **_ADAM})
+        optimizer.add_param_group({"params": others, "lr": diagonal_lr, **ADAM})
     optimizer.attach(model)
     return optimizer
 

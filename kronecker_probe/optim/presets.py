@@ -28,6 +28,21 @@ from kronecker_probe.optim.engine import KroneckerOptimizer
 
 Betas = tuple[float, float]
 
+ADAM: Mapping[str, Any] = MappingProxyType(
+    {
+        "betas": (0.9, 0.999),
+        "momentum": 0.0,
+        "nesterov": False,
+        "scale_by_shape": False,
+        "statistics": Statistics(),
+        "basis": Basis(start=1),
+        "spectrum": Spectrum(epsilon=1e-8),
+        "magnitude": Magnitude(),
+        "shapes": Shapes(max_dim=1),
+    }
+)
+"""Options that make a parameter group one of Adam, in whatever preset."""
+
 
 def built(
     params: ParamsT,
@@ -275,8 +290,8 @@ def Muon(
 ) -> KroneckerOptimizer:
     """The polar factor of the averaged gradient by Newton-Schulz (Jordan et al., 2024).
 
-    Shampoo without memory, times max(1, m / n)^1/2. Meant for hidden matrices; vectors,
-    embeddings and heads go to another optimizer, or to groups of their own.
+    Shampoo without memory, times max(1, m / n)^1/2. Meant for hidden matrices: give it the groups
+    of :func:`hidden_groups`, in which vectors, embeddings and heads have Adam.
 
     Args:
         params: As in :func:`Shampoo`.

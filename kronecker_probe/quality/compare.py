@@ -85,7 +85,8 @@ def compare(
             their error bars.
         singular_values: How many leading singular values of R(H) to list; 0 for none.
         extra: Operators of your own: parameter name -> name -> operator. Only their shape counts,
-            not their scale, so they get "cosine" and "best_scale_error"; as they are not fitted
+            not their scale, so they get "cosine", "best_scale_error" and, times their best scale,
+            "direction"; as they are not fitted
             to these samples, their population estimates are plain means, and they have no
             "held-out" kind.
 
@@ -284,17 +285,22 @@ def _operator_rows(
         rows += [estimate_row(one) for one in plugin]
     if "population" in request.kinds:
         rows += [estimate_row(one) for one in estimator.of_operator(name, operator, metrics)]
-    others = [metric for metric in request.extra_metrics if not metric.scaled]
-    return rows + _extra_metric_rows(target, name, operator, others)
+    others = [one for one in request.extra_metrics if not one.scaled or one.family.rescaled]
+    return rows + _extra_metric_rows(target, name, operator, others, any_scale=True)
 
 
 def _extra_metric_rows(
-    target: SecondMoment, name: str, operator: Operator, metrics: Sequence[ExtraMetric]
+    target: SecondMoment,
+    name: str,
+    operator: Operator,
+    metrics: Sequence[ExtraMetric],
+    *,
+    any_scale: bool = False,
 ) -> list[Row]:
     return [
         {"approximation": name, "kind": "plugin"} | row
         for metric in metrics
-        for row in metric.rows(target, operator)
+        for row in metric.rows(target, operator, any_scale=any_scale)
     ]
 
 

@@ -153,8 +153,9 @@ def compute_directions(
     relative: bool,
     n_gradients: int,
     seed: int,
+    scale: float = 1.0,
 ) -> DirectionAgreement:
-    """:func:`direction_agreement`, raising UndefinedError where it gives nothing."""
+    """:func:`direction_agreement` of ``scale`` P, raising UndefinedError where it gives nothing."""
     check_pair(target, approximation)
     d = resolve_damping(target, damping, relative)
     given = _draws(target, n_gradients, seed) if gradients is None else gradients
@@ -165,7 +166,7 @@ def compute_directions(
             continue
         pairs = zip(
             _inverse_powers(target, g / size, d, powers),
-            _inverse_powers(approximation, g / size, d, powers),
+            _inverse_powers(approximation, g / size, d / scale, powers),
             strict=True,
         )
         scored = [(*_agreement(x, y), max(one, other)) for (x, one), (y, other) in pairs]

@@ -16,7 +16,7 @@ from kronecker_probe.errors import (
 )
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment import SecondMoment
-from kronecker_probe.quality import directions, divergences, spectral
+from kronecker_probe.quality import directions, divergences, metrics, spectral
 from kronecker_probe.quality.undefined import UndefinedError
 
 Cost: TypeAlias = Literal["cheap", "iterative"]
@@ -36,6 +36,8 @@ class MetricFamily:
         cost: "cheap" for a few inner products, "iterative" for an eigendecomposition or Lanczos.
         scaled: Whether it says nothing about an operator whose scale is not that of H.
         defaults: Its options with their default values.
+        rescaled: The same of the multiple of P that is nearest to H, for operators of any scale;
+            None where that would say nothing.
     """
 
     compute: Callable[..., Values]
@@ -44,6 +46,7 @@ class MetricFamily:
     cost: Cost
     scaled: bool
     defaults: Mapping[str, float]
+    rescaled: Callable[..., Values] | None = None
 
 
 @final
@@ -71,15 +74,23 @@ class ExtraMetric:
         """Whether it says nothing about an operator whose scale is not that of H."""
         return self.family.scaled
 
-    def rows(self, target: SecondMoment, approximation: Operator) -> list[dict[str, Any]]:
+    def rows(
+        self, target: SecondMoment, approximation: Operator, *, any_scale: bool = False
+    ) -> list[dict[str, Any]]:
         """Its values as rows with the keys metric, value, stderr and note.
+
+        Args:
+            target: H.
+            approximation: P.
+            any_scale: Whether P has the scale of something else; its best multiple counts then.
 
         What is undefined or unsupported for this pair is NaN, and the note says why.
         """
         _, _, suffix = self.name.partition(":")
         names = [f"{name}:{suffix}" if suffix else name for name in self.family.gives]
         try:
-            values = self.family.compute(target, approximation, **self.options)
+            compute = (self.family.rescaled if any_scale else None) or self.family.compute
+            values = compute(target, approximation, **self.options)
         except (UndefinedError, UnsupportedError, MemoryBudgetError, InvalidInputError) as reason:
             return [
                 {"metric": name, "value": math.nan, "stderr": None, "note": str(reason)}
@@ -163,7 +174,12 @@ def _stein(target: Operator, approximation: Operator, damping: float) -> Values:
 
 
 def _direction(
-    target: Operator, approximation: Operator, power: float, damping: float, gradients: float
+    target: Operator,
+    approximation: Operator,
+    power: float,
+    damping: float,
+    gradients: float,
+    scale: float = 1.0,
 ) -> Values:
     found = directions.compute_directions(
         target,
@@ -174,12 +190,20 @@ def _direction(
         relative=True,
         n_gradients=int(gradients),
         seed=0,
+        scale=scale,
     )
     row = found.table.iloc[0]
     return {
         f"direction_{name}": (float(row[name]), float(row[f"{name}_stderr"]))
         for name in ("cosine", "length_ratio")
     }
+
+
+def _rescaled_direction(target: SecondMoment, approximation: Operator, **options: float) -> Values:
+    scale = metrics.best_scale(target, approximation)
+    if not scale > 0:
+        raise UndefinedError("the best multiple of P is not positive")
+    return _direction(target, approximation, **options, scale=scale)
 
 
 EXTRA_METRICS: dict[str, MetricFamily] = {
@@ -231,5 +255,6 @@ EXTRA_METRICS: dict[str, MetricFamily] = {
         "iterative",
         True,
         {"power": 0.5, "damping": 1e-3, "gradients": 16},
+        _rescaled_direction,
     ),
 }

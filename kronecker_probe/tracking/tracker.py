@@ -50,9 +50,12 @@ class Tracker:
     Args:
         model: The model being trained.
         loss_fn: As for ``kp.capture``.
-        optimizer: If given, what it holds is scored too, as the approximation "live".
+        optimizer: If given, what it holds is scored too, as the approximation "live". Of several,
+            each parameter's own counts, as with Muon on hidden matrices and AdamW on the rest.
         out: Run directory; None keeps the numbers in memory only.
-        every: Interval in steps, a collection of steps, or a predicate on the step.
+        every: Interval in steps, a collection of steps, or a predicate on the step. An optimizer
+            that refreshes every 10 steps is at its best when probed every 20; see how it ages with
+            an interval that has no common divisor with its own.
         probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
             noise; None measures the batch given to :meth:`step` or :meth:`finish`.
         draws: The target: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
@@ -94,7 +97,7 @@ class Tracker:
         model: nn.Module,
         loss_fn: LossFunction,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         out: str | Path | None = None,
         every: int | Collection[int] | Schedule = 20,
         probe: tuple[Tensor, Tensor] | None = None,
@@ -136,7 +139,7 @@ class Tracker:
                 raise InvalidInputError(f"{option}={value}; give 0 or more.")
         self.model = model
         self.loss_fn = loss_fn
-        self.optimizer = optimizer
+        self.optimizers = _optimizers(optimizer)
         self.probe = probe
         self.target = make_target(model, loss_fn, layers, target, seed)
         self.layers = layers
@@ -292,22 +295,26 @@ class Tracker:
         """
         found: dict[str, dict[str, Operator]] = {}
         beside: list[Row] = []
-        if self.optimizer is None:
+        if not self.optimizers:
             return found, beside
         parameters = dict(self.model.named_parameters())
         for name, one in samples.items():
+            optimizer = _holder(self.optimizers, parameters[name])
+            if optimizer is None:
+                beside.append(absent_row(name, "live", "no optimizer of the tracker's holds it"))
+                continue
             try:
-                operator = live_operator(self.optimizer, parameters[name])
+                operator = live_operator(optimizer, parameters[name])
                 if operator.shape != one.shape:
                     raise UnsupportedError(
                         f"the optimizer sees {operator.shape}, the layer is {one.shape}"
                     )
                 found[name] = {"live": operator}
-                if rule := followed_rule(self.optimizer, parameters[name]):
+                if rule := followed_rule(optimizer, parameters[name]):
                     beside.append(live_rule_row(name, rule))
             except UnsupportedError as error:
                 beside.append(absent_row(name, "live", str(error)))
-            beside += inside_rows(self.optimizer, name, parameters[name], one)
+            beside += inside_rows(optimizer, name, parameters[name], one)
         return found, beside
 
     def _store(self, scores: Scores, samples: Capture, beside: list[Row]) -> None:
@@ -336,3 +343,30 @@ def _default_kinds(draws: str) -> tuple[str, ...]:
 
 def _plain(names: str | Sequence[str]) -> str | list[str]:
     return names if isinstance(names, str) else list(names)
+
+
+def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """As a tuple.
+
+    Raises:
+        InvalidInputError: Something that is no optimizer of torch's kind.
+    """
+    if given is None:
+        return ()
+    found = tuple(given) if isinstance(given, Sequence) else (given,)
+    for one in found:
+        if not (hasattr(one, "param_groups") or hasattr(one, "operator")):
+            raise InvalidInputError(
+                f"Tracker got an optimizer= of type {type(one).__name__}, which has no "
+                "param_groups; give a torch.optim.Optimizer, or a list of them."
+            )
+    return found
+
+
+def _holder(optimizers: Sequence[Optimizer], parameter: Tensor) -> Optimizer | None:
+    """The one whose groups have the parameter, or that has no groups to tell by."""
+    for one in optimizers:
+        groups = getattr(one, "param_groups", None)
+        if groups is None or any(parameter is held for group in groups for held in group["params"]):
+            return one
+    return None
