@@ -18,7 +18,7 @@ from kronecker_probe.optim.presets import ADAM, Betas, built
 
 def KFAC(
     model: nn.Module,
-    lr: float = 2e-2,
+    lr: float = 3e-3,
     betas: Betas = (0.9, 0.95),
     epsilon: float = 0.2,
     loss_reduction: str = "mean",
@@ -58,7 +58,7 @@ def KFAC(
 
 def EKFAC(
     model: nn.Module,
-    lr: float = 1e-2,
+    lr: float = 3e-3,
     betas: Betas = (0.9, 0.95),
     epsilon: float = 0.03,
     loss_reduction: str = "mean",

@@ -195,7 +195,7 @@ def KLSOAP(
 
 def RootFreeShampoo(
     params: ParamsT,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     betas: Betas = (0.0, 0.99),
     epsilon: float = 1e-3,
     batch_size: int = 1,
@@ -218,7 +218,7 @@ def RootFreeShampoo(
 
 def InverseFreeShampoo(
     params: ParamsT,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     batch_size: int = 1,
     **options: Any,
 ) -> KroneckerOptimizer:
@@ -240,7 +240,7 @@ def InverseFreeShampoo(
 
 def RMSpropRootFree(
     params: ParamsT,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     beta2: float = 0.999,
     epsilon: float = 1e-5,
     batch_size: int = 1,
@@ -267,7 +267,7 @@ def RMSpropRootFree(
 
 def AdaGradRootFree(
     params: ParamsT,
-    lr: float = 1e-2,
+    lr: float = 1e-1,
     epsilon: float = 1e-5,
     batch_size: int = 1,
     **options: Any,
