@@ -27,6 +27,8 @@ figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze adagrad-view --preset default --out figures
 	$(BIN)/kronecker-probe analyze purifying --preset default --out figures
 	$(BIN)/kronecker-probe analyze root-free --preset default --out figures
+	$(BIN)/kronecker-probe analyze overhead --preset default --out figures
+	$(BIN)/kronecker-probe analyze training --preset default --out figures
 	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
 	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png
 

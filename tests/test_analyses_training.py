@@ -269,3 +269,10 @@ def test_a_short_run_has_everything() -> None:
     assert np.isfinite(tables.cosines(table).xs("SGD", level="method")).all()
     title = re.sub(r"\s+", " ", training.draw(table).get_suptitle())
     assert title == training.sentences(table)[0]
+
+
+def test_the_index_says_what_the_kept_table_says() -> None:
+    figures = Path(__file__).parents[1] / "figures"
+    index = (figures / "README.md").read_text("utf-8")
+    for sentence in training.SCRIPT.sentences(pd.read_csv(figures / "training.csv")):
+        assert sentence.rstrip(".") in index

@@ -50,6 +50,13 @@ def test_the_factors_are_those_of_the_gradient() -> None:
     assert found.block_size is None
 
 
+def test_an_inspection_prints_what_is_held() -> None:
+    optimizer = stepped("shampoo", [torch.ones(5, 3)], basis=ONCE)
+    told = repr(optimizer.inspect(optimizer.param_groups[0]["params"][0]))
+    assert "of shape [5, 3], step 1: shampoo" in told
+    assert "side 0: 5 rows in torch.float32, refreshed 0 steps ago, 1 refreshes" in told
+
+
 def test_a_large_factor_has_both_triangles() -> None:
     """From a side on the optimizer computes half of the symmetric product only."""
     gradient = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))

@@ -71,6 +71,16 @@ class Inspection:
         self.step = step
         self.name = name
 
+    def __repr__(self) -> str:
+        lines = [f"{self.name}, step {self.step}: {self.rule or 'no single rule'}"]
+        lines += [
+            f"  block {one.block}, side {one.side}: {len(one.factor)} rows in {one.dtype}, "
+            + ("no refresh yet" if one.age is None else f"refreshed {one.age} steps ago")
+            + f", {one.refreshes} refreshes"
+            for one in self.factors
+        ]
+        return "\n".join(lines)
+
     @property
     def factors(self) -> tuple[HeldFactor, ...]:
         """Those of all blocks; none where the preconditioner accumulates none."""

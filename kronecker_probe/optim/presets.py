@@ -72,7 +72,7 @@ def Shampoo(
     epsilon: float = 1e-8,
     **options: Any,
 ) -> KroneckerOptimizer:
-    """Shampoo (arXiv 1802.09568) as in Distributed Shampoo (2309.06497): power 1/4, Adam grafting.
+    """Shampoo (arXiv 1802.09568) as in Distributed Shampoo (2309.06497): L^-1/4 M R^-1/4, grafted.
 
     Args:
         params: Parameters, named parameters or groups.
