@@ -116,6 +116,9 @@ def write_roots(optimizer: KroneckerOptimizer, how: str) -> list[float]:
     residuals: list[float] = []
     for (_, p), group in found.items():
         A = torch.stack([held.factor for _, held in group])
+        if not bool(A.isfinite().all()):  # of a run that diverges
+            residuals += [math.inf] * len(group)
+            continue
         X, residual = inverse_roots(A, p, spectrum.epsilon, how)
         residuals += residual.tolist()
         for (param, held), root in zip(group, X, strict=True):
@@ -140,7 +143,8 @@ def inverse_roots(A: Tensor, p: int, damping: float, how: str) -> tuple[Tensor, 
     Returns:
         The roots [b, d, d] float32, and their residuals [b] float64.
     """
-    largest = torch.linalg.eigvalsh(A)[:, -1].clamp_min(torch.finfo(A.dtype).tiny)
+    largest = torch.linalg.eigvalsh(A.double())[:, -1].to(A.dtype)
+    largest = largest.clamp_min(torch.finfo(A.dtype).tiny)
     damped = A + (damping * largest)[:, None, None] * torch.eye(A.shape[-1])
     scale = (1 + damping) * largest
     B = damped / scale[:, None, None]
