@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +87,7 @@ def track(
             metavar="X",
             min=0.0,
             help="Learning rate. Default: the workload's, for steps as long as Adam's; else the "
-            "optimizer's.",
+            "optimizer's. One of several optimizers has its own by --set NAME:lr=X.",
             show_default=False,
         ),
     ] = None,
@@ -141,14 +140,12 @@ def track(
     """Train WORKLOAD with an optimizer and probe every layer along the way."""
     with exit_codes():
         with usage_checked():
-            from kronecker_probe.optim.build import LIKE_ADAM
-            from kronecker_probe.several import check_several, track_several
+            from kronecker_probe.several import check_several, options_of_each, track_several
             from kronecker_probe.tracking.training import Training, TrainingOptions
             from kronecker_probe.workloads import load_workload
 
             loaded = load_workload(workload, seed)
             _set_threads(threads or loaded.threads)
-            like_adam = LIKE_ADAM if lr is None else frozenset[str]()
             options = TrainingOptions(
                 steps=steps if steps is not None else loaded.steps,
                 batch_size=batch_size if batch_size is not None else loaded.batch_size,
@@ -172,10 +169,7 @@ def track(
                 estimates=_names(estimates),
             )
             directory = out if out is not None else Path("runs") / workload.replace(":", ".")
-            each = [
-                replace(options, optimizer=name, lr=loaded.lr if name in like_adam else lr)
-                for name in optimizer
-            ]
+            each = options_of_each(options, optimizer, loaded.lr)
             if len(each) > 1:
                 check_several(loaded, workload, directory, each, resume=resume, overwrite=overwrite)
             else:

@@ -168,8 +168,9 @@ SettingsOption = Annotated[
     typer.Option(
         "--set",
         metavar="X=Y",
-        help="A setting of the optimizer, such as weight_decay=0.01 or basis.tolerance=0.1; may be "
-        "repeated (docs/optimizers.md).",
+        help="A setting of the optimizer, such as weight_decay=0.01 or basis.tolerance=0.1; of one "
+        "of several: soap:basis.tolerance=0.1, adamw:lr=3e-3. May be repeated "
+        "(docs/optimizers.md).",
         show_default=False,
     ),
 ]

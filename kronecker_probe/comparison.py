@@ -21,7 +21,19 @@ from kronecker_probe.tracking.files import naming, write_atomically
 from kronecker_probe.tracking.store import RunStore
 
 FILE = "comparison.json"
-COLUMNS = ("optimizer", "step", "parameter", "metric", "value")
+# what each row of the table says
+COLUMNS = ("optimizer", "lr", "settings", "step", "parameter", "m", "n", "metric", "value")
+ABOUT_RUNS = (
+    "lr: the learning rate at the start, of each group. loss: mean over the probe set, at the last "
+    "probed step. train loss: of the last batch. seconds: wall time with probes; ms/step: the mean "
+    "of steps without a probe."
+)
+ABOUT_LAYERS = (
+    "live: what the optimizer holds. rule: the rule that it follows, fresh, undamped and whole, on "
+    "the draws of H. optimal: the best Kronecker product, which bounds every other one (diagonal "
+    "and eigenvalue-corrected matrices are none, and may lie above). Numbers of the sample; each "
+    "run measures H at its own weights."
+)
 # of a row without a parameter
 _LOGGED = {"train_loss", "probe_loss", "probe_accuracy", "test_accuracy"}
 
@@ -110,25 +122,46 @@ class Comparison:
         """Losses, accuracies and the cosines of live of all runs, a row a number.
 
         Returns:
-            Columns optimizer, step, parameter, metric and value; "live_cosine" is that of what the
+            The columns of :data:`COLUMNS`: optimizer, its learning rate and settings as text, step,
+            parameter, its shape m and n, metric and value. "live_cosine" is that of what the
             optimizer holds, "rule_cosine" that of the rule that it follows, fresh, undamped and
-            whole. Cosines are those of the sample.
+            whole, "optimal_cosine" that of the best Kronecker product. Cosines are those of the
+            sample.
         """
-        parts = [_numbers(store.read(strict=False), name) for name, store in self.stores().items()]
+        parts = [
+            _numbers(store.read(strict=False)).assign(
+                optimizer=name, lr=rate_told(store), settings=settings_told(store)
+            )[[*COLUMNS]]
+            for name, store in self.stores().items()
+        ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS])
 
 
-def _numbers(table: pd.DataFrame, optimizer: str) -> pd.DataFrame:
+def rate_told(store: RunStore) -> str:
+    """The learning rates with which a run started; of older runs, what was asked for."""
+    asked = store.config.get("lr")
+    rates = store.record.get("learning_rates") or ([] if asked is None else [asked])
+    return ", ".join(f"{rate:g}" for rate in rates) or "default"
+
+
+def settings_told(store: RunStore) -> str:
+    """The settings of a run's optimizer, "" without any."""
+    return ", ".join(store.config.get("settings") or ())
+
+
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
     logged = table[table["parameter"].isna() & table["metric"].isin(_LOGGED)]
-    live = table[(table["approximation"] == "live") & (table["metric"] == "cosine")]
-    live = live[live["kind"] == "plugin"].assign(metric="live_cosine")
+    cosines = table[(table["metric"] == "cosine") & (table["kind"] == "plugin")]
+    live, optimal = (
+        cosines[cosines["approximation"] == name].assign(metric=f"{name}_cosine")
+        for name in ("live", "optimal")
+    )
     rule = table[table["metric"] == "live_fresh"]
     # 1 - cos^2 of a rule whose factors are positive, as its cosine with H is
-    cosines = (1.0 - rule["value"]).clip(lower=0.0).pow(0.5)
-    rule = rule.assign(metric="rule_cosine", value=cosines)
-    rows = pd.concat([logged, live, rule], ignore_index=True)
-    rows = rows[rows["value"].notna()].assign(optimizer=optimizer)
-    return rows[[*COLUMNS]]
+    fresh = (1.0 - rule["value"]).clip(lower=0.0).pow(0.5)
+    rule = rule.assign(metric="rule_cosine", value=fresh)
+    rows = pd.concat([logged, live, rule, optimal], ignore_index=True)
+    return rows[rows["value"].notna()]
 
 
 @final
@@ -138,56 +171,80 @@ class Summary:
 
     Attributes:
         head: Column names of ``rows``.
-        rows: One a run: optimizer, last probed step, loss, accuracy, seconds, status.
-        layers: One a layer: its name, and a cell for each optimizer.
+        rows: One a run: optimizer, learning rate, last probed step, losses, accuracy, times,
+            status, settings.
+        layer_head: Column names of the rows of ``layers``, after the layer.
+        layers: The rows of each layer, one a run: optimizer, and its cosines to H.
         optimizers: The optimizers.
+        failures: Those that failed, and why.
     """
 
     head: tuple[str, ...]
     rows: list[list[str]]
-    layers: list[list[str]]
+    layer_head: tuple[str, ...]
+    layers: dict[str, list[list[str]]]
     optimizers: list[str]
+    failures: dict[str, str]
+
+
+HEAD = (
+    "optimizer",
+    "lr",
+    "step",
+    "loss",
+    "train loss",
+    "test accuracy",
+    "seconds",
+    "ms/step",
+    "run",
+    "settings",
+)
+LAYER_HEAD = ("optimizer", "live", "rule", "optimal")
 
 
 def summarize(comparison: Comparison) -> Summary:
     """The numbers at the last probed step of each run."""
     table = comparison.table()
     stores = comparison.stores()
-    rows, cells = [], dict[str, dict[str, str]]()
+    rows, layers = [], dict[str, dict[str, list[str]]]()
     for name, store in stores.items():
         of = table[table["optimizer"] == name]
-        timing = comparison.timings[name]
         probed = last_step(store.read(strict=False))
-        a_step = 1e3 * timing.step_seconds / timing.steps if timing.steps else math.nan
-        rows.append(
-            [
-                name,
-                "-" if probed is None else str(probed),
-                _told(_last(of, "probe_loss"), 4),
-                _told(_last(of, "train_loss"), 4),
-                _told(_last(of, "test_accuracy"), 4),
-                _told(timing.seconds, 1),
-                _told(a_step, 1),
-                store.status,
-            ]
-        )
+        rows.append(_run_row(name, store, comparison.timings[name], of, probed))
         now = of[of["step"] == probed]
         for layer in now["parameter"].dropna().unique():
             at = now[now["parameter"] == layer]
-            live, rule = (_told(_last(at, one), 3) for one in ("live_cosine", "rule_cosine"))
-            cells.setdefault(str(layer), {})[name] = f"{live} | {rule}"
-    head = (
-        "optimizer",
-        "step",
-        "loss",
-        "train loss",
-        "test accuracy",
-        "seconds",
-        "ms a step",
-        "run",
-    )
-    layers = [[layer, *(of.get(name, "-") for name in stores)] for layer, of in cells.items()]
-    return Summary(head, rows, layers, list(stores))
+            cosines = (_told(_last(at, f"{one}_cosine"), 3) for one in LAYER_HEAD[1:])
+            layers.setdefault(str(layer), {})[name] = [name, *cosines]
+    failures = {
+        name: str(store.record.get("reason") or "no reason noted")
+        for name, store in stores.items()
+        if store.status == "failed"
+    }
+    absent = ["-"] * len(LAYER_HEAD[1:])
+    each = {
+        layer: [of.get(name, [name, *absent]) for name in stores] for layer, of in layers.items()
+    }
+    return Summary(HEAD, rows, LAYER_HEAD, each, list(stores), failures)
+
+
+def _run_row(
+    name: str, store: RunStore, timing: Timing, of: pd.DataFrame, probed: int | None
+) -> list[str]:
+    """The cells of a run, in the order of :data:`HEAD`."""
+    a_step = 1e3 * timing.step_seconds / timing.steps if timing.steps else math.nan
+    return [
+        name,
+        rate_told(store),
+        "-" if probed is None else str(probed),
+        _told(_last(of, "probe_loss"), 4),
+        _told(_last(of, "train_loss"), 4),
+        _told(_last(of, "test_accuracy"), 4),
+        _told(timing.seconds, 1),
+        _told(a_step, 1),
+        store.status,
+        settings_told(store) or "-",
+    ]
 
 
 def _last(rows: pd.DataFrame, metric: str) -> float:
@@ -213,7 +270,7 @@ def write_comparison(comparison: Comparison) -> tuple[Summary, list[Path]]:
         raise RunDirectoryError(f"The runs in {comparison.path} hold no measurements yet.")
     summary = summarize(comparison)
     figure = Figure()
-    plot_comparison(table, figure=figure)
+    plot_comparison(table, failed=summary.failures, figure=figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     page = (
@@ -222,6 +279,8 @@ def write_comparison(comparison: Comparison) -> tuple[Summary, list[Path]]:
         .render(
             name=comparison.path.resolve().name,
             summary=summary,
+            about_runs=ABOUT_RUNS,
+            about_layers=ABOUT_LAYERS,
             image=base64.b64encode(buffer.getvalue()).decode(),
             linked=[
                 name

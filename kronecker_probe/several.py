@@ -5,16 +5,27 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from kronecker_probe.comparison import Comparison, Timing
-from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.errors import (
+    InvalidInputError,
+    KroneckerProbeError,
+    NonFiniteError,
+    RunDirectoryError,
+    unknown_name,
+)
 from kronecker_probe.interruption import resumable
-from kronecker_probe.optim.build import build_optimizer
+from kronecker_probe.optim.build import (
+    LIKE_ADAM,
+    build_optimizer,
+    optimizer_names,
+    settings_for,
+)
 from kronecker_probe.report import write_report
 from kronecker_probe.terminal import errors, progress_shown, show_probes
 from kronecker_probe.tracking.record import FILE, as_json
@@ -23,6 +34,32 @@ from kronecker_probe.workloads import Workload, load_workload
 
 # Options of a run in which runs that are compared may differ.
 _OWN = ("optimizer", "settings", "lr", "device", "approximations", "metrics", "estimates")
+
+
+def options_of_each(
+    options: TrainingOptions, optimizers: Sequence[str], like_adam: float
+) -> list[TrainingOptions]:
+    """The options of each optimizer's run.
+
+    Args:
+        options: Of the call: ``lr`` None where it is not given, ``settings`` for all
+            ("basis.frequency=5") and for one alone ("soap:basis.frequency=5", "adamw:lr=3e-3").
+        optimizers: Their names.
+        like_adam: Where no learning rate is given, that of optimizers with steps as long as Adam's.
+
+    Raises:
+        InvalidInputError: A setting for an optimizer that is not among them, or a learning rate
+            that is none.
+    """
+    found = []
+    for name in optimizers:
+        lr, settings = settings_for(name, options.settings, optimizers)
+        if lr is None:
+            lr = options.lr
+        if lr is None and name in LIKE_ADAM:
+            lr = like_adam
+        found.append(replace(options, optimizer=name, lr=lr, settings=settings))
+    return found
 
 
 def check_several(
@@ -55,8 +92,7 @@ def check_several(
     if resume and overwrite:
         raise InvalidInputError("--resume with --overwrite; choose one.")
     for one in options:
-        model = copy.deepcopy(workload.model)  # which an optimizer may hook
-        build_optimizer(one.optimizer, model.named_parameters(), one.lr, one.settings, model)
+        _try_building(workload, one)
     if directory.exists() and not directory.is_dir():
         raise RunDirectoryError(f"{directory} is a file; choose another path for the runs.")
     if (directory / FILE).exists():
@@ -77,6 +113,18 @@ def check_several(
     if Comparison.holds(directory):
         replaced = names if overwrite else []
         _check_alike(Comparison.open(directory), {"workload": name, **asdict(options[0])}, replaced)
+
+
+def _try_building(workload: Workload, one: TrainingOptions) -> None:
+    """Build the optimizer of a run, on a copy of the model; an error names it."""
+    if one.optimizer not in optimizer_names():
+        raise unknown_name("optimizer", one.optimizer, optimizer_names())
+    model = copy.deepcopy(workload.model)  # which an optimizer may hook
+    try:
+        build_optimizer(one.optimizer, model.named_parameters(), one.lr, one.settings, model)
+    except KroneckerProbeError as error:
+        remedy = " For one optimizer alone write --set NAME:option=value." if one.settings else ""
+        raise type(error)(f"{one.optimizer}: {error}{remedy}") from error
 
 
 def _check_alike(comparison: Comparison, config: dict[str, Any], replaced: Sequence[str]) -> None:

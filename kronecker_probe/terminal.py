@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from rich import progress
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 console = Console()
 errors = Console(stderr=True)
+# Findings that are printed; the report has all.
+FINDINGS = 5
 # Column heads where the usual name would not fit 80 columns.
 HEADS = {"optimal": "optimal", "eigen-corrected": "eigen-corr."}
 
@@ -113,25 +115,59 @@ def show_run(directory: Path) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Write the figure and the report of several runs, and print their table and the paths."""
-    from kronecker_probe.comparison import write_comparison
+    from kronecker_probe.comparison import ABOUT_LAYERS, ABOUT_RUNS, write_comparison
 
     summary, paths = write_comparison(comparison)
-    runs, layers = (Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False) for _ in range(2))
-    for shown, head in ((runs, summary.head), (layers, ("layer", *summary.optimizers))):
-        for place, name in enumerate(head):
-            shown.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in summary.rows:
-        runs.add_row(*map(escape, row))
-    for row in summary.layers:
-        layers.add_row(*map(escape, row))
-    needed = max(Console(width=1000).measure(one).maximum for one in (runs, layers))
-    wide = Console(width=max(console.width, 80, needed))
-    wide.print("[bold]Training[/]", runs, sep="\n", highlight=False)
-    if summary.layers:
-        title = "[bold]Cosine to H: live | its rule, fresh, undamped and whole[/]"
-        wide.print(title, layers, sep="\n", highlight=False)
+    layers = [
+        ["" if number else layer, *row]
+        for layer, rows in summary.layers.items()
+        for number, row in enumerate(rows)
+    ]
+    _show_cells("Training", summary.head, summary.rows, ABOUT_RUNS)
+    for name, why in summary.failures.items():
+        console.print(f"{escape(name)} failed: {escape(why)}", soft_wrap=True, highlight=False)
+    if layers:
+        title = "Cosine to H at the last probed step"
+        _show_cells(title, ("layer", *summary.layer_head), layers, ABOUT_LAYERS)
     for path in paths:
         console.print(f"{path.suffix[1:]:<6}  {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def _show_cells(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], about: str) -> None:
+    """Cells in as many tables as the width asks for, each with the first column."""
+    width = max(console.width, 80)
+    sizes = [
+        2 + max(len(word) for word in (*name.split(), *(row[place] for row in rows)))
+        for place, name in enumerate(head)
+    ]
+    wide = Console(width=width)
+    wide.print(f"[bold]{title}[/]", highlight=False)
+    for turn, places in enumerate(_split(sizes, width)):
+        if turn:
+            wide.print()
+        shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # 2 a column
+        for place in places:
+            # what no table has room for is text: names of layers and settings, which may break
+            whole = sizes[place] <= width // 3
+            left = head[place] in ("layer", "optimizer", "settings")
+            name = head[place].replace(" ", "\n")
+            align: Literal["left", "right"] = "left" if left else "right"
+            shown.add_column(name, justify=align, no_wrap=whole, overflow="fold")
+        for row in rows:
+            shown.add_row(*(escape(row[place]) for place in places))
+        wide.print(shown, highlight=False)
+    wide.print(about, highlight=False)
+
+
+def _split(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Columns by table: in order, the first one in each, as many as fit ``width``."""
+    tables: list[list[int]] = [[0]]
+    for place, size in list(enumerate(sizes))[1:]:
+        used = sum(min(sizes[other], width // 3) for other in tables[-1])
+        if len(tables[-1]) > 1 and used + min(size, width // 3) > width:
+            tables.append([0])
+        tables[-1].append(place)
+    return tables
 
 
 def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
@@ -160,6 +196,21 @@ def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
         wide.print(title, shown, *legend, sep="\n", highlight=False)
     for sentence in conclusions(table):
         console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+    if last_step(table) is not None:
+        _show_findings(table)
+
+
+def _show_findings(table: pd.DataFrame) -> None:
+    """A line a subject of the diagnosis of a run, the most urgent ones."""
+    from kronecker_probe.quality.diagnose import diagnose
+
+    sentences = diagnose(table).summary(("warning", "notice", "good"))
+    if sentences:
+        console.print("[bold]Findings[/]")
+    for sentence in sentences[:FINDINGS]:
+        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+    if (more := len(sentences) - FINDINGS) > 0:
+        console.print(f"  and {more} more: kp.diagnose, or the report", highlight=False)
 
 
 def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:

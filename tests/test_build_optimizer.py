@@ -7,7 +7,12 @@ import torch
 
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.optim.build import build_optimizer, optimizer_names
+from kronecker_probe.optim.build import (
+    build_optimizer,
+    learning_rates,
+    optimizer_names,
+    settings_for,
+)
 
 
 def params() -> list[torch.Tensor]:
@@ -16,7 +21,7 @@ def params() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", optimizer_names())
 def test_every_name_builds_an_optimizer_that_steps(name: str) -> None:
-    model = torch.nn.Linear(2, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     for one in model.parameters():
         torch.nn.init.ones_(one)
     held = list(model.parameters())
@@ -73,3 +78,73 @@ def test_booleans_are_booleans(text: str) -> None:
     assert own.param_groups[0]["nesterov"] is False
     kept = build_optimizer("shampoo", params(), settings=["magnitude.grafting=none"])
     assert kept.param_groups[0]["magnitude"].grafting == "none"
+
+
+# ---------------------------------------------------------------- settings of one of several
+
+SHARED = ["weight_decay=0.1", "soap:basis.frequency=5", "adamw:lr=3e-3", "basis.frequency=7",
+          " soap : weight_decay = 0.2"]  # fmt: skip
+NAMES = ("soap", "adamw", "eshampoo")
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("soap", (None, ("basis.frequency=5", "weight_decay = 0.2"))),  # its own replace those of all
+    ("adamw", (0.003, ("weight_decay=0.1", "basis.frequency=7"))),
+    ("eshampoo", (None, ("weight_decay=0.1", "basis.frequency=7"))),
+])  # fmt: skip
+def test_a_prefix_names_the_optimizer_that_a_setting_is_for(
+    name: str, expected: tuple[float | None, tuple[str, ...]]
+) -> None:
+    assert settings_for(name, SHARED, NAMES) == expected
+
+
+def test_an_own_setting_reaches_the_optimizer() -> None:
+    lr, settings = settings_for("soap", SHARED, NAMES)
+    (group,) = build_optimizer("soap", params(), lr, settings).param_groups
+    assert group["basis"].frequency == 5
+    assert group["weight_decay"] == 0.2
+
+
+@pytest.mark.parametrize(("text", "error", "told"), [
+    ("adam:lr=1", UnknownNameError, "optimizer of this call 'adam'.*Known: adamw, eshampoo, soap"),
+    ("muon:lr=1", UnknownNameError, "Known: adamw, eshampoo, soap"),
+    (":lr=1", UnknownNameError, "optimizer of this call ''"),
+    ("soap:lr=fast", InvalidInputError, "soap:lr is 'fast'; give a number"),
+    ("soap:lr=-1", InvalidInputError, "soap:lr is -1"),
+    ("soap:lr=True", InvalidInputError, "soap:lr is True"),
+    ("soap:lr=1e999", InvalidInputError, "soap:lr is inf"),
+    ("soap:lr", InvalidInputError, "soap:lr is ''"),
+])  # fmt: skip
+def test_a_prefix_or_a_rate_that_is_none_is_refused(
+    text: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        settings_for("soap", [text], NAMES)
+
+
+def test_an_own_setting_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="'soap:lr' is given twice"):
+        settings_for("soap", ["soap:lr=1", "soap:lr=2"], NAMES)
+    _, settings = settings_for("soap", ["soap:basis.frequency=1"] * 2, NAMES)
+    with pytest.raises(InvalidInputError, match="twice"):
+        build_optimizer("soap", params(), settings=settings)
+
+
+def test_rates_are_those_of_the_groups() -> None:
+    one, two = params()
+    assert learning_rates(build_optimizer("sgd", [one, two], 0.5)) == [0.5]
+    groups: list[dict[str, object]] = [{"params": [one]}, {"params": [two], "lr": 0.25}]
+    assert learning_rates(build_optimizer("muon", groups)) == [0.02, 0.25]
+    assert learning_rates(build_optimizer("sgd", [one, two], settings=["lr=0.125"])) == [0.125]
+
+
+def test_muon_has_the_hidden_matrices_of_a_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    hidden, others = build_optimizer("muon", model.parameters(), model=model).param_groups
+    assert [one is model[0].weight for one in hidden["params"]] == [True]
+    assert (hidden["spectrum"].eigenvalues, others["spectrum"].eigenvalues) == (
+        "polar",
+        "kronecker",
+    )
+    (alone,) = build_optimizer("muon", params()).param_groups
+    assert len(alone["params"]) == len(params())

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
+import torch
 from typer.testing import CliRunner, Result
 
 from kronecker_probe.cli import app
 from kronecker_probe.comparison import Comparison, Timing
-from kronecker_probe.comparison_figure import plot_comparison
-from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.errors import RunDirectoryError
 from kronecker_probe.several import _Clock
 from kronecker_probe.tracking.store import RunStore
 from kronecker_probe.tracking.training import Progress
@@ -98,7 +97,11 @@ def test_the_numbers_are_those_of_the_runs(compared: tuple[Path, str]) -> None:
     live = live[(live["kind"] == "plugin") & (live["step"] == 4)]["value"].iloc[0]
     rule = stored[stored["approximation"].eq("eigen-corrected") & stored["metric"].eq("cosine")]
     rule = rule[(rule["kind"] == "plugin") & (rule["step"] == 4)]["value"].iloc[0]
-    assert f"{live:.3f} | {rule:.3f}" in printed
+    best = stored[stored["approximation"].eq("optimal") & stored["metric"].eq("cosine")]
+    best = best[(best["kind"] == "plugin") & (best["step"] == 4)]["value"].iloc[0]
+    cells = rf"soap\s+{live:.3f}\s+{rule:.3f}\s+{best:.3f}"
+    assert re.search(cells, printed)
+    assert "loss: mean over the probe set" in " ".join(printed.split())
     assert re.search(r"rmsprop.*done", printed)
     assert str(out / "comparison.png") in printed.replace("\n", "")
 
@@ -192,7 +195,13 @@ def test_overwriting_starts_each_anew(copied: Path, workload: str) -> None:
     ("arguments", "text"),
     [(["--optimizer", "soap", "--optimizer", "soap"], "soap is given twice"),
      (["--optimizer", "soap", "--optimizer", "soup"], "soup"),
-     (["--optimizer", "soap", "--optimizer", "sgd", "--set", "basis.frequency=3"], "section"),
+     (["--optimizer", "soap", "--optimizer", "sgd", "--set", "basis.frequency=3"],
+      "sgd: Setting 'basis.frequency=3' has a section; torch's optimizers have none. For one "
+      "optimizer alone write --set NAME:option=value."),
+     (["--optimizer", "soap", "--optimizer", "muon", "--set", "basis.frequency=3"], "muon: "),
+     ([*PAIR, "--set", "sopa:basis.frequency=3"], "Did you mean 'soap'? Known: rmsprop, soap."),
+     (["--optimizer", "soap", "--set", "sgd:lr=1"], "Known: soap."),
+     ([*PAIR, "--set", "rmsprop:lr=x"], "rmsprop:lr is 'x'"),
      ([*PAIR, "--resume", "--overwrite"], "choose one")],
 )  # fmt: skip
 def test_bad_usage_leaves_nothing_behind(
@@ -241,48 +250,43 @@ def test_times_of_a_resumed_run_add_up(tmp_path: Path) -> None:
         Comparison.open(tmp_path)
 
 
-# ---------------------------------------------------------------- the figure
+# ---------------------------------------------------------------- rates and settings
 
 
-def numbers(layers: int) -> pd.DataFrame:
-    rows = [
-        {"optimizer": name, "step": step, "parameter": None, "metric": "probe_loss", "value": 1.0}
-        for name in ("a", "b") for step in (0, 5)
-    ]  # fmt: skip
-    rows += [
-        {"optimizer": name, "step": step, "parameter": f"{k}.weight", "metric": "live_cosine",
-         "value": 0.1 * k}
-        for name in ("a", "b") for step in (0, 5) for k in range(layers)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+def test_rates_are_recorded_once_and_do_not_keep_a_run_from_going_on(
+    compared: tuple[Path, str], copied: Path, workload: str
+) -> None:
+    # as an older version left it: without the entry, and interrupted before its last probe
+    run = copied / "rmsprop"
+    record = json.loads((run / "run.json").read_text())
+    assert record["learning_rates"] == [0.01]
+    del record["learning_rates"]
+    (run / "run.json").write_text(json.dumps(record))
+    again = invoke("track", workload, "--optimizer", "rmsprop", "--out", run, *SHORT, "--resume")
+    assert again.exit_code == DONE, again.output
+    store = RunStore.open(run)
+    assert store.record["learning_rates"] == [0.01]
+    store.note_rates([7.0])
+    assert RunStore.open(run).record["learning_rates"] == [0.01]
+    assert store.config == RunStore.open(compared[0] / "rmsprop").config
 
 
-def test_few_layers_have_a_panel_each_and_many_share_one() -> None:
-    few = plot_comparison(numbers(3), figure=Figure())
-    assert [ax.get_title(loc="left") for ax in few[1:]] == [
-        f"live cosine to H: {k}.weight" for k in range(3)
-    ]
-    many = plot_comparison(numbers(6), figure=Figure())
-    assert len(many) == 2
-    assert "mean and range of 6 layers" in many[1].get_title(loc="left")
-    lines = {line.get_label(): line for line in many[1].get_lines()}
-    assert lines["a"].get_ydata().tolist() == pytest.approx([0.25, 0.25])
-    assert lines["a"].get_color() != lines["b"].get_color()
-    assert lines["a"].get_marker() != lines["b"].get_marker()
-    with pytest.raises(InvalidInputError, match="no losses"):
-        plot_comparison(numbers(2).query("metric == 'live_cosine'"), figure=Figure())
-
-
-def test_the_title_names_the_lowest_loss_and_the_nearest_matrix() -> None:
-    table = numbers(2)
-    table.loc[(table["optimizer"] == "b") & (table["metric"] == "probe_loss"), "value"] = 0.25
-    nearer = (table["optimizer"] == "a") & (table["metric"] == "live_cosine") & (table["step"] == 5)
-    table.loc[nearer, "value"] = 0.8
-
-    def title(rows: pd.DataFrame) -> str:
-        return " ".join(plot_comparison(rows, figure=Figure())[0].figure.get_suptitle().split())
-
-    assert title(table) == (
-        "b ends at the lowest loss (0.25); a holds the matrix nearest to H (mean cosine 0.80)"
-    )
-    assert title(table[table["metric"] == "probe_loss"]) == "b ends at the lowest loss (0.25)"
+def test_each_run_has_its_own_rate_and_settings(workload: str, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    given = ("--set", "soap:basis.frequency=2", "--set", "rmsprop:lr=0.05", "--set",
+             "weight_decay=0.125", "--optimizer", "sgd", *SHORT)  # fmt: skip
+    result = invoke("track", workload, *PAIR, *given, "--out", out)
+    assert result.exit_code == DONE, result.output
+    configs = {name: store.config for name, store in Comparison.open(out).stores().items()}
+    rates = {name: config["lr"] for name, config in configs.items()}
+    assert rates == {"soap": 0.01, "rmsprop": 0.05, "sgd": 0.01}
+    assert configs["soap"]["settings"] == ["weight_decay=0.125", "basis.frequency=2"]
+    assert configs["sgd"]["settings"] == ["weight_decay=0.125"]
+    # and those of one alone, by its own default where nothing is given
+    single = ("--optimizer", "sgd", "--set", "sgd:momentum=0.5", *SHORT[:-2])
+    result = invoke("track", workload, *single, "--out", tmp_path / "one")
+    assert result.exit_code == DONE, result.output
+    store = RunStore.open(tmp_path / "one")
+    assert store.config["settings"] == ["momentum=0.5"]
+    assert store.config["lr"] is None
+    assert store.record["learning_rates"] == [torch.optim.SGD([torch.zeros(1)]).defaults["lr"]]

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.optim.config import SECTIONS
+from kronecker_probe.optim.hidden import hidden_groups
 from kronecker_probe.optim.kfac import MODEL_PRESETS
 from kronecker_probe.optim.presets import PRESETS
 
@@ -62,8 +63,8 @@ def build_optimizer(
         lr: Learning rate; None for the optimizer's own default.
         settings: "option=value", or "section.field=value" of a preset, such as
             "basis.tolerance=0.1"; values as in Python, names of choices without quotes.
-        model: For "kfac" and "ekfac", which hook its layers and take its parameters, not
-            ``params``.
+        model: For "kfac" and "ekfac", which hook its layers, and "muon", which takes its hidden
+            matrices and has Adam for the rest; all three take its parameters, not ``params``.
 
     Raises:
         UnknownNameError: No such optimizer, option, section or field.
@@ -87,6 +88,8 @@ def build_optimizer(
         return MODEL_PRESETS[name](model, **options)
     if name in TORCH:
         return _torch(name, params, options)
+    if name == "muon" and model is not None:
+        params = hidden_groups(model)
     return known[name](params, **options)
 
 

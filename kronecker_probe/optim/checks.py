@@ -121,8 +121,9 @@ def check_updates(
     Raises:
         NonFiniteError: A NaN or an infinity.
     """
-    for param, largest in zip(params, _norms(updates, math.inf), strict=True):
-        if not math.isfinite(largest):
+    for param, update, norm in zip(params, updates, _norms(updates), strict=True):
+        # squares may overflow where no entry does
+        if not math.isfinite(norm) and not bool(update.isfinite().all()):
             if skip:
                 return False
             raise NonFiniteError(
@@ -133,15 +134,15 @@ def check_updates(
     return True
 
 
-def _norms(gradients: Sequence[Tensor], order: float = 2) -> list[float]:
-    """Norms of entries; not finite where an entry is not, or where their squares overflow."""
+def _norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Frobenius norms; not finite where an entry is not, or where the squares overflow."""
     batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
         key = gradient.device, state_dtype(gradient.dtype)
         batches.setdefault(key, []).append(index)
     norms = [0.0] * len(gradients)
     for (_, dtype), indices in batches.items():
-        found = torch._foreach_norm([gradients[index] for index in indices], order, dtype=dtype)
+        found = torch._foreach_norm([gradients[index] for index in indices], 2, dtype=dtype)
         for index, norm in zip(indices, torch.stack(found).tolist(), strict=True):
             norms[index] = norm
     return norms

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.optim.rounding import store
+from kronecker_probe.optim.scratch import Scratch
 
 # Rows of a panel: narrower ones compute and hold less, wider ones multiply faster.
 PANEL = 64
@@ -121,13 +122,24 @@ def completed(factor: Tensor, size: int) -> Tensor:
     return out
 
 
-def contract(blocks: Tensor, matrix: Tensor, side: int) -> Tensor:
-    """X x_side A: A [K, r, r] along one dimension of ``blocks``; sum_j A_ij X_..j..."""
+def contract(
+    blocks: Tensor, matrix: Tensor, side: int, scratch: Scratch | None = None, name: str = ""
+) -> Tensor:
+    """X x_side A: A [K, r, r] along one dimension of ``blocks``; sum_j A_ij X_..j...
+
+    Args:
+        blocks: X, [K, r_0, r_1, ...].
+        matrix: A.
+        side: Which dimension.
+        scratch: Where to put the result, if it is not kept.
+        name: Under which name.
+    """
     if blocks.ndim == 3:
+        out = None if scratch is None else scratch.take(name, blocks.shape, blocks)
+        left, right = (matrix, blocks) if side == 0 else (blocks, matrix.mT)
         if len(blocks) == 1:  # one product instead of a batch of one
-            x, a = blocks[0], matrix[0]
-            return (a @ x if side == 0 else x @ a.T)[None]
-        return torch.bmm(matrix, blocks) if side == 0 else torch.bmm(blocks, matrix.mT)
+            return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
+        return torch.bmm(left, right, out=out)
     moved = blocks.movedim(side + 1, 1)
     product = torch.bmm(matrix, moved.reshape(moved.shape[0], moved.shape[1], -1))
     return product.view(moved.shape).movedim(1, side + 1)

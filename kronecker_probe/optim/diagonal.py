@@ -11,6 +11,7 @@ from torch import Tensor
 from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.optim.config import Spectrum
 from kronecker_probe.optim.preconditioner import Preconditioner, State
+from kronecker_probe.optim.scratch import Scratch
 
 
 @final
@@ -51,10 +52,20 @@ class Diagonal(Preconditioner):
         return DiagonalOperator(values.reshape(values.shape[0], -1))
 
 
-def damped_power(moment: Tensor, correction: float, power: float, spectrum: Spectrum) -> Tensor:
-    """(v / b)^power + epsilon of blocks [K, ...], a new tensor; epsilon as ``spectrum`` has it."""
+def damped_power(
+    moment: Tensor,
+    correction: float,
+    power: float,
+    spectrum: Spectrum,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """(v / b)^power + epsilon of blocks [K, ...]; epsilon as ``spectrum`` has it.
+
+    It is a new tensor, or lies in ``scratch``.
+    """
     if power == 0.5:
-        root = moment.sqrt().div_(math.sqrt(correction))
+        out = None if scratch is None else scratch.take("denominator", moment.shape, moment)
+        root = torch.sqrt(moment, out=out).div_(math.sqrt(correction))
     else:
         root = (moment / correction).pow_(power)
     if not spectrum.relative:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.optim.diagonal import divided
 from kronecker_probe.optim.preconditioner import Recipe, State
+from kronecker_probe.optim.scratch import Scratch
 
 # A direction shorter than this is not stretched further (Distributed Shampoo adds the same).
 _SHORTEST = 1e-16
@@ -22,9 +23,11 @@ class Graft:
     Args:
         recipe: Which method, with the beta2 and the bias correction of the statistics unless it
             has its own.
+        scratch: Memory for its direction.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, scratch: Scratch) -> None:
+        self.scratch = scratch
         magnitude = recipe.magnitude
         self.kind = magnitude.grafting
         self.epsilon = magnitude.epsilon
@@ -45,10 +48,14 @@ class Graft:
         state["graft_moment"].mul_(keep).addcmul_(gradients, gradients, value=weight)
 
     def direction(self, state: State, filtered: Tensor, step: int) -> Tensor:
-        """Its own direction of M, which takes over where there is no preconditioner yet."""
+        """Its own direction of M, which takes over where there is no preconditioner yet.
+
+        It lies in the scratch memory, or is M itself.
+        """
         if not self.has_moment:
             return filtered
-        denominator = state["graft_moment"].sqrt()
+        moment = state["graft_moment"]
+        denominator = torch.sqrt(moment, out=self.scratch.take("graft", moment.shape, moment))
         if self.corrects and self.beta2 is not None:
             denominator.div_(math.sqrt(1.0 - self.beta2**step))
         return divided(filtered, denominator.add_(self.epsilon), damped=self.epsilon > 0)

@@ -162,7 +162,8 @@ class Kronecker(Factored):
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         average = self.average(state, gradients)
         for side, end in self.each():
-            average = contract(average, self._root(state, end), side)
+            scratch = None if side == self.sides[-1] else self.scratch
+            average = contract(average, self._root(state, end), side, scratch, "contracted")
         return average
 
     @property

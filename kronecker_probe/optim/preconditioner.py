@@ -24,6 +24,7 @@ from kronecker_probe.optim.config import (
 )
 from kronecker_probe.optim.layer_samples import LayerSamples
 from kronecker_probe.optim.precision import state_dtype
+from kronecker_probe.optim.scratch import Scratch
 
 State = dict[str, Tensor]
 
@@ -103,6 +104,7 @@ class Preconditioner(abc.ABC):
     Attributes:
         layers: What was recorded of the layers of the blocks of this step, for
             statistics.rule="kfac".
+        scratch: Memory for intermediate results.
     """
 
     layers: Sequence[LayerSamples] = ()
@@ -111,6 +113,7 @@ class Preconditioner(abc.ABC):
         self.recipe = recipe
         self.block = block
         self.sides = sides
+        self.scratch = Scratch()
 
     @abc.abstractmethod
     def initial(self, like: Tensor) -> State:

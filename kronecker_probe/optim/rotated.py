@@ -140,7 +140,7 @@ class Rotated(Factored):
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
         spectrum = self.recipe.spectrum
         power = spectrum.power if spectrum.exponent is None else -spectrum.exponent
-        return damped_power(moment, self.recipe.correction(step), power, spectrum)
+        return damped_power(moment, self.recipe.correction(step), power, spectrum, self.scratch)
 
     def filtered(self, state: State, gradients: Tensor, step: int) -> Tensor:
         if "momentum" not in state:
@@ -148,13 +148,17 @@ class Rotated(Factored):
         return self._rotate_back(state, state["momentum"])
 
     def _rotate(self, state: State, blocks: Tensor) -> Tensor:
+        """Q_L^T X Q_R, until the next call."""
         for side, end in self.each():
-            blocks = contract(blocks, state[f"basis_{end}"].mT, side)
+            basis = state[f"basis_{end}"].mT
+            blocks = contract(blocks, basis, side, self.scratch, f"rotated {side}")
         return blocks
 
     def _rotate_back(self, state: State, blocks: Tensor) -> Tensor:
+        """Q_L X Q_R^T, a new tensor."""
         for side, end in self.each():
-            blocks = contract(blocks, state[f"basis_{end}"], side)
+            scratch = None if side == self.sides[-1] else self.scratch
+            blocks = contract(blocks, state[f"basis_{end}"], side, scratch, "rotated back")
         return blocks
 
     def ready(self, state: State, step: int) -> bool:

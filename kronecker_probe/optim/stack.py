@@ -18,6 +18,7 @@ from kronecker_probe.optim.layer_samples import LayerSamples
 from kronecker_probe.optim.polar import Polar
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, Recipe, State
 from kronecker_probe.optim.rotated import Rotated
+from kronecker_probe.optim.scratch import Scratch
 from kronecker_probe.optim.tiles import Layout, Tile, factored_sides, layout
 
 
@@ -47,6 +48,10 @@ class Member:
     def read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The blocks of a tensor of the parameter's shape, [count, *block]."""
         return self.blocks.read(tensor.reshape(self.layout.shape)).to(dtype)
+
+    def copy(self, tensor: Tensor, out: Tensor) -> None:
+        """Copy these blocks into ``out``."""
+        self.blocks.copy(tensor.reshape(self.layout.shape), out)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Stack:
         order: Dimensions of their parameters.
         dtype: Of the state.
         first: Number of their first block among all of the optimizer, by which refreshes stagger.
+        scratch: Memory for intermediate results, which stacks can share.
     """
 
     def __init__(
@@ -129,7 +135,9 @@ class Stack:
         order: int,
         dtype: torch.dtype,
         first: int,
+        scratch: Scratch,
     ) -> None:
+        self.scratch = scratch
         self.members = list(members)
         self.block = members[0].blocks.block
         self.blocks = sum(member.blocks.count for member in members)
@@ -147,7 +155,8 @@ class Stack:
         """Go on with other choices, for which the state is of the same form."""
         self.recipe = recipe
         self.preconditioner = preconditioner_of(recipe, self.block, self.order)
-        self.graft = Graft(recipe)
+        self.preconditioner.scratch = self.scratch
+        self.graft = Graft(recipe, self.scratch)
 
     def views(self, member: Member) -> dict[str, Tensor]:
         """A member's part of the state, by the names that the parameter's state has."""
@@ -168,8 +177,7 @@ class Stack:
             layers: What was recorded of the layers of parameters, by their id.
         """
         state, rows = self._select(active)
-        gradients = [member.read(_gradient(member.param), self.dtype) for member in active]
-        G = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        G = self._gradients(active)
         one = self.preconditioner
         self.graft.update(state, G)
         one.layers = [layers[id(m.param)] for m in active if id(m.param) in layers]
@@ -186,6 +194,22 @@ class Stack:
             directions[id(member.param), member.tile] = direction[start:stop]
             start = stop
         return Turn(directions, self._failed(active, failures, state))
+
+    def _gradients(self, active: Sequence[Member]) -> Tensor:
+        """Those of the blocks, [K, *block]: the gradient itself where it is a single block."""
+        first = _gradient(active[0].param)
+        count = sum(member.blocks.count for member in active)
+        if count == 1 and first.dtype == self.dtype:
+            return active[0].read(first, self.dtype)
+        out = self.scratch.take(
+            "gradients", (count, *self.block), first.new_empty(0, dtype=self.dtype)
+        )
+        start = 0
+        for member in active:
+            stop = start + member.blocks.count
+            member.copy(_gradient(member.param), out[start:stop])
+            start = stop
+        return out
 
     def _failed(
         self, active: Sequence[Member], failures: Sequence[Failure], state: State
@@ -211,7 +235,7 @@ class Stack:
         filtered = one.filtered(state, gradients, step)
         graft = self.graft.direction(state, filtered, step)
         if ready is False:
-            return graft if self.graft.has_moment else graft.clone()
+            return graft.clone()
         direction = self.graft.scaled(direction, graft)
         if ready is True:
             return direction
@@ -226,13 +250,16 @@ class Stack:
         return {name: t[rows.to(t.device)] for name, t in self.state.items()}, rows
 
 
-def stacks_of(params: Sequence[Tensor], recipe: Recipe, first: int) -> list[Stack]:
+def stacks_of(
+    params: Sequence[Tensor], recipe: Recipe, first: int, scratch: Scratch
+) -> list[Stack]:
     """Stacks for parameters that have none yet.
 
     Args:
         params: The parameters.
         recipe: The choices of their group.
         first: Number of the first block.
+        scratch: Memory for intermediate results.
     """
     found: dict[tuple[Any, ...], list[Member]] = {}
     counts: dict[tuple[Any, ...], int] = {}
@@ -247,7 +274,7 @@ def stacks_of(params: Sequence[Tensor], recipe: Recipe, first: int) -> list[Stac
             counts[key] = start + tile.count
     stacks = []
     for key, members in found.items():
-        stacks.append(Stack(recipe, members, 1 if key[3] else 2, key[1], first))
+        stacks.append(Stack(recipe, members, 1 if key[3] else 2, key[1], first, scratch))
         first += counts[key]
     return stacks
 
@@ -257,7 +284,7 @@ def state_shapes(param: Tensor, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     ghost = param.to("meta")
     return {
         name: tuple(view.shape)
-        for stack in stacks_of([ghost], recipe, 0)
+        for stack in stacks_of([ghost], recipe, 0, Scratch())
         for member in stack.members
         for name, view in stack.views(member).items()
     }

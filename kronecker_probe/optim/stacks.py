@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.groups import Group, check_change, recipe_of
+from kronecker_probe.optim.scratch import Scratch
 from kronecker_probe.optim.stack import Stack, stacks_of
 from kronecker_probe.optim.tiles import layout
 
@@ -25,6 +26,7 @@ class Stacks:
     def __init__(self, name_of: Callable[[Tensor], str]) -> None:
         self._name_of = name_of
         self._built: dict[int, list[Stack]] = {}
+        self._scratch = Scratch()
         self._homes: dict[int, int] = {}  # the group in which a parameter's state was built
 
     def of(
@@ -67,7 +69,7 @@ class Stacks:
         states: Mapping[Tensor, dict[str, Any]],
     ) -> None:
         first = sum(stack.blocks for stacks in self._built.values() for stack in stacks)
-        for stack in stacks_of(params, recipe_of(group), first):
+        for stack in stacks_of(params, recipe_of(group), first, self._scratch):
             self._built[number].append(stack)
             for member in stack.members:
                 state = states[member.param]

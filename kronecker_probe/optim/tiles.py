@@ -41,6 +41,10 @@ class Tile:
         """
         return self._blocks(tensor).reshape(self.count, *self.block)
 
+    def copy(self, tensor: Tensor, out: Tensor) -> None:
+        """Copy the blocks of the parameter in its merged shape into ``out`` [count, *block]."""
+        out.view(*self.grid, *self.block).copy_(self._blocks(tensor))
+
     def write(self, tensor: Tensor, blocks: Tensor) -> None:
         """Put ``blocks`` [count, *block] into their places."""
         self._blocks(tensor).copy_(blocks.view(*self.grid, *self.block))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -202,6 +203,22 @@ class RunStore:
             raise unknown_name("status", status, STATUSES)
         self._record = self._record | {"status": status, "reason": reason}
         write_record(self.path, self._record)
+
+    def note_rates(self, rates: Sequence[float]) -> None:
+        """Records the learning rates with which the run started, once.
+
+        Not in the config, which says what was asked for (None for an optimizer's own default) and
+        which :meth:`resume` compares; runs from before have none, and go on.
+
+        Args:
+            rates: Those of the optimizer's groups, each once.
+
+        Raises:
+            RunDirectoryError: run.json cannot be written; the old one is left as it was.
+        """
+        if "learning_rates" not in self._record:
+            self._record = self._record | {"learning_rates": list(rates)}
+            write_record(self.path, self._record)
 
     def check_resumable(self, config: dict[str, Any]) -> None:
         """Refuses to go on with a run under other options.

@@ -18,7 +18,7 @@ from kronecker_probe.gradients.batches import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.draws import DRAWS
 from kronecker_probe.gradients.isolation import isolated
-from kronecker_probe.optim.build import build_optimizer
+from kronecker_probe.optim.build import build_optimizer, learning_rates
 from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
 from kronecker_probe.tracking.files import naming
 from kronecker_probe.tracking.schedule import spread
@@ -135,12 +135,9 @@ class Training:
         self.probed = spread(options.steps, options.probes, options.spacing)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
+        named = self.model.named_parameters()
         self.optimizer = build_optimizer(
-            options.optimizer,
-            self.model.named_parameters(),
-            options.lr,
-            options.settings,
-            self.model,
+            options.optimizer, named, options.lr, options.settings, self.model
         )
         self._check_data(device)
         self.tracker = Tracker(
@@ -176,6 +173,7 @@ class Training:
         self._kept = set(found.values() if len(found) > 2 else ())
         if resume:
             self._restore()
+        self.store.note_rates(learning_rates(self.optimizer))
 
     def _check_data(self, device: torch.device) -> None:
         """Try model, loss, layers and test set on a few data, before anything is written.
