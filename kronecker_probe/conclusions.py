@@ -47,6 +47,8 @@ _ACCURACIES = {
     "train_accuracy": "training accuracy",
 }
 UNKNOWN = "cannot be told from this sample"
+# From this much of a cosine on, a preconditioner is far below the best product.
+FAR = 0.05
 _EQUAL = 5e-4  # differences that three decimals do not show
 
 
@@ -73,22 +75,28 @@ def _headline(table: pd.DataFrame, metric: str) -> str:
     if not ranking:
         return _range_headline(wide, metric)
     steps, layers = (wide.index.get_level_values(level) for level in ("step", "parameter"))
-    closest = ranking[0]
+    closest, count = ranking[0], layers.nunique()
     of = "the optimal Kronecker product" if metric == "cosine" else "the optimal product's error"
-    if closest.known:
+    if closest.known and (count == 1 or len(closest.unclear) < count):
         undefined = wide[[gap.approximation for gap in ranking]].isna().any(axis=None)
         verb = "stays" if steps.nunique() > 1 else "is"
         within = f"{verb} within {closest} of {of}"
         if closest.indistinguishable:
             within = f"{verb} indistinguishable from {of} (difference {closest})"
         sentence = f"{label(closest.approximation)} {within}"
-        sentence += _where(closest, layers.nunique(), bool(undefined))
+        sentence += _where(closest, count, bool(undefined))
+    elif closest.known:
+        stays = "stays" if steps.nunique() > 1 else "is"
+        sentence = (
+            f"How far {label(closest.approximation)} {stays} from {of} {UNKNOWN} throughout the "
+            f"run in any of {count} layers"
+        )
     else:
         how_far, off = _unknown(ranking)
         sentence = f"{how_far[:1].upper()}{how_far[1:]} from {of} {UNKNOWN} ({off})"
     farthest = max((gap for gap in ranking if gap.known), key=lambda gap: gap.worst, default=None)
     if farthest and farthest.worst > closest.worst + _EQUAL and not farthest.indistinguishable:
-        place = [farthest.parameter] if layers.nunique() > 1 else []
+        place = [farthest.parameter] if count > 1 else []
         place += [f"step {farthest.step}"] if steps.nunique() > 1 else []
         exact = farthest.difference.kind == "plugin"
         far = f"{farthest.worst:.3f}" if exact else str(farthest)
@@ -205,7 +213,9 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
             beyond = ", beyond any Kronecker product" if above.low > _EQUAL else ""
             clauses.append(f"correcting the eigenvalues gives {texts['eigen-corrected']}{beyond}")
         if "live" in last:
-            clauses.append(f"the optimizer's live preconditioner is at {texts['live']}")
+            held = f"the optimizer's live preconditioner is at {texts['live']}"
+            (below,) = differences(now, "optimal", "live").values()
+            clauses.append(f"{held}, far below the best product" if below.low > FAR else held)
     if undefined:
         clauses.append(f"{place} {why}")
     if truncated := truncation_remark(table[table["parameter"] == parameter]):

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from kronecker_probe import plots
 from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
+from kronecker_probe.inside_table import inside_table
 from kronecker_probe.quality.diagnose import diagnose
 from kronecker_probe.tables import (
     KIND_NAMES,
@@ -197,6 +198,7 @@ def _render(
         step=last_step(table),
         metrics=[METRICS.get(metric, metric) for metric in _metrics(table)],
         layers=_layers(table),
+        inside=inside_table(table),
         figures=drawn,
         skipped=_skipped(table),
         notes=_notes(table),

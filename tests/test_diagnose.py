@@ -15,6 +15,7 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError
 
 Row = dict[str, object]
+EXPONENT = "Shampoo's exponent"
 
 
 def cosine(
@@ -57,7 +58,7 @@ def test_a_clear_gap_is_a_notice_with_advice() -> None:
     one = found["distance to the optimum"]
     assert one.level == "notice"
     assert "K-FAC, the closest rule, is 0.150" in one.message
-    assert "power iteration" in one.advice
+    assert one.advice == "kp.approximate(H, 'optimal') makes that product, which no preset follows"
 
 
 def test_a_rule_at_the_optimum_is_indistinguishable_from_it_and_nothing_is_clipped() -> None:
@@ -109,9 +110,9 @@ def test_close_to_a_bad_optimum_is_not_good(top: float, level: str, words: str) 
     assert one.level == level
     assert words in one.message
     if level == "notice" and top < 0.9:
-        assert "nothing measured here clearly goes beyond it" in one.advice
+        assert "no rule measured here clearly goes beyond it" in one.advice
         better = diagnose([*rows, cosine("eigen-corrected", 0.8)])["distance to the optimum"]
-        assert better.advice == "to go beyond it: corrected eigenvalues"
+        assert better.advice == "to go beyond it: corrected eigenvalues (SOAP, EShampoo)"
 
 
 def bracket(name: str, value: float, low: float, high: float) -> Row:
@@ -216,7 +217,7 @@ def test_too_few_effective_draws_silence_everything_but_staleness() -> None:
 
 
 @pytest.mark.parametrize(("second", "told"), [(0.5, True), (0.1, False)])
-def test_rank_two_is_advised_where_a_second_product_pays(second: float, told: bool) -> None:
+def test_rank_two_is_told_where_a_second_product_pays(second: float, told: bool) -> None:
     norm = 1.2
     rows = [cosine("optimal", 1 / norm), cosine("optimal", 1 / norm - 0.01, math.nan, "plugin")]
     told_noise = {"parameter": "fc", "metric": "noise_floor", "value": 0.98}
@@ -225,10 +226,11 @@ def test_rank_two_is_advised_where_a_second_product_pays(second: float, told: bo
     assert ("Kronecker rank" in found) == told
     if told:
         gain = (math.hypot(1, second) - 1) / norm
-        assert f"rank 2 (+{gain:.2f})" in found["Kronecker rank"].advice
+        assert f"the best sum of two has {gain:.2f} more" in found["Kronecker rank"].message
+        assert found["Kronecker rank"].advice == ""  # a sum is no preconditioner
 
 
-def test_rank_two_is_not_advised_on_sampling_noise() -> None:
+def test_rank_two_is_not_told_on_sampling_noise() -> None:
     rows = [cosine("optimal", 0.99), cosine("optimal", 0.8, math.nan, "plugin")]
     assert "Kronecker rank" not in diagnose([*rows, *spectrum([1.0, 0.5], 1.25)])
 
@@ -244,8 +246,20 @@ def test_corrected_eigenvalues_beyond_the_optimum() -> None:
 
 def test_the_exponent() -> None:
     found = diagnose([cosine("shampoo-squared", 0.9), cosine("shampoo", 0.7)])
-    assert "exponent -1/2" in found["exponent"].advice
-    assert "exponent" not in diagnose([cosine("shampoo-squared", 0.9), cosine("shampoo", 0.88)])
+    assert "the preset ShampooSquared" in found[EXPONENT].advice
+    assert EXPONENT not in diagnose([cosine("shampoo-squared", 0.9), cosine("shampoo", 0.88)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"), [("shampoo", True), ("shampoo-squared", False), ("", False)]
+)
+def test_the_exponent_is_told_to_optimizers_that_have_it(rule: str, told: bool) -> None:
+    rows = [cosine("shampoo-squared", 0.9, step=4), cosine("shampoo", 0.7, step=4)]
+    rows.append(cosine("live", 0.7, step=4))
+    note = f"live follows {rule}"
+    named = {"parameter": "fc", "metric": "live_rule", "value": math.nan, "note": note, "step": 4}
+    found = diagnose([*rows, named] if rule else rows)
+    assert (EXPONENT in found) == told
 
 
 @pytest.mark.parametrize(("scale", "told"), [(1.1, False), (40.0, True), (0.01, True)])
@@ -371,24 +385,20 @@ def test_alike_findings_are_printed_twice_and_then_named() -> None:
     lines = [line for line in lines if "exponent" in line]
     assert len(lines) == 3
     assert lines[1].startswith("[notice] b: Shampoo's factors")
-    assert lines[2] == "[notice] exponent, likewise in 3 more: c, d, e."
+    assert lines[2] == "[notice] Shampoo's exponent: likewise in 3 more: c, d, e."
     three = str(kp.diagnose(pd.DataFrame([row for row in rows if row["parameter"] in "abc"])))
     assert "likewise" not in three  # a line for one layer may as well say what it is
 
 
-def test_competing_advices_are_ordered_by_gain() -> None:
-    """Power iterations +.10, eigenvalues +.05, or the other way around."""
-    for product, corrected, first, second in (
-        (0.70, 0.85, "power iterations", "corrected eigenvalues (+0.05)"),
-        (0.77, 0.90, "SOAP", "power iterations (+0.03)"),
-    ):
-        rows = [cosine("optimal", 0.80), cosine("kfac", product),
-                cosine("eigen-corrected", corrected)]  # fmt: skip
-        found = [one for one in kp.diagnose(pd.DataFrame(rows)) if one.advice]
-        assert first in found[0].advice
-        assert "the largest gain here" in found[0].advice
-        assert found[0].advice.endswith(f"then {second}")
-        assert "largest" not in found[1].advice
+def test_a_layer_is_named_once_in_what_is_alike() -> None:
+    """As of findings about both factors of a layer."""
+    alike = [
+        kp.Finding("notice", name, "its factors", "so it is")
+        for name in ("4.w", "4.w", "6.w", "6.w", "8.w")
+    ]
+    found = kp.Diagnosis(tuple(alike))
+    assert str(found).splitlines()[2] == "[notice] its factors: likewise in 2 more: 6.w, 8.w."
+    assert found.summary() == ["4.w: so it is (and 2 more: 6.w, 8.w)."]
 
 
 def test_the_exponent_is_not_advised_against_the_directions() -> None:
@@ -397,8 +407,8 @@ def test_the_exponent_is_not_advised_against_the_directions() -> None:
     for root, contradicts in ((0.97, True), (0.95, True), (0.90, False)):
         steps = [cosine("shampoo-squared", 0.95, math.nan, "plugin", metric=metric),
                  cosine("shampoo", root, math.nan, "plugin", metric=metric)]  # fmt: skip
-        one = diagnose([*rows, *steps])["exponent"]
-        assert ("use exponent -1/2" not in one.advice) == contradicts
+        one = diagnose([*rows, *steps])[EXPONENT]
+        assert ("ShampooSquared" not in one.advice) == contradicts
         told = f"direction cosine {root:.3f} against 0.950 (power=0.5,"
         assert (told in one.message) == contradicts
 

@@ -19,6 +19,7 @@ from kronecker_probe.tracking.tracker import Tracker
 CHAIN = ("live_fresh", "live_blocking", "live_statistics", "live_damping", "live_staleness")
 TOLERANCE = 1e-6  # float32 state, float64 metrics
 ONCE = {"start": 1, "frequency": 10}
+JUNK = "directions below rounding"
 
 
 def stepped(name: str, gradients: list[torch.Tensor], **options: Any) -> KroneckerOptimizer:
@@ -237,21 +238,58 @@ def inside(metric: str, value: float, step: int = 9, side: int = 1) -> dict[str,
 def test_amplified_junk_is_told_with_an_epsilon() -> None:
     rows = [inside("factor_under_floor", 0.4), inside("factor_amplification", 60.0)]
     rows += [inside("factor_suggested_epsilon", 2.5e-6), inside("factor_rank", 6.0)]
-    one = finding(rows)["junk directions"]
+    one = finding(rows)[JUNK]
     assert one.parameter == "fc"
     assert "40 % of the directions of the right factor" in one.message
     assert "60 times" in one.message
     assert "2.5e-06" in one.advice
     assert one.evidence["suggested_epsilon"] == 2.5e-6
-    assert "junk directions" not in finding([*rows[:2], rows[3]])
+    assert JUNK not in finding([*rows[:2], rows[3]])
     for place, mild in ((0, 0.05), (1, 3.0)):
         weak = [row | {"value": mild} if k == place else row for k, row in enumerate(rows)]
-        assert "junk directions" not in finding(weak)
-    assert "junk directions" not in finding([row | {"step": 5} for row in rows])
+        assert JUNK not in finding(weak)
+    assert JUNK not in finding([row | {"step": 5} for row in rows])
     # 1 of 10: what a softmax has by construction; and 1 of 3
     for share, rank in ((0.1, 9.0), (1 / 3, 2.0)):
         single = [rows[0] | {"value": share}, *rows[1:3], rows[3] | {"value": rank}]
-        assert "junk directions" not in finding(single)
+        assert JUNK not in finding(single)
+
+
+def amplified(epsilon: float, side: int = 1, layer: str = "fc") -> list[dict[str, Any]]:
+    values = {"factor_under_floor": 0.4, "factor_amplification": 60.0, "factor_rank": 6.0,
+              "factor_suggested_epsilon": epsilon}  # fmt: skip
+    return [inside(metric, value, side=side) | {"parameter": layer} for metric, value in
+            values.items()]  # fmt: skip
+
+
+def test_both_factors_of_a_layer_are_one_finding_with_the_larger_epsilon() -> None:
+    one = finding([*amplified(2.5e-6, 0), *amplified(4e-5, 1)])[JUNK]
+    assert "of the left factor and 40 % of the directions of the right factor" in one.message
+    assert "60 and 60 times" in one.message
+    assert "an epsilon (spectrum.epsilon) of 4.0e-05" in one.advice
+    assert "from an amplification of about 2 down nothing more is to be asked for" in one.advice
+    assert "one per parameter group" in one.advice
+
+
+def test_one_epsilon_serves_all_layers_of_a_group() -> None:
+    cosine = {"parameter": "b", "step": 9, "metric": "cosine", "approximation": "kfac",
+              "value": 0.9, "kind": "plugin", "draws": "trajectory"}  # fmt: skip
+    rows = [*amplified(2.5e-6), *amplified(7e-4, layer="b"), cosine]
+    columns = ["index", "approximation", "note"]
+    base = [cosine | {"parameter": "fc"}]
+    table = pd.DataFrame([*base, *rows]).reindex(
+        columns=[*columns, "parameter", "step", "metric", "value", "kind", "draws"]
+    )
+    found = [one for one in kp.diagnose(table) if one.subject == JUNK]
+    assert len(found) == 2
+    assert [("7.0e-04 for b, serves all 2 layers" in one.advice) for one in found] == [True, False]
+
+
+def test_no_larger_epsilon_is_asked_for_where_damping_costs_already() -> None:
+    rows = [*amplified(2.5e-6), inside("live_damping", 0.3) | {"index": pd.NA}]
+    one = finding(rows)[JUNK]
+    assert "damping costs 0.300 of squared error already" in one.advice
+    assert "suggested_epsilon" not in one.evidence
 
 
 def test_a_basis_far_off_is_told_with_its_step() -> None:

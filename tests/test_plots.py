@@ -97,7 +97,7 @@ def test_conclusion_of_a_layer_in_full() -> None:
         "0.weight: at step 40 Shampoo² comes within 0.005 of the best Kronecker product "
         "(cosine 0.931; 0.970 at step 0), K-FAC within 0.019, Shampoo within 0.102; correcting the "
         "eigenvalues gives 0.945, beyond any Kronecker product; the optimizer's live "
-        "preconditioner is at 0.810."
+        "preconditioner is at 0.810, far below the best product."
     ]
 
 
@@ -205,6 +205,19 @@ def test_a_headline_claims_no_layer_in_which_the_sample_cannot_tell() -> None:
     assert headline(table) == (
         "Shampoo² is within 0.040 ± 0.004 of the optimal Kronecker product where this sample can "
         "tell, which it cannot in 1 of 2 layers (a) (population estimates)"
+    )
+
+
+def test_a_headline_that_holds_in_no_layer_throughout_says_only_that() -> None:
+    """Each of two layers is told at one of two steps, and at the other it is not."""
+    rows = []
+    for layer, clear in (("a", 0), ("b", 4)):
+        for step in (0, 4):
+            error = 0.004 if step == clear else 0.03
+            rows += estimated(layer, {"optimal": 0.9, "shampoo-squared": 0.89}, error, step)
+    assert headline(frame(rows)) == (
+        "How far Shampoo² stays from the optimal Kronecker product cannot be told from this "
+        "sample throughout the run in any of 2 layers (population estimates)"
     )
 
 

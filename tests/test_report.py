@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import html.parser
 import math
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import RunDirectoryError
+from kronecker_probe.quality.diagnose import diagnose
 from kronecker_probe.report import write_report
 from kronecker_probe.tracking.store import RunStore
 from tests.synthetic_tables import NO_LIVE, estimated, frame, probe, quality, spectrum
@@ -212,6 +214,42 @@ def test_markup_in_names_notes_and_options_is_escaped(tmp_path: Path) -> None:
     assert {"script", "b"}.isdisjoint(found.tags)
     assert found.text.count(evil) >= 6
     assert f'"{evil}"&amp;' in found.text
+
+
+def test_findings_are_a_list_and_the_inside_a_table(tmp_path: Path) -> None:
+    cosines = {"optimal": 0.95, "kfac": 0.94, "live": 0.3}
+    rows = [row for name in ("a", "b") for row in quality(0, name, cosines, draws="trajectory")]
+    split = {"live_fresh": 0.1, "live_blocking": 0.5, "live_statistics": 0.31}
+    about = {"step": 0, "parameter": "a"}
+    rows += [about | {"metric": metric, "value": value} for metric, value in split.items()]
+    rows += [
+        about | {"metric": metric, "value": value, "index": side}
+        for side in (0, 1)
+        for metric, value in (("factor_rank", 9.0 + side), ("factor_amplification", 4.0 + side),
+                              ("steps_since_refresh", 2.0))
+    ]  # fmt: skip
+    rows.append(about | {"metric": "live_rule", "note": "live follows shampoo"})
+    store = make_run(tmp_path / "run", {0: frame(rows)})
+    text = write_report(store.path).report.read_text(encoding="utf-8")
+    findings = diagnose(store.read()).summary(("warning", "notice", "good"))
+    assert len(findings) > 2
+    for sentence in findings:
+        assert f"<li>{html.escape(sentence, quote=False)}</li>".replace("'", "&#39;") in text
+    found = Page(text)
+    head = next(cells for cells in found.cells if cells and cells[0] == "layer")
+    cells = dict(zip(head, next(c for c in found.cells if c[:2] == ["a", "0.300"]), strict=True))
+    assert cells["its rule on H"] == "0.949 Shampoo"  # (1 - .1)^1/2
+    assert [cells[f"its {cause} costs"] for cause in ("rule", "blocks", "statistics")] == [
+        "0.100", "0.500", "0.310",
+    ]  # fmt: skip
+    assert (cells["rank of a factor"], cells["amplified"]) == ("9", "5×")
+    assert cells["steps since a refresh"] == "2"
+    assert "its damping costs" not in cells  # nothing is known of it
+    assert ["b", "0.300"] not in [cells[:2] for cells in found.cells]
+
+
+def test_without_rows_about_the_inside_there_is_no_section(page: Page) -> None:
+    assert "Inside the optimizer" not in page.text
 
 
 def test_one_part_without_training_rows(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_worst_layers_are_ranked_by_their_cosine() -> None:
         "the Kronecker form fits worst at: fc2 (cosine 0.620 ± 0.020), then conv1 (cosine 0.710 ± "
         "0.020), then conv3 (cosine 0.800 ± 0.020), and 1 more may lie under 0.9"
     )
-    assert one.advice == "nothing measured clearly goes beyond it at fc2, conv1 and conv3"
+    assert one.advice == "no rule measured clearly goes beyond it at fc2, conv1 and conv3"
     assert one.evidence["fc2"] == 0.62
 
 
@@ -55,7 +55,8 @@ def test_what_would_help_the_worst_layers() -> None:
     rows = layer("a", 0.8, 0.002) + layer("b", 0.7, 0.002)
     extra = layer("b", 0.78, 0.002)[0] | {"approximation": "eigen-corrected"}
     assert diagnose([*rows, extra])["worst approximated layers"].advice == (
-        "corrected eigenvalues would add to b, nothing measured clearly goes beyond it at a"
+        "corrected eigenvalues (SOAP, EShampoo) would add to b, no rule measured clearly goes "
+        "beyond it at a"
     )
 
 

@@ -159,3 +159,41 @@ def test_the_numerical_error_of_a_plug_in_number_is_no_standard_error(
 def test_probes_are_named_before_the_training(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.show_probes([0, 1, 4])
     assert capsys.readouterr().err == "probes at steps 0, 1, 4 (3)\n"
+
+
+def test_a_run_ends_with_at_most_five_findings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for number, held in enumerate((0.2, 0.1, 0.5)):
+        cosines = {"optimal": 0.95, "kfac": 0.94, "live": held}
+        rows += quality(0, f"layer{number}", cosines, draws="trajectory")
+    lines = printed(frame(rows), monkeypatch, capsys)
+    told = lines[lines.index("Findings") + 1 :]
+    assert told[0].startswith("- layer1: the optimizer's own P (live) has a cosine of 0.100")
+    assert told[0].endswith("(and 1 more: layer0).")
+    assert len([line for line in told if line.startswith("- ")]) == len(told) <= 5
+    more = [
+        {"step": 0, "metric": "skipped", "parameter": "x", "note": "no gradient"},
+        {"step": 0, "metric": "train_loss", "value": 1.0},
+        {"step": 0, "parameter": "layer0", "metric": "best_scale", "approximation": "kfac",
+         "kind": "plugin", "value": 40.0, "draws": "trajectory"},
+        {"step": 9, "metric": "train_loss", "value": 50.0},
+        {"step": 0, "parameter": "layer2", "metric": "cosine", "approximation": "eigen-corrected",
+         "kind": "plugin", "value": 0.99, "draws": "trajectory"},
+        {"step": 0, "parameter": "layer2", "metric": "cosine", "approximation": "shampoo-squared",
+         "kind": "plugin", "value": 0.6, "draws": "trajectory"},
+    ]  # fmt: skip
+    rows = [row for row in rows if row.get("metric") != "best_scale"]
+    lines = printed(frame([*rows, *more]), monkeypatch, capsys)
+    told = lines[lines.index("Findings") + 1 :]
+    assert len([line for line in told if line.startswith("- ")]) == 5
+    assert told[0].startswith("- the train loss went from 1 to 50")
+    assert "more: kp.diagnose, or the report" in told[5]
+
+
+def test_a_table_without_steps_has_no_findings_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = frame(quality(0, "a", {"optimal": 0.95, "kfac": 0.94})).drop(columns="step")
+    assert "Findings" not in printed(rows, monkeypatch, capsys)

@@ -13,9 +13,11 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.quality.age_findings import age_findings
 from kronecker_probe.quality.factor_findings import factor_findings
 from kronecker_probe.quality.findings import LEVELS, Diagnosis
 from kronecker_probe.quality.layer_findings import LayerFindings
+from kronecker_probe.quality.live_findings import worst_first
 from kronecker_probe.quality.run_findings import run_findings
 
 
@@ -29,7 +31,8 @@ def diagnose(scores: Any) -> Diagnosis:
     Returns:
         The findings, of the last step of each layer; those that the data cannot support are
         "abstained". Which steps those are is in ``at``. "good" is only what is close to the best
-        Kronecker product where that is itself close to H.
+        Kronecker product where that is itself close to H, and what the optimizer of a run really
+        holds is not clearly worse.
 
     Raises:
         InvalidInputError: ``scores`` is no such table.
@@ -49,9 +52,12 @@ def diagnose(scores: Any) -> Diagnosis:
     rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
     layers = [LayerFindings(table, str(name)) for name in rows["parameter"].dropna().unique()]
     found = run_findings(table, layers)
+    found += worst_first(layers)
+    if "step" in table:
+        found += age_findings(table, layers)
     found += [finding for layer in layers for finding in layer.findings()]
-    for one in layers if "step" in table else ():
-        found += factor_findings(one.rows, one.name, one.last)
+    if "step" in table:
+        found += factor_findings((one.name, one.rows, one.last) for one in layers)
     order = {level: place for place, level in enumerate(LEVELS)}
     ranked = tuple(sorted(found, key=lambda one: order[one.level]))
     return Diagnosis(ranked, _steps({one.last for one in layers}) if "step" in table else "")

@@ -11,6 +11,8 @@ import pandas as pd
 LEVELS = ("warning", "notice", "good", "abstained")
 # Of alike findings, those that are printed in full, and the layers that are named after them.
 IN_FULL, NAMED = 2, 12
+# Those that a sentence of a summary names.
+SENTENCE = 4
 
 
 @final
@@ -78,7 +80,7 @@ class Diagnosis:
                 groups.setdefault((one.level, one.subject), []).append(one)
         sentences = []
         for first, *others in groups.values():
-            more = f" (and {len(others)} more: {_names(others)})" if others else ""
+            more = f" (and {_more(others, [first], SENTENCE)})" if others else ""
             sentences.append(f"{str(first).removesuffix('.')}{more}.")
         return sentences
 
@@ -92,14 +94,16 @@ class Diagnosis:
             shown = alike if len(alike) <= IN_FULL + 1 else alike[:IN_FULL]
             lines += [f"[{level}] {one}" for one in shown]
             if others := alike[len(shown) :]:
-                names = _names(others, NAMED)
-                lines.append(f"[{level}] {subject}, likewise in {len(others)} more: {names}.")
+                lines.append(f"[{level}] {subject}: likewise in {_more(others, shown, NAMED)}.")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False)
 
 
-def _names(findings: Sequence[Finding], limit: int = 4) -> str:
-    names = [one.parameter or "the run" for one in findings]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _more(others: Sequence[Finding], shown: Sequence[Finding], limit: int) -> str:
+    """How many more layers there are, and which, each once."""
+    told = {one.parameter for one in shown}
+    names = list(dict.fromkeys(one.parameter or "the run" for one in others))
+    names = [name for name in names if name not in told] or names
+    return f"{len(names)} more: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.quality.advice import by_gain, no_worse_directions
+from kronecker_probe.quality.advice import no_worse_directions
 from kronecker_probe.quality.findings import Finding
-from kronecker_probe.quality.staleness import STALE, Staleness
+from kronecker_probe.quality.live_findings import LIVE, live_finding
+from kronecker_probe.quality.staleness import STALE, followed_rule
 from kronecker_probe.table_numbers import (
     CLOSE,
     ROUNDING,
@@ -41,6 +43,9 @@ PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
 _EXACT = ("batch-gradient", "trajectory")
 _NOT_INDEPENDENT = "these draws are not independent"
 _BEST = "the best any Kronecker product can do"
+_CORRECTED = "corrected eigenvalues (SOAP, EShampoo)"
+# What keeps a good fit of the form from being read as one of the run's preconditioner.
+NOT_HELD = "but the optimizer's own P (live) is not it"
 
 
 class LayerFindings:
@@ -56,8 +61,8 @@ class LayerFindings:
         self.now = now
         self.draws = _first(now, "draws")
         self.exact = self.draws in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
-        at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
-        self.dropped = dropped_energy(at)
+        self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
+        self.dropped = dropped_energy(self.at)
         self.noise = max(self._sampling_noise(), self.dropped)
         self.cosines = numbers(now, "cosine", self.noise)
         # K-FAC may count fewer draws of its factors than there are of H
@@ -71,12 +76,21 @@ class LayerFindings:
         if self.dropped > TRUNCATED:
             return [self._truncated()]
         if abstained := self._too_few():
-            return [abstained, *self._staleness()]
-        found: list[Finding] = []
+            return [abstained]
+        checks: list[Callable[[], list[Finding]]] = [self._roots, self._scale]
         if not self.is_vector:  # where the optimum and Shampoo^2 are H itself
-            found += by_gain(self._distance() + self._beyond())
-        checks: list[Callable[[], list[Finding]]] = [self._roots, self._scale, self._staleness]
-        return found + [finding for check in checks for finding in check()]
+            checks = [self._distance, self._beyond, *checks]
+        return [finding for check in checks for finding in check()]
+
+    @cached_property
+    def live(self) -> Finding | None:
+        """That the optimizer's own operator is clearly worse than it could be."""
+        return None if self.dropped > TRUNCATED else live_finding(self)
+
+    @property
+    def products(self) -> list[str]:
+        """The rules without a fit whose cosine is known."""
+        return [name for name in PRODUCTS if name in self.cosines]
 
     def best_product(self) -> tuple[str, Number] | None:
         """The best Kronecker product measured and its cosine, where its error is known.
@@ -92,7 +106,7 @@ class LayerFindings:
 
     def helps(self) -> list[str]:
         """What clearly goes beyond one Kronecker product here."""
-        return [_HELP[one.subject] for one in self._beyond()]
+        return [_HELP[one.subject] for one in self._beyond() if one.subject in _HELP]
 
     def _finding(
         self, level: str, subject: str, message: str, advice: str = "", /, **evidence: float
@@ -107,8 +121,7 @@ class LayerFindings:
         """
         if self.exact:
             return 0.0
-        at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
-        floor = at.loc[at["metric"] == "noise_floor", "value"].dropna()
+        floor = self.at.loc[self.at["metric"] == "noise_floor", "value"].dropna()
         return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
 
     def _truncated(self) -> Finding:
@@ -156,7 +169,7 @@ class LayerFindings:
         the closest one.
         """
         top = self.cosines.get("optimal")
-        known = {name: self.cosines[name] for name in PRODUCTS if name in self.cosines}
+        known = {name: self.cosines[name] for name in self.products}
         if top is None or not known:
             return []
         subject = "distance to the optimum"
@@ -177,8 +190,7 @@ class LayerFindings:
                 f"{_named(leaders)}, the closest {rules}, {_are(leaders)} {_each(leaders)} short "
                 f"of {_BEST} (cosine {top})"
             )
-            advice = "a few power iterations on the factors would recover it"
-            evidence["gain"] = min(gap.value for gap in leaders.values())
+            advice = "kp.approximate(H, 'optimal') makes that product, which no preset follows"
             return [self._finding("notice", subject, message, advice, **evidence)]
         message = (
             f"how far {_named(leaders)} {_are(leaders)} from {_BEST} is too uncertain to judge "
@@ -198,12 +210,15 @@ class LayerFindings:
         evidence = _evidence(close, top)
         if top.low >= GOOD:
             message += f", a cosine of {top}"
+            if self.live is not None:
+                message += f", {NOT_HELD}"
+                return self._finding("notice", subject, message, "", **evidence)
             return self._finding("good", subject, message, "", **evidence)
         if top.value >= GOOD:
             message += f", a cosine of {top}, which need not be the {GOOD:g} of a good fit"
             return self._finding("notice", subject, message, "", **evidence)
         message += f", but that is a cosine of only {top}"
-        advice = "nothing measured here clearly goes beyond it"
+        advice = "no rule measured here clearly goes beyond it"
         if helps := self.helps():
             advice = f"to go beyond it: {listed(helps)}"
         return self._finding("notice", subject, message, advice, **evidence)
@@ -248,9 +263,11 @@ class LayerFindings:
         gain = self._second_product()
         noise = self._noise()
         if gain >= CLOSE and gain > noise:
-            message = f"one Kronecker product stops at cosine {top}"
-            advice = f"a better preconditioner needs Kronecker rank 2 (+{gain:.2f})"
-            found.append(self._finding("notice", "Kronecker rank", message, advice, gain=gain))
+            message = (
+                f"H is not one Kronecker product: the best stops at cosine {top}, and the best sum "
+                f"of two has {gain:.2f} more, but no powers to precondition with"
+            )
+            found.append(self._finding("notice", "Kronecker rank", message, gain=gain))
         corrected = self.cosines.get("eigen-corrected")
         if corrected is not None:
             extra = Difference.of(corrected, top)
@@ -259,7 +276,7 @@ class LayerFindings:
                     f"correcting the eigenvalues in Shampoo's basis gives {corrected}, "
                     f"{extra} beyond any Kronecker product"
                 )
-                advice = "prefer an eigenvalue-corrected method (SOAP, EShampoo)"
+                advice = "the presets SOAP and EShampoo correct them"
                 found.append(
                     self._finding("notice", "eigenvalues", message, advice, gain=extra.value)
                 )
@@ -267,9 +284,9 @@ class LayerFindings:
 
     def _second_product(self) -> float:
         """Cosine that a second Kronecker product adds, of the sample matrix."""
-        at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
-        share = first_shares(at).get(self.name, math.nan)
-        values = at.loc[at["metric"] == "singular_value"].sort_values("index")["value"].to_numpy()
+        share = first_shares(self.at).get(self.name, math.nan)
+        rows = self.at[self.at["metric"] == "singular_value"]
+        values = rows.sort_values("index")["value"].to_numpy()
         if math.isnan(share) or len(values) < 2 or values[0] <= 0:
             return 0.0
         return share * (math.hypot(1.0, values[1] / values[0]) - 1.0)
@@ -289,6 +306,8 @@ class LayerFindings:
         square, root = (self.cosines.get(name) for name in ("shampoo-squared", "shampoo"))
         if square is None or root is None:
             return []
+        if LIVE in set(self.now["approximation"]) and followed_rule(self.at) != "shampoo":
+            return []  # the run's optimizer has no such exponent
         gap = Difference.of(square, root)
         if gap.low <= STALE:
             return []
@@ -296,17 +315,11 @@ class LayerFindings:
             f"Shampoo's factors with exponent -1/4 are {gap} below their square "
             f"(cosine {root} against {square})"
         )
-        advice = "use exponent -1/2 with the trace scale to follow H"
+        advice = "the preset ShampooSquared has the exponent -1/2 with the trace scale"
         if against := no_worse_directions(self.now):
             message += f", but their steps are no worse: {against}"
             advice = "judge the exponent by the steps, for which this cosine is no measure"
-        return [self._finding("notice", "exponent", message, advice, gap=gap.value)]
-
-    def _staleness(self) -> list[Finding]:
-        """Whether what the optimizer holds is behind the rule that it follows."""
-        if not self.stepwise or "live" not in set(self.now["approximation"].dropna()):
-            return []
-        return Staleness(self.name, self.rows, self.last, self.dropped).findings(self.draws)
+        return [self._finding("notice", "Shampoo's exponent", message, advice, gap=gap.value)]
 
     def _scale(self) -> list[Finding]:
         """Whether the magnitude is wrong where the direction is right."""
@@ -337,7 +350,7 @@ def _by_kind(rows: pd.DataFrame, metric: str, approximation: str) -> dict[str, f
     return {str(kind): float(value) for kind, value in zip(of["kind"], of["value"], strict=True)}
 
 
-_HELP = {"Kronecker rank": "Kronecker rank 2", "eigenvalues": "corrected eigenvalues"}
+_HELP = {"eigenvalues": _CORRECTED}
 
 
 def _named(rules: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from kronecker_probe.quality.findings import Finding
-from kronecker_probe.quality.layer_findings import GOOD, LayerFindings
+from kronecker_probe.quality.layer_findings import GOOD, NOT_HELD, LayerFindings
 from kronecker_probe.table_numbers import Number, listed
 from kronecker_probe.tables import label
 
@@ -121,7 +121,9 @@ def _worst(layers: Sequence[LayerFindings]) -> list[Finding]:
             f"the Kronecker form fits all {len(found)} layers that can be judged with a cosine of "
             f"at least {GOOD:g}, {name} worst ({number})"
         )
-        return [Finding("good", None, subject, message, "", evidence)]
+        if held := [one.name for one in layers if one.live is not None]:
+            message += f", {NOT_HELD} at {_shown(held)}"
+        return [Finding("notice" if held else "good", None, subject, message, "", evidence)]
     under = [one for one in ranked if one[2].low < GOOD]
     # a rule's cosine is a lower bound of what the form can do: it proves a good fit, never a bad
     poor = [(name, number) for name, rule, number in under if rule == "optimal"]
@@ -166,7 +168,7 @@ def _remedies(names: Sequence[str], helps: Mapping[str, Sequence[str]]) -> str:
         f"{what} would add to {listed(n for n in names if what in helps[n])}" for what in means
     ]
     if none := [name for name in names if not helps[name]]:
-        parts.append(f"nothing measured clearly goes beyond it at {listed(none)}")
+        parts.append(f"no rule measured clearly goes beyond it at {listed(none)}")
     return ", ".join(parts)
 
 

@@ -16,6 +16,19 @@ STALE = 0.05
 _RULE = re.compile(r"^live follows (\S+)")
 
 
+def followed_rule(rows: pd.DataFrame) -> str:
+    """The approximation that the live operator follows; empty if unknown.
+
+    Args:
+        rows: Of one parameter and step.
+    """
+    if "note" not in rows:
+        return ""
+    notes = [str(note) for note in rows.loc[rows["metric"] == "live_rule", "note"].dropna()]
+    match = _RULE.match(notes[-1]) if notes else None
+    return match[1] if match else ""
+
+
 @final
 class Staleness:
     """The lag of one parameter's live operator behind the same rule on fresh statistics.
@@ -42,7 +55,7 @@ class Staleness:
         Args:
             draws: What the target is made of.
         """
-        rule = self._rule()
+        rule = followed_rule(self.rows[self.rows["step"] == self.last])
         if not rule:
             return []
         lag = self._lag(rule)
@@ -67,15 +80,6 @@ class Staleness:
         )
         advice = "draws='trajectory' shows age and damping alone"
         return [Finding("notice", self.parameter, "live factors", message, advice, evidence)]
-
-    def _rule(self) -> str:
-        """The approximation that the live operator follows at the last step; empty if unknown."""
-        if "note" not in self.rows:
-            return ""
-        named = self.rows[(self.rows["metric"] == "live_rule") & (self.rows["step"] == self.last)]
-        notes = [str(note) for note in named["note"].dropna()]
-        match = _RULE.match(notes[-1]) if notes else None
-        return match[1] if match else ""
 
     def _lag(self, rule: str) -> pd.Series[Any]:
         """Cosine of the fresh rule minus that of the live operator, a value a step."""
