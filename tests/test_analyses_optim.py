@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from analyses import _purifying_tables, purifying, root_free
+from analyses import _purifying_tables, overhead, purifying, root_free
 from analyses import _root_free_precision as precision
 from analyses._root_free_sentences import breaking
 from kronecker_probe.cli import app
@@ -240,7 +240,9 @@ def test_the_command_line_knows_them() -> None:
         assert script.name.replace("_", "-") in told.output
 
 
-@pytest.mark.parametrize("script", [purifying.SCRIPT, root_free.SCRIPT], ids=["purifying", "root"])
+@pytest.mark.parametrize(
+    "script", [purifying.SCRIPT, root_free.SCRIPT, overhead.SCRIPT], ids=lambda one: one.name
+)
 def test_the_index_says_what_the_kept_table_says(script: Script) -> None:
     figures = Path(__file__).parents[1] / "figures"
     index = (figures / "README.md").read_text("utf-8")

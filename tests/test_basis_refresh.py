@@ -296,3 +296,22 @@ def test_without_a_test_a_matrix_that_is_not_finite_keeps_its_basis(iterations: 
     found = renewed(A, Q, iterations)
     assert found.ok.tolist() == [False, True]
     assert torch.equal(found.vectors[0], Q[0])
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_basis_without_quotients_is_the_same_in_the_order_of_the_old_ones(
+    iterations: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2, 9, 40, generator=generator, dtype=torch.float64)
+    A = X @ X.mT
+    Q = torch.linalg.qr(torch.randn(2, 9, 9, generator=generator, dtype=torch.float64))[0]
+    full = renewed(A, Q, iterations)
+    fast = renewed(A, Q, iterations, quotients=False)
+    quotients = (fast.vectors * (A @ fast.vectors)).sum(-2)
+    order = quotients.argsort(dim=-1, descending=True)
+    ordered = fast.vectors.gather(-1, order[:, None].expand_as(A))
+    torch.testing.assert_close(ordered, full.vectors)
+    assert bool((fast.diagonal >= 0).all())
+    settled = renewed(A, full.vectors, 60, quotients=False)
+    torch.testing.assert_close(settled.diagonal, torch.linalg.eigvalsh(A).flip(-1))

@@ -97,13 +97,18 @@ def refresh_by_eigh(A: Tensor, Q: Tensor, tolerance: float = 0.0) -> BasisRefres
     return _refresh(A, Q, tolerance, _by_eigh)
 
 
-def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
+def renewed(
+    A: Tensor, Q: Tensor, iterations: int | None, *, quotients: bool = True
+) -> BasisRefresh:
     """New bases without a test, at about half of the products.
 
     Args:
         A: [..., d, d], symmetric PSD, float32 or float64.
         Q: [..., d, d], the held basis, of the same dtype.
         iterations: QR iterations from it, as in :func:`warm_qr`; None for an eigendecomposition.
+        quotients: Whether ``diagonal`` and the order of columns are those of the new basis. If not,
+            QR iterations take one product less: the diagonal is that of R, which converges to it,
+            and columns keep the order that the quotients of the old basis gave them.
 
     Returns:
         As :func:`warm_qr`, with shares that are NaN.
@@ -116,14 +121,14 @@ def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
     batch, d = A.shape[:-2], A.shape[-1]
     with torch.no_grad(), full_precision([A.device.type]):
         H, held = A.reshape(-1, d, d), Q.reshape(-1, d, d)
-        ok = H.isfinite().flatten(1).all(1) & held.isfinite().flatten(1).all(1)
+        ok = (H.sum((1, 2)) + held.sum((1, 2))).isfinite()
         vectors, diagonal = held.clone(), torch.full_like(held[..., 0], math.nan)
         if bool(ok.any()):
             if iterations is None:
                 values, found, solved = eigh_each(H[ok])
             else:
-                values, found = _untested_qr(H[ok], held[ok], iterations)
-                solved = found.isfinite().flatten(1).all(1)
+                values, found = _untested_qr(H[ok], held[ok], iterations, quotients)
+                solved = found.sum((1, 2)).isfinite()
             rows = ok.nonzero()[:, 0]
             ok[rows] = solved
             vectors[rows[solved]], diagonal[rows[solved]] = found[solved], values[solved]
@@ -136,12 +141,14 @@ def renewed(A: Tensor, Q: Tensor, iterations: int | None) -> BasisRefresh:
     )
 
 
-def _untested_qr(H: Tensor, Q: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _untested_qr(H: Tensor, Q: Tensor, iterations: int, quotients: bool) -> tuple[Tensor, Tensor]:
     """Rayleigh quotients, descending, and the bases."""
     image = H @ Q
     diagonal = (Q * image).sum(-2)
-    for _ in range(iterations):
-        Q = torch.linalg.qr(_sorted_columns(image, diagonal))[0]
+    for iteration in range(1, iterations + 1):
+        Q, R = torch.linalg.qr(_sorted_columns(image, diagonal))
+        if iteration == iterations and not quotients:
+            return R.diagonal(dim1=-2, dim2=-1).abs(), Q
         image = H @ Q
         diagonal = (Q * image).sum(-2)
     return diagonal.sort(dim=-1, descending=True, stable=True)[0], _sorted_columns(Q, diagonal)

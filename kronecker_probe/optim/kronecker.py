@@ -228,11 +228,21 @@ class Kronecker(Factored):
         return (vectors * values.pow(power)) @ vectors.mT
 
 
-def refreshed_basis(basis: Basis, factor: Tensor, held: Tensor) -> BasisRefresh:
-    """Bases after a refresh, or a test, by the rule of ``basis``."""
+def refreshed_basis(
+    basis: Basis, factor: Tensor, held: Tensor, *, quotients: bool = True
+) -> BasisRefresh:
+    """Bases after a refresh, or a test, by the rule of ``basis``.
+
+    Args:
+        basis: The rule.
+        factor: A, [b, r, r].
+        held: The bases until now.
+        quotients: Whether diag(Q^T A Q) is asked for.
+    """
     by_qr = basis.solver == "qr"
     if basis.tolerance is None:
-        return renewed(factor, held, basis.max_iterations if by_qr else None)
+        iterations = basis.max_iterations if by_qr else None
+        return renewed(factor, held, iterations, quotients=quotients)
     if by_qr:
         return warm_qr(factor, held, basis.tolerance, basis.max_iterations)
     return refresh_by_eigh(factor, held, basis.tolerance)

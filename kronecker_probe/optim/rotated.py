@@ -57,11 +57,12 @@ class Rotated(Factored):
             return []
         failures: list[Failure] = []
         marginals: dict[int, Tensor] = {}
+        quotients = self.recipe.basis.marginals or self._whitens
         sound = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for place, (side, end) in enumerate(self.each()):
             factor = self.full_factor(state, end, step, rows)
             old = state[f"basis_{end}"][rows]
-            found = refreshed_basis(self.recipe.basis, factor, old)
+            found = refreshed_basis(self.recipe.basis, factor, old, quotients=quotients)
             ok = found.ok.to(rows.device)
             marginals[side] = found.diagonal.clamp_min(0)
             self.count_tests(state, place, rows, found)
@@ -93,9 +94,17 @@ class Rotated(Factored):
         if "momentum" in state:
             state["momentum"][rows] = contract(state["momentum"][rows], overlap, side)
         weights = overlap.square()
+        moment = state["second_moment"][rows]
         if self.recipe.basis.carry == "keep":
+            most, partner = weights.max(dim=2)
+            if bool((most > 0.5).all()):  # a permutation
+                shape = [len(partner), *[1] * (moment.ndim - 1)]
+                shape[side + 1] = -1
+                index = partner.view(shape).expand_as(moment)
+                state["second_moment"][rows] = moment.gather(side + 1, index)
+                return
             weights = kept(weights)
-        state["second_moment"][rows] = contract(state["second_moment"][rows], weights, side)
+        state["second_moment"][rows] = contract(moment, weights, side)
 
     def _match(self, state: State, step: int) -> None:
         """Scale D to the diagonals of the factors, which are its row and column sums.
