@@ -22,6 +22,7 @@ _FACTORS: dict[str, tuple[str, Callable[[Any], Any], Callable[[float], str]]] = 
     "factor_rank": ("rank of a factor", min, "{:.0f}".format),
     "factor_under_floor": ("under its floor", max, "{:.0%}".format),
     "factor_amplification": ("amplified", max, "{:.2g}×".format),
+    "factor_epsilon": ("epsilon", max, "{:.1e}".format),
     "factor_suggested_epsilon": ("suggested epsilon", max, "{:.1e}".format),
 }
 

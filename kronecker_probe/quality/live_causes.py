@@ -122,6 +122,11 @@ def subject(cause: str) -> str:
     return f"{names[cause]} of the optimizer's own P" if cause else "the optimizer's own P"
 
 
+def _in_force(layer: LayerFindings) -> str:
+    found = layer.at.loc[layer.at["metric"] == "factor_epsilon", "value"].dropna()
+    return f", now {float(found.max()):.2g}" if len(found) else ""
+
+
 def advice(cause: str, layer: LayerFindings, rule: str, own: float) -> str:
     """The option to change.
 
@@ -137,8 +142,8 @@ def advice(cause: str, layer: LayerFindings, rule: str, own: float) -> str:
         return _other_statistics(layer.draws, rule)
     return {
         BLOCKING: "raise shapes.block_size, or leave the layer whole without it",
-        DAMPING: "lower spectrum.epsilon (one value per parameter group), as far as training is "
-        "stable with it",
+        DAMPING: f"lower spectrum.epsilon{_in_force(layer)} (one value per parameter group), as "
+        "far as training is stable with it",
         STALENESS: "refresh more often (a lower basis.frequency), or use an adaptive "
         "basis.tolerance of .1",
     }[cause]

@@ -29,6 +29,7 @@ _OVER_BLOCKS: dict[str, Callable[[list[float]], float]] = {
     "factor_under_floor": max,
     "factor_amplification": max,
     "factor_suggested_epsilon": max,
+    "factor_epsilon": max,
     "basis_off_diagonal": max,
     "steps_since_refresh": max,
     "tests": lambda values: math.fsum(values) / len(values),
@@ -88,6 +89,8 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
     values: dict[str, float] = {
         "tests": one.tests, "refreshes": one.refreshes, "refresh_iterations": one.iterations
     }  # fmt: skip
+    if one.epsilon is not None:
+        values["factor_epsilon"] = one.epsilon
     if one.age is not None:
         values["steps_since_refresh"] = one.age
     if one.basis is not None:
