@@ -27,6 +27,7 @@ from kronecker_probe import optim
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 BATCH = 128
+BATCHES = 11  # different ones, which no interval divides
 LEAN = {"factors": "bfloat16", "roots": "packed"}
 
 
@@ -51,16 +52,42 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"MLP 784-512-512-10": mlp, "GPT, 2
 
 
 def parameters(model: Callable[[], nn.Module], on: torch.device) -> list[nn.Parameter]:
-    """Parameters with gradients as a batch of BATCH vectors gives them."""
+    """Parameters with gradients."""
     torch.manual_seed(0)
     params = list(model().to(on).parameters())
-    for param in params:
-        if param.ndim == 2:
-            m, n = param.shape
-            param.grad = 1e-2 * torch.randn(m, BATCH, device=on) @ torch.randn(BATCH, n, device=on)
-        else:
-            param.grad = 1e-2 * torch.randn_like(param)
+    for param, gradient in zip(params, gradients(params, 1)[0], strict=True):
+        param.grad = gradient
     return params
+
+
+def gradients(params: list[nn.Parameter], count: int) -> list[list[Tensor]]:
+    """As batches of BATCH vectors give them, in ``count`` steps of one training.
+
+    Their second moments have full rank and a spread spectrum, so that eigenbases are their own.
+    """
+    torch.manual_seed(1)
+    sides = {
+        size: torch.linalg.qr(torch.randn(size, size, device=param.device)).Q
+        * torch.logspace(0, -2, size, device=param.device)
+        for param in params
+        for size in param.shape
+    }
+
+    def draw(param: nn.Parameter) -> Tensor:
+        if param.ndim != 2:
+            return 1e-2 * torch.randn_like(param)
+        (m, n), on = param.shape, param.device
+        left, right = torch.randn(m, BATCH, device=on), torch.randn(BATCH, n, device=on)
+        return 1e-2 * (sides[m] @ left) @ (right @ sides[n].T)
+
+    return [[draw(param) for param in params] for _ in range(count)]
+
+
+def feed(optimizer: torch.optim.Optimizer, batch: list[Tensor]) -> None:
+    """Give the parameters the gradients of a batch."""
+    for param, gradient in zip(optimizer.param_groups[0]["params"], batch, strict=True):
+        assert param.grad is not None
+        param.grad.copy_(gradient)
 
 
 def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -209,15 +236,21 @@ def measure(name: str, frequency: int, cycles: int, on: torch.device) -> None:
     calls: dict[str, Callable[[], object]] = {k: o.step for k, o in built.items()}
     calls |= {f"products {k}": floor_products(parameters(model, on), k) for k in (1, 2)}
     alone = {k: floor_refresh(parameters(model, on), k) for k in ("root", "basis", "qr")}
+    batches = itertools.cycle(gradients(parameters(model, on), BATCHES))
     for _ in range(2 * frequency):
+        batch = next(batches)
         for optimizer in built.values():
+            feed(optimizer, batch)
             optimizer.step()
     times: dict[str, list[list[float]]] = {k: [] for k in calls}
     for _ in range(cycles):
         for rows in times.values():
             rows.append([])
         for _ in range(frequency):
+            batch = next(batches)
             for k, call in calls.items():
+                if k in built:
+                    feed(built[k], batch)
                 times[k][-1].append(1e3 * clock(call))
     floors = {k: [1e3 * clock(call) for _ in range(cycles)] for k, call in alone.items()}
     report(name, frequency, built, times, {k: statistics.median(v) for k, v in floors.items()})
