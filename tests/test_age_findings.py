@@ -47,8 +47,8 @@ def test_probes_in_step_with_the_refreshes_see_nothing_of_age(age: int) -> None:
     assert set(found) == {"ages not seen"}
     one = found["ages not seen"]
     assert one.message == (
-        f"every probe found fc {age} steps after a refresh, and there is one about every 10 steps: "
-        "what age costs between refreshes was not seen"
+        f"no probe found fc more than {age} steps after a refresh, and there is one about every 10 "
+        "steps: what age costs in between was not seen"
     )
     assert "another 'every'" in one.advice
 
@@ -56,7 +56,12 @@ def test_probes_in_step_with_the_refreshes_see_nothing_of_age(age: int) -> None:
 def test_layers_that_are_refreshed_in_turn_have_each_their_age() -> None:
     rows = run_of({20: 0, 40: 0, 80: 0}, 10, layer="a") + run_of({20: 3, 40: 3, 80: 3}, 10)
     message = findings(rows)["ages not seen"].message
-    assert "found a and fc 0 to 3 steps, each always as many, after a refresh" in message
+    assert "no probe found a and fc more than 3 steps after a refresh" in message
+
+
+def test_a_last_probe_out_of_step_does_not_hide_that_old_ones_were_not_seen() -> None:
+    ages = {20: 0, 40: 0, 41: 1}
+    assert set(findings(run_of(ages, 10, dict.fromkeys(ages, 0.0)))) == {"ages not seen"}
 
 
 def test_the_oldest_age_alone_is_enough() -> None:

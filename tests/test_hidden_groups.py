@@ -8,7 +8,7 @@ from torch import nn
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.errors import InvalidInputError, UnknownNameError
 
 # One formula in another order of operations, float64
 SAME = 1e-12
@@ -84,3 +84,26 @@ def test_a_tracker_scores_what_each_of_several_optimizers_holds() -> None:
 def test_a_tracker_refuses_what_is_no_optimizer() -> None:
     with pytest.raises(InvalidInputError, match="optimizer= of type str"):
         kp.Tracker(nn.Linear(3, 2), nn.MSELoss(), optimizer=["adamw"])  # type: ignore[list-item]
+
+
+def hidden_of(model: nn.Module, **options: str) -> list[str]:
+    return [name for name, _ in optim.hidden_groups(model, **options)[0]["params"]]  # type: ignore[arg-type]
+
+
+def test_which_weight_is_the_head() -> None:
+    tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 7))
+    tied[3].weight = tied[0].weight
+    assert hidden_of(tied) == ["1.weight", "2.weight"]
+    frozen = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    frozen[2].weight.requires_grad_(False)
+    assert hidden_of(frozen) == ["0.weight", "1.weight"]
+    assert hidden_of(frozen, head="0.weight") == ["1.weight"]
+    with pytest.raises(UnknownNameError, match="head"):
+        optim.hidden_groups(frozen, head="3.weight")
+
+
+def test_tokens_and_positions_are_no_matrices() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 4)))
+    model.register_parameter("positions", nn.Parameter(torch.zeros(1, 9, 4)))
+    assert hidden_of(model) == ["0.weight", "1.weight"]

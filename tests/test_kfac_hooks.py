@@ -14,7 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kronecker_probe import optim
-from kronecker_probe.errors import InvalidInputError, UnknownNameError, UnsupportedError
+from kronecker_probe.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from tests.kfac_cases import (
     LOSS,
     N,
@@ -300,3 +305,48 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(error, match=told):
         build()
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("factor", [float("inf"), 1e25])
+def test_sampled_gradients_that_are_not_finite_reach_no_statistics(
+    nonfinite: str, factor: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = optim.KFAC(model, nonfinite=nonfinite)
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    outputs = model(x)
+    with optimizer.sampling():
+        (LOSS(outputs, y) * factor).backward(retain_graph=True)
+    LOSS(outputs, y).backward()
+    weight = model.weight.detach().clone()
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match="recorded for parameter 'weight'"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert torch.equal(model.weight, weight)
+    assert optimizer.state_dict()["state"] == before == {}
+    optimizer.zero_grad()
+    LOSS(model(x), y).backward()
+    optimizer.step()
+    assert all(bool(f.factor.isfinite().all()) for f in optimizer.inspect(model.weight).factors)
+
+
+def test_a_class_that_is_never_sampled_still_learns_from_its_labels() -> None:
+    """EK-FAC's second moments are of other gradients than those that it averages."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = optim.EKFAC(model, lr=1e-2)
+    x, y = torch.randn(64, 4), torch.arange(64) % 3
+    start = model.bias.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        outputs = model(x)
+        with optimizer.sampling():
+            LOSS(outputs[:, :2], y % 2).backward(retain_graph=True)  # never of class 2
+        LOSS(outputs, y).backward()
+        optimizer.step()
+    assert float((model.bias.detach() - start)[2].abs()) > 1e-3

@@ -136,6 +136,17 @@ def test_the_dominant_cause_is_named_with_its_size_and_its_option(cause: str) ->
     assert one.level == ("notice" if cause == "statistics" else "warning")
 
 
+def test_a_split_with_an_unknown_part_names_no_cause() -> None:
+    split = dict(SPLITS["damping"])
+    rows = [*both(), *inside(split)]
+    for row in rows:
+        if row["metric"] == "live_fresh":
+            row["value"] = math.nan
+    (one,) = own(rows)
+    assert "of its squared error" not in one.message
+    assert "spectrum.epsilon" not in one.advice
+
+
 def test_subjects_differ_by_cause_so_that_alike_layers_are_alike() -> None:
     rows = [row for name, split in SPLITS.items() for row in (*both(layer=name),
             *inside(split, name))]  # fmt: skip

@@ -251,3 +251,18 @@ def test_whiteners_are_damped_in_the_units_of_their_factor() -> None:
     one, _, _ = step_of(gradients, **options)
     other, _, _ = step_of([1e-3 * g for g in gradients], **options)
     torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_one_huge_gradient_does_not_stop_a_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(12, 8, generator=generator) for _ in range(40)]
+    gradients[10][0, 0] *= 3e7
+    param = torch.nn.Parameter(torch.zeros(12, 8))
+    optimizer = optim.EShampoo([param], lr=1.0)
+    lengths = []
+    for gradient in gradients:
+        before = param.detach().clone()
+        param.grad = gradient
+        optimizer.step()
+        lengths.append(float((param.detach() - before).abs().median()))
+    assert lengths[-1] > 0

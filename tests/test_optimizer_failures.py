@@ -284,3 +284,21 @@ def test_memory_format_does_not_matter(name: str, block_size: int | None) -> Non
             optimizer.step()
         results.append(param.detach())
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_step_that_is_not_finite_moves_no_other_group(nonfinite: str) -> None:
+    sound, huge = (torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(2))
+    optimizer = optim.InverseFreeShampoo([{"params": [sound]}, {"params": [huge]}], lr=0.1,
+                                         nonfinite=nonfinite)  # fmt: skip
+    sound.grad = huge.grad = torch.ones(4, 3)
+    optimizer.step()
+    for side in (0, 1):
+        optimizer.state[huge][f"inverse_{side}"].mul_(1e10)
+    before = sound.detach().clone()
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match="No weight was changed"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert torch.equal(sound, before)

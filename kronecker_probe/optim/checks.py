@@ -128,8 +128,8 @@ def check_updates(
                 return False
             raise NonFiniteError(
                 f"The step of {name_of(param)} holds a NaN or an infinity, although its gradient "
-                "does not. No weight of this parameter group was changed: raise the damping "
-                "(spectrum.epsilon or inverse.damping), or build the optimizer anew."
+                "does not. No weight was changed: raise the damping (spectrum.epsilon or "
+                "inverse.damping), or build the optimizer anew."
             )
     return True
 

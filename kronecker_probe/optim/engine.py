@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
+from kronecker_probe.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    UnsupportedError,
+    unknown_name,
+)
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim import checks
 from kronecker_probe.optim.apply import apply_updates, new_buffer
@@ -214,21 +219,34 @@ class KroneckerOptimizer(ModelOptimizer):
             if not checks.check_gradients(params, self._name, weight=largest, skip=skip):
                 self._forget_records()
                 return loss
-        layers = self._recorded([(group, params) for _, group, params in active])
+        try:
+            layers = self._recorded([(group, params) for _, group, params in active])
+        except NonFiniteError:
+            self._forget_records()
+            if skip:
+                return loss
+            raise
         with full_precision(p.device.type for _, _, params in active for p in params):
-            for k, group, params in active:
-                if params:
-                    self._step_group(k, group, params, layers)
+            updates = []
+            for k, group, params in active:  # no comprehension: warnings count its frame
+                updates.append(self._updates(k, group, params, layers) if params else [])
+            found = [u for some in updates for u in some]
+            every = [p for _, _, params in active for p in params]
+            if checks.check_updates(every, found, self._name, skip=skip):
+                for (_, group, params), some in zip(active, updates, strict=True):
+                    if params:
+                        self._apply(group, params, some)
         self._forget_records()
         return loss
 
-    def _step_group(
+    def _updates(
         self,
         number: int,
         group: Group,
         params: list[Tensor],
         layers: Mapping[int, LayerSamples],
-    ) -> None:
+    ) -> list[Tensor]:
+        """The directions of a group's parameters, from their state as this step changes it."""
         recipe = recipe_of(group)
         stacks = self._stacks.of(number, group, params, self.state)
         steps = {}
@@ -243,12 +261,9 @@ class KroneckerOptimizer(ModelOptimizer):
                 turn = stack.step(now, step, layers)
                 parts |= turn.directions
                 self._failures.note(turn.failures, step, self.allowed_failures)
-        updates = [_assembled(param, recipe.shapes, parts) for param in params]
+        return [_assembled(param, recipe.shapes, parts) for param in params]
 
-        skip = self.nonfinite == "skip"
-        if not checks.check_updates(params, updates, self._name, skip=skip):
-            return
-
+    def _apply(self, group: Group, params: list[Tensor], updates: list[Tensor]) -> None:
         def buffer(param: Tensor) -> Tensor:
             state = self.state[param]
             if "momentum_buffer" not in state:
@@ -256,7 +271,7 @@ class KroneckerOptimizer(ModelOptimizer):
             held: Tensor = state["momentum_buffer"]
             return held
 
-        apply_updates(group, params, updates, [steps[id(p)] for p in params], buffer)
+        apply_updates(group, params, updates, [self.state[p]["step"] for p in params], buffer)
 
     def operator(self, param: Tensor) -> Operator:
         """The preconditioner in use: P with direction = P^{-power} M, as held right now.

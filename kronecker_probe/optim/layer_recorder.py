@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kronecker_probe.errors import InvalidInputError, UnsupportedError
+from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.optim.layer_samples import LAYERS, Call, Layer, LayerSamples, Pass
 
 # (parameter, backward pass)
@@ -147,6 +147,7 @@ class LayerRecorder:
 
         Raises:
             InvalidInputError: Nothing was recorded for one of them.
+            NonFiniteError: What was recorded is not finite, or its squares overflow.
             UnsupportedError: It cannot be told which calls belong to the same data.
         """
         passes = self._passes[True] or self._passes[False]
@@ -160,6 +161,13 @@ class LayerRecorder:
                 raise InvalidInputError(self._missing(param))
             for one in found[id(param)]:
                 one.check(self._name_of(param))
+                if not one.is_finite:
+                    raise NonFiniteError(
+                        f"The inputs or output gradients that were recorded for "
+                        f"{self._name_of(param)} hold a NaN or an infinity, or numbers whose "
+                        "squares overflow. Nothing was changed: skip this batch, or scale the "
+                        "loss down."
+                    )
             is_bias = self._biases[id(param)]
             result[id(param)] = LayerSamples(found[id(param)], is_bias, reduction)
         return result

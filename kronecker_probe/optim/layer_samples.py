@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -39,6 +40,15 @@ class Call:
         return self.inputs.ndim > (
             1 if isinstance(self.layer, nn.Linear) else self.layer.weight.ndim - 1
         )
+
+    @functools.cached_property
+    def is_finite(self) -> bool:
+        """Whether inputs and output gradients are, and their squares, in float32 at least."""
+        norms = [
+            torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32))
+            for one in (self.inputs, self.outputs)
+        ]
+        return all(bool(norm.square().isfinite()) for norm in norms)
 
     @property
     def n_data(self) -> int:
@@ -95,6 +105,11 @@ class Pass:
     def n_data(self) -> int:
         """Data in each of the calls."""
         return self.calls[0].n_data
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was recorded is, and its squares."""
+        return all(call.is_finite for call in self.calls)
 
 
 @final

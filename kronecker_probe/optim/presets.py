@@ -19,10 +19,12 @@ from kronecker_probe.optim.config import (
     SECTIONS,
     Basis,
     Config,
+    Inverse,
     Magnitude,
     Shapes,
     Spectrum,
     Statistics,
+    Storage,
 )
 from kronecker_probe.optim.engine import KroneckerOptimizer
 
@@ -37,8 +39,10 @@ ADAM: Mapping[str, Any] = MappingProxyType(
         "statistics": Statistics(),
         "basis": Basis(start=1),
         "spectrum": Spectrum(epsilon=1e-8),
+        "inverse": Inverse(),
         "magnitude": Magnitude(),
         "shapes": Shapes(max_dim=1),
+        "storage": Storage(),
     }
 )
 """Options that make a parameter group one of Adam, in whatever preset."""

@@ -49,6 +49,7 @@ class Rotated(Factored):
             eye = torch.eye(self.block[side], dtype=like.dtype, device=like.device)
             state[f"basis_{end}"] = eye.repeat(len(like), 1, 1)
         state["second_moment"] = torch.full_like(like, self.recipe.statistics.initial)
+        state["null_floor"] = like.new_zeros(len(like))
         return self.with_momentum(state, like)
 
     def refresh(self, state: State, step: int) -> list[Failure]:
@@ -138,13 +139,35 @@ class Rotated(Factored):
             moment.addcmul_(rotated, rotated, value=weight)
         self._match(state, step)
         average = self.average(state, rotated)
-        denominator = self._denominator(moment, step).masked_fill_(self._null(moment), math.inf)
-        return self._rotate_back(state, divided(average, denominator, damped=True))
+        denominator = self._denominator(moment, step)
+        if self._has_null:
+            self._set_floor(state, rotated)
+            floor = state["null_floor"].view(-1, *[1] * (moment.ndim - 1))
+            denominator.masked_fill_(moment <= floor, math.inf)
+        damped = self._has_null or self.recipe.spectrum.surely_damps
+        return self._rotate_back(state, divided(average, denominator, damped=damped))
 
-    def _null(self, moment: Tensor) -> Tensor:
-        """Where D is zero or rounding, and nothing is known of the sign of a gradient."""
-        top = moment.flatten(1).amax(1).view(-1, *[1] * (moment.ndim - 1))
-        return moment <= (_ROUNDINGS * torch.finfo(moment.dtype).eps) ** 2 * top
+    @property
+    def _has_null(self) -> bool:
+        """Whether D tells where gradients are rounding, and nothing else bounds the quotient.
+
+        The gradients of K-FAC's statistics can be others than those that are averaged, and a
+        relative epsilon bounds every quotient.
+        """
+        kfac = self.recipe.statistics.rule == "kfac"
+        return not (kfac or self.recipe.spectrum.relative)
+
+    def _set_floor(self, state: State, rotated: Tensor) -> None:
+        """Below it D is rounding, and nothing is known of the sign of a gradient.
+
+        That is relative to the largest entry of D and of the gradient now: after one that was far
+        larger than all others D falls slowly.
+        """
+        top = state["second_moment"].flatten(1).amax(1)
+        low, high = rotated.flatten(1).aminmax(dim=1)
+        now = torch.maximum(low.abs(), high.abs()).square()
+        now = torch.where(now > 0, torch.minimum(now, top), top)
+        state["null_floor"].copy_(now * (_ROUNDINGS * torch.finfo(now.dtype).eps) ** 2)
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
         spectrum = self.recipe.spectrum
@@ -178,10 +201,11 @@ class Rotated(Factored):
         held = state["second_moment"][block : block + 1]
         power = self.recipe.spectrum.power
         values = self._denominator(held.double(), step).pow(1 / power)
-        values = values.masked_fill(self._null(held), 0.0)[0]
+        if self._has_null:
+            values = values.masked_fill(held <= state["null_floor"][block], 0.0)
         bases = {side: state[f"basis_{side}"][block] for side in self.sides}
         left, right = self.product(state, bases)
-        return EigenOperator(left, right, values.reshape(len(left), -1), exact=True)
+        return EigenOperator(left, right, values[0].reshape(len(left), -1), exact=True)
 
 
 def kept(squares: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ def store(values: Tensor, held: Tensor, update: int) -> None:
     to 1/128: rounded to the nearest, it would stand still. Here a number is rounded up if what
     bfloat16 drops of it exceeds a threshold, which runs through [0, 1) by steps of the golden
     ratio; no random number is drawn. While an entry changes evenly the errors of its updates
-    cancel. At worst they are like random ones, and an average with decay beta is off by half a step
-    over sqrt(1 - beta^2) (a standard deviation; entry by entry).
+    cancel. Where it changes without relation to the thresholds they are like random ones at worst:
+    an average with decay beta is off by half a step over sqrt(1 - beta^2) (a standard deviation;
+    entry by entry).
 
     Args:
         values: Finite, used up if they are float32.

@@ -47,9 +47,9 @@ class Ages:
 
     @property
     def aliased(self) -> bool:
-        """Whether all probes saw one age, and older ones were never seen."""
-        same = len(self.ages) > 1 and self.ages.nunique() == 1
-        return same and math.isfinite(self.period) and self.ages.iloc[0] < round(self.period) - 1
+        """Whether no probe saw an age of about half of the interval or more."""
+        several = len(self.ages) > 1 and math.isfinite(self.period)
+        return several and float(self.ages.max()) < round(self.period) / 2 - 1
 
 
 def age_findings(table: pd.DataFrame, layers: Sequence[LayerFindings]) -> list[Finding]:
@@ -68,14 +68,10 @@ def age_findings(table: pd.DataFrame, layers: Sequence[LayerFindings]) -> list[F
 def _aliased(found: Sequence[Ages]) -> list[Finding]:
     if not found:
         return []
-    ages = sorted({int(one.ages.iloc[0]) for one in found})
-    age, period = ages[0], round(found[0].period)
-    when = f"{age} step{'s' * (age != 1)}"
-    if len(ages) > 1:
-        when = f"{age} to {ages[-1]} steps, each always as many,"
+    age, period = max(int(one.ages.max()) for one in found), round(found[0].period)
     message = (
-        f"every probe found {_shown(found)} {when} after a refresh, and there is one about every "
-        f"{period} steps: what age costs between refreshes was not seen"
+        f"no probe found {_shown(found)} more than {age} step{'s' * (age != 1)} after a refresh, "
+        f"and there is one about every {period} steps: what age costs in between was not seen"
     )
     advice = f"probe off phase, with another 'every' that is no multiple of {period}"
     evidence = {"age": float(age), "period": float(period)}

@@ -69,6 +69,9 @@ class Split:
             for metric, value in zip(of["metric"], of["value"], strict=True)
             if not pd.isna(value)
         }
+        whole = of[of["value"].isna() & (of["metric"] != STALENESS)].empty
+        if not whole:  # a part that is not known would be taken for none
+            known = {}
         error = known.get(FRESH, math.nan)
         parts = dict(known)
         if not math.isnan(error) and not math.isnan(optimum):
