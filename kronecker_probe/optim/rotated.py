@@ -142,8 +142,11 @@ class Rotated(Factored):
         denominator = self._denominator(moment, step)
         if self._has_null:
             self._set_floor(state, rotated)
-            floor = state["null_floor"].view(-1, *[1] * (moment.ndim - 1))
-            denominator.masked_fill_(moment <= floor, math.inf)
+            floor = state["null_floor"]
+            # on a CPU to look costs less than to mask; an accelerator would wait for the answer
+            if not moment.is_cpu or bool((moment.flatten(1).amin(1) <= floor).any()):
+                null = moment <= floor.view(-1, *[1] * (moment.ndim - 1))
+                denominator.masked_fill_(null, math.inf)
         damped = self._has_null or self.recipe.spectrum.surely_damps
         return self._rotate_back(state, divided(average, denominator, damped=damped))
 
@@ -164,8 +167,8 @@ class Rotated(Factored):
         larger than all others D falls slowly.
         """
         top = state["second_moment"].flatten(1).amax(1)
-        low, high = rotated.flatten(1).aminmax(dim=1)
-        now = torch.maximum(low.abs(), high.abs()).square()
+        flat = rotated.flatten(1)  # aminmax along a dimension is many times slower
+        now = torch.maximum(flat.amin(1).abs(), flat.amax(1)).square()
         now = torch.where(now > 0, torch.minimum(now, top), top)
         state["null_floor"].copy_(now * (_ROUNDINGS * torch.finfo(now.dtype).eps) ** 2)
 
