@@ -106,6 +106,16 @@ def operators(model: nn.Module, run: Callable[[optim.KroneckerOptimizer], None])
     return [dense(optimizer, p) for p in model.parameters()]
 
 
+def assert_same_statistics(
+    model: nn.Module,
+    run: Callable[[optim.KroneckerOptimizer], None],
+    wanted: Callable[[optim.KroneckerOptimizer], None],
+) -> None:
+    """After ``run`` and a step all operators are those after ``wanted`` and one."""
+    for one, other in zip(operators(model, run), operators(model, wanted), strict=True):
+        assert_close(one, other)
+
+
 def step(model: nn.Module, optimizer: optim.KroneckerOptimizer, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     LOSS(model(x), y).backward()

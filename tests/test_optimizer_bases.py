@@ -217,11 +217,23 @@ def test_columns_keep_what_they_continue_and_others_the_average() -> None:
     order = torch.tensor([1, 0, 2, 3, 4, 5])
     overlap = turn.mT[order]  # of new columns with old ones
     moments = torch.rand(6, generator=generator, dtype=torch.float64)
-    weights = kept(overlap.square()[None])[0]
-    found = weights @ moments
+    weights = kept(torch.eye(6, dtype=torch.float64)[None], overlap.square()[None], 0)[0]
+    found = kept(moments[None, :, None], overlap.square()[None], 0)[0, :, 0]
     assert torch.equal(found[:2], moments[[1, 0]])
     assert torch.allclose(found[2:], moments[2:].mean().expand(4))
     assert torch.allclose(weights.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_columns_that_all_continue_old_ones_only_change_places(side: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    moment = torch.rand(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    size = moment.shape[side + 1]
+    orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(2)])
+    near = 0.9 * torch.eye(size, dtype=torch.float64)[orders] + 0.1 / size
+    found = kept(moment, near, side)
+    for block, order in enumerate(orders):
+        assert torch.equal(found[block], moment[block].index_select(side, order))
 
 
 @pytest.mark.parametrize("preset", [optim.EShampoo, optim.SOAP, optim.KLSOAP])

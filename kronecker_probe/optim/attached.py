@@ -88,8 +88,8 @@ class ModelOptimizer(Optimizer, abc.ABC):
                 loss_fn(outputs, drawn).backward(retain_graph=True)
             loss_fn(outputs, labels).backward()
 
-        A step uses these alone if there are any; it is taken outside of the context, and
-        ``zero_grad`` in between does not forget them.
+        A step uses these alone if there are any; it is taken outside of the context. A
+        ``zero_grad`` between this context and the backward pass of the labels does not forget them.
 
         Raises:
             InvalidInputError: Not attached to a model.

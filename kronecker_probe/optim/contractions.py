@@ -122,6 +122,18 @@ def completed(factor: Tensor, size: int) -> Tensor:
     return out
 
 
+def per_block(numbers: Tensor, blocks: Tensor) -> Tensor:
+    """A number a block, [K], as [K, 1, 1, ...] beside ``blocks`` [K, r_0, r_1, ...]."""
+    return numbers.view(-1, *[1] * (blocks.ndim - 1))
+
+
+def along(values: Tensor, side: int, blocks: Tensor) -> Tensor:
+    """A number for each index of a side, [K, r_side], as [K, 1, r_side, 1] beside ``blocks``."""
+    shape = [len(values), *[1] * (blocks.ndim - 1)]
+    shape[side + 1] = values.shape[1]
+    return values.view(shape)
+
+
 def contract(
     blocks: Tensor, matrix: Tensor, side: int, scratch: Scratch | None = None, name: str = ""
 ) -> Tensor:

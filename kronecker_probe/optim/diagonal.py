@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.optim.config import Spectrum
+from kronecker_probe.optim.contractions import per_block
 from kronecker_probe.optim.preconditioner import Preconditioner, State
 from kronecker_probe.optim.scratch import Scratch
 
@@ -70,7 +71,7 @@ def damped_power(
         root = (moment / correction).pow_(power)
     if not spectrum.relative:
         return root.add_(spectrum.epsilon)
-    largest = root.flatten(1).amax(1).view(-1, *[1] * (root.ndim - 1))
+    largest = per_block(root.flatten(1).amax(1), root)
     return root.add_(spectrum.epsilon * largest)
 
 

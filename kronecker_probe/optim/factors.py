@@ -14,6 +14,7 @@ from kronecker_probe.optim.contractions import (
     completed,
     contract,
     packed_identity,
+    per_block,
     unfold,
 )
 from kronecker_probe.optim.preconditioner import Failure, Preconditioner, State
@@ -104,7 +105,7 @@ class Factored(Preconditioner):
                 gradients = contract(gradients, state[f"whitener_{end}"].mT, other)
                 held = state[f"whitened_trace_{end}"]
                 trace = torch.where(held > 0, held, 1.0)  # 0 before the first gradient
-                gradients = gradients / trace.sqrt().view(-1, *[1] * (gradients.ndim - 1))
+                gradients = gradients / per_block(trace.sqrt(), gradients)
         return gradients
 
     def hold_whitener(

@@ -41,7 +41,7 @@ class FailureLog:
             if failed.count > allowed:
                 raise InvalidInputError(
                     f"{message}, {failed.count} times in a row. Raise spectrum.epsilon, or lower "
-                    "the learning rate. No weight of this parameter group was changed."
+                    "the learning rate. No weight was changed."
                 )
             if failed.key not in self._warned:
                 self._warned.add(failed.key)

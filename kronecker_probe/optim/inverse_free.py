@@ -11,7 +11,7 @@ from torch import Tensor
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.diagonal import DiagonalOperator
 from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.optim.contractions import contract, unfold
+from kronecker_probe.optim.contractions import along, contract, per_block, unfold
 from kronecker_probe.optim.preconditioner import Preconditioner, State
 from kronecker_probe.optim.rounding import store
 
@@ -69,7 +69,7 @@ class InverseFree(Preconditioner):
         for end, new in found.items():  # all from the factors before the step
             velocity = state[f"velocity_{end}"]
             sound = new.flatten(1).isfinite().all(1)  # the product of huge numbers may overflow
-            new = torch.where(sound.view(-1, *[1] * (new.ndim - 1)), new, velocity)
+            new = torch.where(per_block(sound, new), new, velocity)
             velocity.lerp_(new, 1 - rule.decay)
             self._move(state[f"inverse_{end}"], velocity, self.updates(step))
 
@@ -91,7 +91,7 @@ class InverseFree(Preconditioner):
         change = inverse * step if self._diagonal else torch.bmm(inverse, step)
         # without damping, an input that never fires makes its inverse grow for ever
         largest = inverse.flatten(1).abs().amax(1)
-        change *= (largest < _LARGEST).view(-1, *[1] * (change.ndim - 1))
+        change *= per_block(largest < _LARGEST, change)
         if inverse.dtype == torch.bfloat16:  # where a change is less than a rounding
             store(inverse.float() - change, inverse, update)
         else:
@@ -101,9 +101,7 @@ class InverseFree(Preconditioner):
         """K^T along one dimension."""
         inverse = state[f"inverse_{side}"]
         if self._diagonal:
-            shape = [len(inverse), *[1] * (blocks.ndim - 1)]
-            shape[side + 1] = -1
-            return blocks * inverse.view(shape)
+            return blocks * along(inverse, side, blocks)
         return contract(blocks, inverse.mT, side)
 
     def _mean_square(self, inverse: Tensor) -> Tensor:

@@ -20,7 +20,13 @@ from kronecker_probe.linalg.eigenbasis import eigh_descending, eigh_each
 from kronecker_probe.linalg.inverse_roots import inverse_root_minimax, inverse_root_newton
 from kronecker_probe.operators.kronecker import KroneckerOperator
 from kronecker_probe.optim.config import Basis
-from kronecker_probe.optim.contractions import completed, contract, packed, packed_identity
+from kronecker_probe.optim.contractions import (
+    completed,
+    contract,
+    packed,
+    packed_identity,
+    per_block,
+)
 from kronecker_probe.optim.factors import Factored
 from kronecker_probe.optim.preconditioner import Failure, State
 
@@ -85,7 +91,7 @@ class Kronecker(Factored):
                 trace = factor.diagonal(dim1=1, dim2=2).sum(1)[ok]
                 good = rows[ok.to(rows.device)]
                 root = state[f"root_{end}"]
-                root[good] *= self._scale(trace).view(-1, *[1] * (root.ndim - 1))
+                root[good] *= per_block(self._scale(trace), root)
             failures += self.count_failures(state, place, rows, ok, "inverse root")
         return failures
 

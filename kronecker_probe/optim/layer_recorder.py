@@ -77,8 +77,12 @@ class LayerRecorder:
         self._reached: set[Key] = set()
 
     def forget_gradients(self) -> None:
-        """Forget the passes of gradients that were zeroed; what was sampled is no gradient."""
-        self._passes[False] = {}
+        """Forget the passes of gradients that were zeroed, and what was sampled beside them.
+
+        What was sampled before any gradient arrived is for the one that comes.
+        """
+        if self._passes[False]:
+            self.clear()
 
     @property
     def is_sampling(self) -> bool:
@@ -124,12 +128,18 @@ class LayerRecorder:
         return self._scale[1]
 
     def _forget_discarded(self, param: int) -> None:
-        """Forget earlier passes whose gradient is no more, as after ``model.zero_grad()``."""
+        """Forget earlier passes whose gradient is no more, as after ``model.zero_grad()``.
+
+        What was sampled before them goes too: a scaler may have left out their step.
+        """
         earlier = [key for key in self._passes[False] if key[0] == param and key in self._reached]
         held = self._params[param]()
         if earlier and held is not None and (held.grad is None or not bool(held.grad.any())):
             for key in earlier:
                 del self._passes[False][key]
+            last = max(task for _, task in earlier)
+            for key in [k for k in self._passes[True] if k[0] == param and k[1] < last]:
+                del self._passes[True][key]
 
     def reach(self, param: Tensor) -> None:
         """Note that the backward pass that goes on right now has changed ``param.grad``."""

@@ -18,7 +18,6 @@ from kronecker_probe.errors import unknown_name
 from kronecker_probe.optim.config import (
     SECTIONS,
     Basis,
-    Config,
     Inverse,
     Magnitude,
     Shapes,
@@ -27,6 +26,7 @@ from kronecker_probe.optim.config import (
     Storage,
 )
 from kronecker_probe.optim.engine import KroneckerOptimizer
+from kronecker_probe.optim.section import Config
 
 Betas = tuple[float, float]
 

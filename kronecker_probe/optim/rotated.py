@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.linalg.basis_refresh import BasisRefresh
 from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.optim.contractions import contract
+from kronecker_probe.optim.contractions import along, contract, per_block
 from kronecker_probe.optim.diagonal import damped_power, divided
 from kronecker_probe.optim.factors import Factored
 from kronecker_probe.optim.kronecker import refreshed_basis
@@ -94,18 +94,9 @@ class Rotated(Factored):
         overlap = found.vectors.mT @ old
         if "momentum" in state:
             state["momentum"][rows] = contract(state["momentum"][rows], overlap, side)
-        weights = overlap.square()
+        follow = kept if self.recipe.basis.carry == "keep" else contract
         moment = state["second_moment"][rows]
-        if self.recipe.basis.carry == "keep":
-            most, partner = weights.max(dim=2)
-            if bool((most > 0.5).all()):  # a permutation
-                shape = [len(partner), *[1] * (moment.ndim - 1)]
-                shape[side + 1] = -1
-                index = partner.view(shape).expand_as(moment)
-                state["second_moment"][rows] = moment.gather(side + 1, index)
-                return
-            weights = kept(weights)
-        state["second_moment"][rows] = contract(moment, weights, side)
+        state["second_moment"][rows] = follow(moment, overlap.square(), side)
 
     def _match(self, state: State, step: int) -> None:
         """Scale D to the diagonals of the factors, which are its row and column sums.
@@ -121,9 +112,7 @@ class Rotated(Factored):
             for side, wanted in marginals.items():
                 others = [k for k in range(1, moment.ndim) if k != side + 1]
                 sums = moment.sum(dim=others, keepdim=True)
-                target = wanted.view(
-                    [s if k in (0, side + 1) else 1 for k, s in enumerate(moment.shape)]
-                )
+                target = along(wanted, side, moment)
                 floor = _FLOOR * target.amax(dim=side + 1, keepdim=True)
                 moment = moment * torch.where(sums > floor, target / sums, 1.0)
         state["second_moment"][rows] = moment * self.recipe.correction(step)
@@ -145,8 +134,7 @@ class Rotated(Factored):
             floor = state["null_floor"]
             # on a CPU to look costs less than to mask; an accelerator would wait for the answer
             if not moment.is_cpu or bool((moment.flatten(1).amin(1) <= floor).any()):
-                null = moment <= floor.view(-1, *[1] * (moment.ndim - 1))
-                denominator.masked_fill_(null, math.inf)
+                denominator.masked_fill_(moment <= per_block(floor, moment), math.inf)
         damped = self._has_null or self.recipe.spectrum.surely_damps
         return self._rotate_back(state, divided(average, denominator, damped=damped))
 
@@ -211,13 +199,22 @@ class Rotated(Factored):
         return EigenOperator(left, right, values[0].reshape(len(left), -1), exact=True)
 
 
-def kept(squares: Tensor) -> Tensor:
-    """Of squared overlaps [b, new, old], each new column's continued one alone, where there is one.
+def kept(moment: Tensor, squares: Tensor, side: int) -> Tensor:
+    """Second moments in a new basis: those of the columns that its columns continue.
 
-    No two can have more than half of the same old column. A column that has not that much of any,
-    as in a null space, whose basis is anyone's choice, keeps its average over all: a second moment
-    that belongs to another direction could be far too small for it.
+    A column continues the old one with which it has a squared overlap above a half; no two can have
+    that with the same. One that continues none, as in a null space, whose basis is anyone's choice,
+    has the average over all: a second moment that belongs to another direction could be far too
+    small for it.
+
+    Args:
+        moment: D, [b, r_0, r_1, ...].
+        squares: Squared overlaps, [b, new, old].
+        side: The dimension of D that is turned.
     """
     most, partner = squares.max(dim=2)
+    continues = most > 0.5
+    if bool(continues.all()):  # a permutation
+        return moment.gather(side + 1, along(partner, side, moment).expand_as(moment))
     alone = torch.zeros_like(squares).scatter_(2, partner.unsqueeze(2), 1.0)
-    return torch.where((most > 0.5).unsqueeze(2), alone, squares)
+    return contract(moment, torch.where(continues.unsqueeze(2), alone, squares), side)

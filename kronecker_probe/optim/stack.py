@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from kronecker_probe.optim.contractions import per_block
 from kronecker_probe.optim.diagonal import Diagonal
 from kronecker_probe.optim.grafting import Graft
 from kronecker_probe.optim.inverse_free import InverseFree
@@ -239,8 +240,7 @@ class Stack:
         direction = self.graft.scaled(direction, graft)
         if ready is True:
             return direction
-        shape = (-1, *[1] * (direction.ndim - 1))
-        return torch.where(ready.to(direction.device).view(shape), direction, graft)
+        return torch.where(per_block(ready.to(direction.device), direction), direction, graft)
 
     def _select(self, active: Sequence[Member]) -> tuple[State, Tensor | None]:
         """The state of some members; with their rows where it is a copy."""
