@@ -62,7 +62,7 @@ def age_findings(table: pd.DataFrame, layers: Sequence[LayerFindings]) -> list[F
     every = [Ages.of(layer.rows, layer.name) for layer in layers]
     known = [one for one in every if len(one.ages)]
     aliased = [one for one in known if one.aliased]
-    return _aliased(aliased) + _cost([one for one in known if one not in aliased], table)
+    return _aliased(aliased) + _cost([one for one in known if not one.aliased], table)
 
 
 def _aliased(found: Sequence[Ages]) -> list[Finding]:

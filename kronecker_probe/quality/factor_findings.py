@@ -9,7 +9,7 @@ from dataclasses import replace
 import pandas as pd
 
 from kronecker_probe.quality.findings import Finding
-from kronecker_probe.quality.live_causes import DAMPING
+from kronecker_probe.quality.live_causes import DAMPING, SIDES
 from kronecker_probe.table_numbers import CLOSE, digits, listed
 
 # Junk is told of above this share of the directions, from this much more scale than the median's.
@@ -21,7 +21,6 @@ ENOUGH = 2
 FAR = 0.5
 SUBJECT = "directions below rounding"
 SUGGESTED = "suggested_epsilon"
-_SIDES = {0: "left", 1: "right"}
 _METRICS = ("factor_rank", "factor_under_floor", "factor_amplification", "factor_suggested_epsilon")
 
 
@@ -144,4 +143,4 @@ def _number(now: pd.DataFrame, metric: str) -> float | None:
 
 
 def _side(side: int) -> str:
-    return _SIDES.get(side, f"dimension-{side}")
+    return SIDES.get(side, f"dimension-{side}")

@@ -35,7 +35,7 @@ PRESETS = {
     "divergence:q=0": "KLShampoo",
     "shampoo": "Shampoo",
 }
-_SIDES = {0: "left", 1: "right"}
+SIDES = {0: "left", 1: "right"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Split:
             for metric, value in zip(of["metric"], of["value"], strict=True)
             if not pd.isna(value)
         }
+        error = known.get(FRESH, math.nan)
         whole = of[of["value"].isna() & (of["metric"] != STALENESS)].empty
         if not whole:  # a part that is not known would be taken for none
             known = {}
-        error = known.get(FRESH, math.nan)
         parts = dict(known)
-        if not math.isnan(error) and not math.isnan(optimum):
+        if FRESH in parts and not math.isnan(optimum):
             parts[FRESH] = error - (1.0 - optimum**2)
         total = math.fsum(known.values()) if known else math.nan
         rule = math.sqrt(max(0.0, 1.0 - error)) if not math.isnan(error) else math.nan
@@ -180,4 +180,4 @@ def one_sided(rows: pd.DataFrame) -> str:
         rows: Of one parameter and step.
     """
     sides = rows.loc[rows["metric"] == "factor_rank", "index"].dropna().unique().tolist()
-    return _SIDES.get(int(sides[0]), "") if len(sides) == 1 else ""
+    return SIDES.get(int(sides[0]), "") if len(sides) == 1 else ""
