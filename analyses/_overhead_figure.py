@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from kronecker_probe.panels import Panels, log_axis, name_axes
+from kronecker_probe.plots.panels import Panels, log_axis, name_axes
 
 from ._overhead_steps import ADAMW, LIMIT, METHODS, PROBLEMS
 from ._overhead_tables import RARE, USUAL, methods_of, percents, sentences

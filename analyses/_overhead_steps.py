@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronecker_probe import optim
-from kronecker_probe.optim import engine
-from kronecker_probe.optim.factors import Factored
-from kronecker_probe.optim.grafting import Graft
-from kronecker_probe.optim.preconditioner import Preconditioner
-from kronecker_probe.panels import Style
+from kronecker_probe.optim.engine import engine
+from kronecker_probe.optim.preconditioners.base import Preconditioner
+from kronecker_probe.optim.preconditioners.factored import Factored
+from kronecker_probe.optim.preconditioners.grafting import Graft
+from kronecker_probe.plots.panels import Style
 
 NAME, ADAMW, LIMIT = "overhead", "AdamW", 10.0
 

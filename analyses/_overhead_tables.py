@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.table_numbers import listed
+from kronecker_probe.table.numbers import listed
 
 from ._overhead_steps import ADAMW, LIMIT, METHODS, PARTS, PROBLEMS, Problem
 

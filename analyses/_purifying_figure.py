@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from kronecker_probe.panels import GREY, Panels, Style, log_axis, name_axes
+from kronecker_probe.plots.panels import GREY, Panels, Style, log_axis, name_axes
 
 from ._purifying_tables import (
     DRIFTS,

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe import optim
-from kronecker_probe.panels import GREY, Style
+from kronecker_probe.plots.panels import GREY, Style
 
 NAME, WORKLOAD = "purifying", "digits-mlp"
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from kronecker_probe.linalg.inverse_roots import TOLERANCE
-from kronecker_probe.panels import GREY, SHADE, Panels, Style, log_axis, name_axes
+from kronecker_probe.plots.panels import GREY, SHADE, Panels, Style, log_axis, name_axes
 
 from ._root_free_batch import SCALINGS
 from ._root_free_coordinates import COMPARED

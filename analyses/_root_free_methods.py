@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.panels import Style
+from kronecker_probe.plots.panels import Style
 from kronecker_probe.workloads import Workload, load_workload
 
 CNN, GPT = "digits-cnn", "pydoc-gpt"

@@ -32,7 +32,7 @@ from kronecker_probe.linalg.inverse_roots import TOLERANCE
 from kronecker_probe.linalg.newton import integer_power, newton_inverse_root
 from kronecker_probe.linalg.residuals import root_residual
 from kronecker_probe.optim import KroneckerOptimizer
-from kronecker_probe.optim.inspection import HeldFactor
+from kronecker_probe.optim.engine.inspection import HeldFactor
 
 from ._root_free_methods import DECAY, GPT, MOMENTUM, Params, Preset, Row, trained, workload_of
 

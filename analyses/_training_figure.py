@@ -15,7 +15,7 @@ from matplotlib.markers import CARETRIGHT
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from kronecker_probe.panels import GREY, SHADE, Panels, name_axes
+from kronecker_probe.plots.panels import GREY, SHADE, Panels, name_axes
 
 from ._training_methods import METHODS, Row
 from ._training_tables import REFERENCE, correlation, cosines, sentences, summary

@@ -29,9 +29,9 @@ from matplotlib.ticker import NullLocator
 from rich.progress import track
 
 import kronecker_probe as kp
-from kronecker_probe.panels import Panels, Style, style
-from kronecker_probe.scripts import Script
-from kronecker_probe.tables import short
+from kronecker_probe.cli.analysis import Script
+from kronecker_probe.plots.panels import Panels, Style, style
+from kronecker_probe.table.read import short
 from kronecker_probe.workloads import load_workload
 
 NAME, WORKLOAD = "adagrad_view", "digits-mlp"

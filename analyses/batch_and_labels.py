@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import kronecker_probe as kp
-from kronecker_probe.panels import GREY, Panels
-from kronecker_probe.scripts import Script
+from kronecker_probe.cli.analysis import Script
+from kronecker_probe.plots.panels import GREY, Panels
 from kronecker_probe.workloads import load_workload
 
 NAME, WORKLOAD = "batch_and_labels", "digits-mlp"

@@ -33,9 +33,9 @@ from scipy.stats import norm, qmc
 from torch import Tensor, nn
 
 import kronecker_probe as kp
-from kronecker_probe.panels import GREY, Panels
-from kronecker_probe.scripts import Script
-from kronecker_probe.tables import short
+from kronecker_probe.cli.analysis import Script
+from kronecker_probe.plots.panels import GREY, Panels
+from kronecker_probe.table.read import short
 
 NAME = "honest_numbers"
 INPUTS, CLASSES = 12, 10

@@ -35,8 +35,8 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from kronecker_probe.cli.analysis import Script
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.scripts import Script
 from kronecker_probe.tracking.training import torch_device
 
 from ._overhead_figure import draw

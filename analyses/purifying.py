@@ -36,7 +36,7 @@ from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.scripts import Script
+from kronecker_probe.cli.analysis import Script
 from kronecker_probe.workloads import Workload, load_workload
 
 from ._purifying_figure import draw

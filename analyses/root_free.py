@@ -28,7 +28,7 @@ from __future__ import annotations
 import pandas as pd
 from rich.progress import track
 
-from kronecker_probe.scripts import Script
+from kronecker_probe.cli.analysis import Script
 
 from ._root_free_batch import SCALINGS, batches
 from ._root_free_coordinates import COMPARED, invariance

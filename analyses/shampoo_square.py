@@ -36,9 +36,9 @@ from rich.progress import track
 from torch import Tensor
 
 import kronecker_probe as kp
-from kronecker_probe.panels import GREY, Panels, Style, limits, style
-from kronecker_probe.scripts import Script
-from kronecker_probe.tables import label
+from kronecker_probe.cli.analysis import Script
+from kronecker_probe.plots.panels import GREY, Panels, Style, limits, style
+from kronecker_probe.table.read import label
 from kronecker_probe.workloads import load_workload
 
 NAME = "shampoo_square"

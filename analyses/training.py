@@ -42,7 +42,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from kronecker_probe.scripts import Script
+from kronecker_probe.cli.analysis import Script
 
 from ._training_figure import draw
 from ._training_methods import METHODS, Row

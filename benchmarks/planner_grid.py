@@ -14,13 +14,13 @@ import torch
 
 import kronecker_probe as kp
 from benchmarks.timing import clock, device, environment
-from kronecker_probe.gradients.samples import FactoredSamples
-from kronecker_probe.operators.planner import RouteCost
-from kronecker_probe.operators.routes.factor_kernels import FactorKernels
-from kronecker_probe.operators.routes.kernels import Kernels
-from kronecker_probe.operators.routes.matrix_kernels import MatrixKernels
-from kronecker_probe.operators.routes.registry import kernels_for, ways_of
-from kronecker_probe.operators.routes.work import machine_of
+from kronecker_probe.gradients.samples.base import FactoredSamples
+from kronecker_probe.operators.second_moment.cost_model import machine_of
+from kronecker_probe.operators.second_moment.kernels.base import Kernels
+from kronecker_probe.operators.second_moment.kernels.choose import kernels_for, ways_of
+from kronecker_probe.operators.second_moment.kernels.factored import FactorKernels
+from kronecker_probe.operators.second_moment.kernels.matrix import MatrixKernels
+from kronecker_probe.operators.second_moment.planner import RouteCost
 
 POSITIONS = (1, 4, 8, 16, 64, 128)
 COLUMNS = (1, 8)

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import kronecker_probe as kp
-from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples
 
 DIGITS_STEPS = 400
 

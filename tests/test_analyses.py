@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import kronecker_probe as kp
 from analyses import shampoo_square
-from kronecker_probe.cli import app
+from kronecker_probe.cli.app import app
 from tests import oracle
 from tests.tolerances import INEQUALITY, ROOT_ENTRIES, SCALAR
 

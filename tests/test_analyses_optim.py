@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from analyses import _purifying_tables, overhead, purifying, root_free
 from analyses import _root_free_precision as precision
 from analyses._root_free_sentences import breaking
-from kronecker_probe.cli import app
+from kronecker_probe.cli.analysis import Script
+from kronecker_probe.cli.app import app
 from kronecker_probe.linalg.inverse_roots import TOLERANCE
-from kronecker_probe.scripts import Script
 
 # float32 updates and eigenbases of the same factors, found by the same program
 SAME = 1e-4

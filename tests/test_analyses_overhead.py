@@ -19,7 +19,7 @@ from analyses import _overhead_steps as steps
 from analyses import _overhead_tables as tables
 from analyses import overhead
 from kronecker_probe import optim
-from kronecker_probe.cli import app
+from kronecker_probe.cli.app import app
 
 CPU = torch.device("cpu")
 # sums of a few float64 numbers

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analyses import adagrad_view, batch_and_labels
-from kronecker_probe.scripts import Script
+from kronecker_probe.cli.analysis import Script
 
 FIGURES = Path(__file__).parents[1] / "figures"
 LAYERS = ["0.weight", "2.weight", "4.weight"]

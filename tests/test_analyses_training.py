@@ -21,7 +21,7 @@ from analyses import _training_tables as tables
 from analyses import training
 from analyses._training_runs import Length, Preset
 from kronecker_probe import optim
-from kronecker_probe.cli import app
+from kronecker_probe.cli.app import app
 from kronecker_probe.workloads import load_workload
 
 # means of a few float64 numbers

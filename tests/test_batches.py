@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
-from kronecker_probe.gradients.embedding import EmbeddingSamples, embedding_samples
-from kronecker_probe.gradients.samples import FactoredSamples, MatrixSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples, MatrixSamples
+from kronecker_probe.gradients.samples.tokens import EmbeddingSamples, embedding_samples
 from tests import oracle
 
 # Sums of a few hundred float64 products, relative to the norm of the result.

@@ -115,7 +115,7 @@ def test_info_tells_the_worst_block() -> None:
 
 def test_blocks_hold_small_matrices_and_no_samples() -> None:
     """Not the N x N Grams of every block."""
-    from kronecker_probe.operators.factors import MatrixFactor
+    from kronecker_probe.operators.factors.factor import MatrixFactor
 
     case = factors_case("", 7, 6, 6)
     for name in ("shampoo-squared", "kfac", "optimal", "divergence:q=0.5", "left-only"):

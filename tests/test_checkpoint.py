@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.optim import Shampoo
-from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
 from tests.tiny_training import assert_same_tree
 
 DTYPES = (

@@ -23,9 +23,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import kronecker_probe as kp
-from kronecker_probe.cli import app
-from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.cli.app import app
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Training, TrainingOptions
 from kronecker_probe.workloads import load_workload
 
@@ -657,7 +657,7 @@ def test_analyze_runs_a_script_with_preset_and_folder(
         f"        {body}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("kronecker_probe.cli._analyses", lambda: (folder.name, folder))
+    monkeypatch.setattr("kronecker_probe.cli.app._analyses", lambda: (folder.name, folder))
     assert invoke("analyze", "-part").exit_code == USAGE
     arguments = list(sys.argv)
     result = invoke("analyze", "my-question", "--preset", "quick", "--out", tmp_path / "out")
@@ -677,7 +677,7 @@ def command(*arguments: object, before: str = "", **environment: str) -> subproc
     code = (
         f"import signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"{before}\nfrom kronecker_probe.cli import main; main()\n"
+        f"{before}\nfrom kronecker_probe.cli.app import main; main()\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],

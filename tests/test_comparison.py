@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from kronecker_probe import terminal
-from kronecker_probe.comparison import Comparison, Timing, summarize, write_comparison
-from kronecker_probe.comparison_figure import plot_comparison
+from kronecker_probe.cli import terminal
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.plots.comparison import plot_comparison
+from kronecker_probe.report.comparison_page import Comparison, Timing, summarize, write_comparison
+from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import frame, quality
 
 # ---------------------------------------------------------------- the figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kronecker_probe.optim.contractions import (
+from kronecker_probe.optim.blocks.contractions import (
     PANELLED,
     add_outer,
     completed,

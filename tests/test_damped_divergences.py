@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning, UnsupportedError
 from kronecker_probe.operators import spectral_form
-from kronecker_probe.quality import divergences
+from kronecker_probe.quality.metrics import divergences
 from tests.cases import CASE_NAME_IDS, CASE_NAMES, CASES, Case, factors_case, matrices_case
 from tests.oracle import Array
 from tests.test_spectral_metrics import kronecker_exact

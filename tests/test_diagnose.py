@@ -494,6 +494,6 @@ def test_refuses_what_is_no_table() -> None:
 def test_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from kronecker_probe.quality.diagnose import diagnose\n"
+        "from kronecker_probe.findings.diagnose import diagnose\n"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -295,7 +295,7 @@ def test_wide_layers_in_sample_space_agree_with_parameter_space(q: float) -> Non
 
 
 def test_iterates_stay_in_sample_space() -> None:
-    from kronecker_probe.operators.factors import SampleFactor
+    from kronecker_probe.operators.factors.factor import SampleFactor
 
     P = fit(factors_case("wide", 12, 30, 40), 0.5, "sample")
     assert isinstance(P.left_factor, SampleFactor)

@@ -10,7 +10,7 @@ import kronecker_probe as kp
 from kronecker_probe.approximations import divergence
 from kronecker_probe.approximations.half_steps import half_steps
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.operators.routes import alternation
+from kronecker_probe.operators.second_moment.routes import alternation
 from tests.cases import as_numpy, assert_close
 
 # What a fit to float32 draws may lose: its tolerance, over one minus a rate of at most .9.

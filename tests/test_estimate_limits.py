@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError
-from kronecker_probe.operators import planner
+from kronecker_probe.operators.second_moment import planner
 
 # relative rounding of float64 sums and roots
 SAME = 1e-12
@@ -109,7 +109,7 @@ def test_a_layer_that_does_not_fit_is_told_and_the_others_are_measured(
             raise MemoryBudgetError("needs 200.00 GB")
         return plan(samples, *rest)
 
-    monkeypatch.setattr("kronecker_probe.operators.second_moment.make_plan", limited)
+    monkeypatch.setattr("kronecker_probe.operators.second_moment.target.make_plan", limited)
     layers = {
         "large": kp.GradientSamples.from_factors(*factors()),
         "small": kp.GradientSamples.from_factors(*factors(m=2)),

@@ -24,7 +24,7 @@ from benchmarks.populations import (
     simplex,
     softmax_columns,
 )
-from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples
 from tests import oracle
 
 # Quadrature of smooth functions against closed forms; with Student-t tails it converges as a power

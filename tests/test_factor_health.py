@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.quality.factor_health import factor_health
+from kronecker_probe.quality.metrics.factor_health import factor_health
 
 F32, F64 = (float(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64))
 EXACT = 1e-12  # float64 spectra, read back from a rotated matrix; relative to the largest

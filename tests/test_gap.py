@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.gap_figure import COMPONENTS, gap_headline, plot_gap
-from kronecker_probe.quality.gap import COLUMNS, decompose_gap
+from kronecker_probe.plots.gap import COMPONENTS, gap_headline, plot_gap
+from kronecker_probe.quality.metrics.gap import COLUMNS, decompose_gap
 from tests import oracle
 from tests.cases import Case, factors_case, matrices_case
 from tests.test_spectral_metrics import kronecker_exact

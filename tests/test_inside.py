@@ -13,7 +13,7 @@ from torch import nn
 import kronecker_probe as kp
 from kronecker_probe.optim import KroneckerOptimizer
 from kronecker_probe.optim.presets import PRESETS
-from kronecker_probe.tracking.inside import factor_rows, inside_rows
+from kronecker_probe.tracking.optimizer_state.factors import factor_rows, inside_rows
 from kronecker_probe.tracking.tracker import Tracker
 
 CHAIN = ("live_fresh", "live_blocking", "live_statistics", "live_damping", "live_staleness")

@@ -8,8 +8,8 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe import optim
-from kronecker_probe.optim.groups import recipe_of
-from kronecker_probe.optim.inverse_free import InverseFree
+from kronecker_probe.optim.options.groups import recipe_of
+from kronecker_probe.optim.preconditioners.inverse_free import InverseFree
 
 # Two float64 programs in another order of operations, 30 steps
 FLOAT64 = 1e-10

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.gradients.isolation import isolated
+from kronecker_probe.gradients.tracing.isolation import isolated
 from tests.restless import Snapshot, restless, same
 from tests.small_models import SMALL_MODELS
 from tests.small_modules import CLASSES, Lambda, three

@@ -14,7 +14,7 @@ from torch import nn
 import kronecker_probe as kp
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.optim import layer_samples
+from kronecker_probe.optim.layers import samples as layer_samples
 from kronecker_probe.workloads import digits
 from tests.kfac_cases import (
     CLOSE,

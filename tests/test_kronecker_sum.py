@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning, UnsupportedError
-from kronecker_probe.operators.kronecker_sum import SkewTerm
+from kronecker_probe.operators.structures.kronecker_sum import SkewTerm
 from tests import approximation_oracle as more
 from tests import oracle
 from tests.cases import CASES, Case, as_numpy, assert_close, dense, factors_case, matrices_case

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, NonFiniteError
-from kronecker_probe.gradients.samples import GradientSamples
-from kronecker_probe.operators.routes.registry import cross_products, kernels_for
+from kronecker_probe.gradients.samples.base import GradientSamples
+from kronecker_probe.operators.second_moment.kernels.choose import cross_products, kernels_for
 from tests import functional_oracle as oracle
 
 # sums of a few hundred float64 products in another order

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import MemoryBudgetError, UnknownNameError
-from kronecker_probe.gradients.samples import FactoredSamples, MatrixSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples, MatrixSamples
 from kronecker_probe.linalg import memory
 from tests import functional_oracle as oracle
 from tests.functional_oracle import assert_close, matrices

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.gradients import separation
-from kronecker_probe.gradients.rules.base import Layout, layouts
+from kronecker_probe.gradients.layers.base import Layout, layouts
+from kronecker_probe.gradients.tracing import batch_dimension as separation
 from tests import functional_oracle as oracle
 from tests.functional_oracle import assert_close
 from tests.small_modules import CLASSES, Lambda, position_table, seq_first, three

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.tracking.live import live_operator, soap
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.tracking.optimizer_state import soap
+from kronecker_probe.tracking.optimizer_state.operator import live_operator
 
 SAME = 1e-12  # the same float64 products in another order
 EPS, BETA2, STEP = 1e-2, 0.9, 3

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.tracking.live import live_operator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
+from kronecker_probe.tracking.optimizer_state.operator import live_operator
 
 STEPS = 5
 SAME = 1e-11  # float64 recurrences against float64 sums

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kronecker_probe as kp
-from kronecker_probe.operators.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.quality.compare import compare
 
 LOSS = nn.CrossEntropyLoss()

@@ -11,7 +11,7 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.operators import spectral_form
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.quality.registry import EXTRA_METRICS, extra_metric
+from kronecker_probe.quality.metrics.catalog import EXTRA_METRICS, extra_metric
 from tests.cases import factors_case
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import MemoryBudgetError, UnsupportedError
-from kronecker_probe.operators import planner
-from kronecker_probe.operators.routes import one_sided
+from kronecker_probe.operators.second_moment import planner
+from kronecker_probe.operators.second_moment.routes import one_sided
 
 V, D, N, T = 4000, 4, 12, 3
 FREE = 3e8  # bytes: a few V x V matrices do not fit

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kronecker_probe import optim
-from kronecker_probe.optim.rotated import kept
+from kronecker_probe.optim.preconditioners.eigenbasis import kept
 from tests.optimizer_cases import step_of
 
 # One formula in another order of operations, float64

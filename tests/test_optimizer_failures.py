@@ -10,7 +10,8 @@ import torch
 
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError, NonFiniteError
-from kronecker_probe.optim import factors, inverse_free, kronecker, polar
+from kronecker_probe.optim.preconditioners import factored as factors
+from kronecker_probe.optim.preconditioners import inverse_free, kronecker, polar
 from tests.optimizer_cases import PRESETS, Problem, break_eigh, step_of
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
-from kronecker_probe.optim import preconditioner
+from kronecker_probe.optim.preconditioners import base as preconditioner
 from tests.optimizer_cases import PRESETS, SHAPES, break_eigh, step_of
 
 # Roots of matrices of condition number up to 1e4 in float64

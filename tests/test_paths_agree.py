@@ -11,9 +11,9 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import kronecker_probe as kp
 from kronecker_probe.gradients.draws import n_columns, output_gradients
-from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.gradients.losses import ResolvedLoss, resolve_loss
-from kronecker_probe.gradients.per_sample import PerSampleGradients, per_sample_gradients
+from kronecker_probe.gradients.per_example.gradients import PerSampleGradients, per_sample_gradients
+from kronecker_probe.gradients.tracing.isolation import isolated
 from tests.module_registry import REGISTRY, RegisteredModel
 
 # float64 sums of a few hundred products each, in another order.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronecker_probe.errors import MemoryBudgetError, NonFiniteError
-from kronecker_probe.gradients import per_sample_ways
-from kronecker_probe.gradients.isolation import isolated
-from kronecker_probe.gradients.per_sample import PerSampleGradients, per_sample_gradients
+from kronecker_probe.gradients.per_example import methods as per_sample_ways
+from kronecker_probe.gradients.per_example.gradients import PerSampleGradients, per_sample_gradients
+from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.linalg import memory
 from tests.module_registry import REGISTRY
 from tests.restless import Snapshot, restless

@@ -22,19 +22,19 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from sklearn.isotonic import IsotonicRegression
 
-from kronecker_probe import conclusions as told_by
-from kronecker_probe import plots
-from kronecker_probe.conclusions import (
+from kronecker_probe.errors import InvalidInputError, UnknownNameError
+from kronecker_probe.findings import headlines as told_by
+from kronecker_probe.findings.diagnose import diagnose
+from kronecker_probe.findings.headlines import (
     conclusions,
     gaps,
     headline,
     spectrum_headline,
     training_headline,
 )
-from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.panels import STYLES, apart, style
-from kronecker_probe.quality.diagnose import diagnose
-from kronecker_probe.tables import (
+from kronecker_probe.plots import run as plots
+from kronecker_probe.plots.panels import STYLES, apart, style
+from kronecker_probe.table.read import (
     LABELS,
     first_shares,
     label,

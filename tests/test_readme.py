@@ -39,7 +39,7 @@ def test_snippets_run() -> None:
 def test_shell_commands_exist() -> None:
     from typer.testing import CliRunner
 
-    from kronecker_probe.cli import app
+    from kronecker_probe.cli.app import app
 
     used = set(re.findall(r"^kronecker-probe (\w+)", README.read_text("utf-8"), flags=re.MULTILINE))
     assert used == {"workloads", "track", "measure", "report", "analyze"}

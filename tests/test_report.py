@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kronecker_probe.conclusions import conclusions, headline
 from kronecker_probe.errors import RunDirectoryError
-from kronecker_probe.quality.diagnose import diagnose
-from kronecker_probe.report import write_report
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.findings.diagnose import diagnose
+from kronecker_probe.findings.headlines import conclusions, headline
+from kronecker_probe.report.run_page import write_report
+from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import NO_LIVE, estimated, frame, probe, quality, spectrum
 
 ROOT = Path(__file__).parents[1]
@@ -326,7 +326,7 @@ def test_the_report_needs_no_torch_and_no_window(tmp_path: Path) -> None:
         "        if name.split('.')[0] in {'torch', 'safetensors'}:\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from kronecker_probe.report import write_report\n"
+        "from kronecker_probe.report.run_page import write_report\n"
         "assert len(write_report(sys.argv[1]).figures) == 8\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kronecker_probe.optim.rounding import store
+from kronecker_probe.optim.blocks.rounding import store
 
 # bfloat16 has 8 significant bits: neighbours of x are within this share of it
 STEP = 2.0**-7

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError
-from kronecker_probe.gradients import samples as module
-from kronecker_probe.gradients.embedding import embedding_samples
+from kronecker_probe.gradients.samples import base as module
+from kronecker_probe.gradients.samples.tokens import embedding_samples
 from tests import oracle
 
 # The same float64 products and sums in another order.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kronecker_probe.optim import scratch
-from kronecker_probe.optim.scratch import Scratch
+from kronecker_probe.optim.blocks import scratch
+from kronecker_probe.optim.blocks.scratch import Scratch
 from tests.optimizer_cases import PRESETS
 
 

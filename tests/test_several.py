@@ -13,11 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from kronecker_probe.cli import app
-from kronecker_probe.comparison import Comparison, Timing
+from kronecker_probe.cli.app import app
+from kronecker_probe.cli.several import _Clock
 from kronecker_probe.errors import RunDirectoryError
-from kronecker_probe.several import _Clock
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.report.comparison_page import Comparison, Timing
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress
 
 DONE, FAILED, USAGE = 0, 1, 2

@@ -13,13 +13,18 @@ from torch.utils._pytree import tree_leaves
 
 import kronecker_probe as kp
 from kronecker_probe.linalg import gram, symmetric
-from kronecker_probe.operators.factors import MatrixFactor
-from kronecker_probe.operators.routes import alternation, matrix_kernels
-from kronecker_probe.operators.routes.factor_kernels import FactorKernels
-from kronecker_probe.operators.routes.kernels import Kernels
-from kronecker_probe.operators.routes.matrix_kernels import MatrixKernels
-from kronecker_probe.operators.routes.registry import SharedKernels, kernels_for, ways_of
-from kronecker_probe.operators.routes.work import OPERATIONS
+from kronecker_probe.operators.factors.factor import MatrixFactor
+from kronecker_probe.operators.second_moment.cost_model import OPERATIONS
+from kronecker_probe.operators.second_moment.kernels import matrix as matrix_kernels
+from kronecker_probe.operators.second_moment.kernels.base import Kernels
+from kronecker_probe.operators.second_moment.kernels.choose import (
+    SharedKernels,
+    kernels_for,
+    ways_of,
+)
+from kronecker_probe.operators.second_moment.kernels.factored import FactorKernels
+from kronecker_probe.operators.second_moment.kernels.matrix import MatrixKernels
+from kronecker_probe.operators.second_moment.routes import alternation
 from tests import oracle
 from tests.cases import CASE_ROUTE_IDS, CASE_ROUTES, Case, as_numpy, assert_close, factors_case
 from tests.tolerances import ENTRIES, SCALAR

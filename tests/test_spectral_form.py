@@ -13,7 +13,7 @@ import torch
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.operators import spectral_form as module
-from kronecker_probe.operators.draw_space import DrawSpace
+from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
 from kronecker_probe.operators.spectral_form import (
     DrawForm,
     SpectralForm,
@@ -87,7 +87,7 @@ def test_embedding_draws_equal_their_matrices() -> None:
 
 def test_a_gram_in_several_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     import kronecker_probe.linalg.gram as gram_module
-    import kronecker_probe.operators.draw_readers as draw_module
+    import kronecker_probe.operators.second_moment.kernels.draw_readers as draw_module
 
     monkeypatch.setattr(gram_module, "CHUNK_ELEMENTS", 64)
     monkeypatch.setattr(draw_module, "CHUNK_ELEMENTS", 64)

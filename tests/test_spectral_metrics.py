@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning
-from kronecker_probe.operators.block import BlockOperator
-from kronecker_probe.quality import spectral
+from kronecker_probe.operators.structures.block import BlockOperator
+from kronecker_probe.quality.metrics import spectral
 from tests import oracle
 from tests.cases import (
     CASE_NAME_IDS,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.optim.contractions import PANELLED, completed, packed
-from kronecker_probe.tracking.inside import factor_rows
+from kronecker_probe.optim.blocks.contractions import PANELLED, completed, packed
+from kronecker_probe.tracking.optimizer_state.factors import factor_rows
 from tests.optimizer_cases import PRESETS
 
 # Products in another order of operations

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import strategies as st
 
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError, UnknownNameError
-from kronecker_probe.tracking import schema
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.table import schema
+from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import COLUMNS, frame, probe, quality
 
 ROOT = Path(__file__).parents[1]
@@ -505,7 +505,7 @@ def test_a_part_is_on_the_disk_before_it_is_visible(
 
 KILLED_HALFWAY = """
 import builtins, os, signal, sys
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import probe
 store = RunStore.open(sys.argv[1])
 real = builtins.open
@@ -526,7 +526,7 @@ store.write_part(20, probe(20, ["0.weight", "2.weight"], since=18))
 
 WRITE_FOREVER = """
 import sys
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import probe
 store = RunStore.resume(sys.argv[1], {})
 tables = {s: probe(s, ["0.weight", "2.weight"], since=s - 2) for s in range(0, 40, 2)}

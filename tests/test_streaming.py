@@ -23,7 +23,7 @@ from kronecker_probe.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from kronecker_probe.gradients import streaming
+from kronecker_probe.gradients import loader as streaming
 
 # The same float64 sums in another order.
 EXACT = 1e-12

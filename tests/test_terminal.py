@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from kronecker_probe import terminal
-from kronecker_probe.terminal import show_table
+from kronecker_probe.cli import terminal
+from kronecker_probe.cli.terminal import show_table
 from kronecker_probe.tracking.training import Progress
 from tests.synthetic_tables import APPROXIMATIONS, estimated, frame, quality
 

@@ -24,8 +24,8 @@ from kronecker_probe.errors import (
     RunDirectoryError,
     UnknownNameError,
 )
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.schedule import make_schedule, spread
-from kronecker_probe.tracking.store import RunStore
 from tests.synthetic_tables import COLUMNS
 from tests.tiny_training import assert_same_tree
 

@@ -18,7 +18,7 @@ from kronecker_probe.errors import (
     NonFiniteError,
     RunDirectoryError,
 )
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress
 from tests.tiny_training import OPTIONS, STEPS, assert_same_run, assert_same_tree, make, train
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
 from kronecker_probe.optim import Shampoo
 from kronecker_probe.tracking import training
-from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
 from kronecker_probe.workloads import Workload
 from tests import tiny_training as tiny

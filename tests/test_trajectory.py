@@ -20,9 +20,9 @@ from kronecker_probe.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from kronecker_probe.gradients.rings import truncated
-from kronecker_probe.gradients.truncation import truncate
-from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.gradients.trajectory.buffers import truncated
+from kronecker_probe.gradients.trajectory.truncation import truncate
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
 from tests import oracle
 from tests.tiny_training import assert_same_tree
 

@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kronecker_probe.tracking.checkpoint import load_checkpoint
-from kronecker_probe.tracking.store import RunStore
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
 from kronecker_probe.workloads import Workload
 

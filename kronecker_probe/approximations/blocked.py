@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import BlockOperator, spans
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.block import BlockOperator, spans
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 
 def blocked(

@@ -30,9 +30,9 @@ from kronecker_probe.approximations.half_steps import HalfSteps, Step, half_step
 from kronecker_probe.approximations.optimal import leading_kronecker
 from kronecker_probe.linalg.anderson import Anderson
 from kronecker_probe.linalg.eigenbasis import eigh_descending
-from kronecker_probe.operators.factors import Factor, MatrixFactor, SampleFactor
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 # Relative change of R by a round at which the iteration has converged; of draws in float32.
 TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-6

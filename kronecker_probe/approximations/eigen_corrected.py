@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.operators.factors import Factor
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.factor import Factor
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.eigen import EigenOperator
 
 
 def eigen_corrected(target: SecondMoment) -> EigenOperator:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.identity_factor import IdentityFactor
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.identity_factor import IdentityFactor
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 
 def diagonal(target: SecondMoment) -> DiagonalOperator:

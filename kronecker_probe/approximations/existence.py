@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kronecker_probe.approximations.half_steps import HalfSteps
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
 from kronecker_probe.linalg.golub_kahan import leading_triples
 
 # Whitened factors with a smaller ratio of eigenvalues are on their way to a singular matrix.

@@ -10,12 +10,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples import FactoredSamples
-from kronecker_probe.operators.factors import Factor, MatrixFactor, SampleFactor
-from kronecker_probe.operators.routes.alternation import iterates_in_float32
-from kronecker_probe.operators.routes.registry import kernels_for
-from kronecker_probe.operators.rows import Rows
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.gradients.samples.base import FactoredSamples
+from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
+from kronecker_probe.operators.second_moment.routes.alternation import iterates_in_float32
+from kronecker_probe.operators.second_moment.target import SecondMoment
 
 # Eigenvalues of L and R below this share of the largest are rounding of Grams.
 SMALLEST_SHARE = 1e-13

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.gradients.samples import FactoredSamples
-from kronecker_probe.operators.factors import SampleFactor
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.rows import Rows
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.gradients.samples.base import FactoredSamples
+from kronecker_probe.operators.factors.factor import SampleFactor
+from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 
 def kfac(target: SecondMoment) -> KroneckerOperator:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kronecker_probe.operators.identity_factor import IdentityFactor
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.identity_factor import IdentityFactor
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 
 def left_only(target: SecondMoment) -> KroneckerOperator:

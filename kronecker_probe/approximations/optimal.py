@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import UndefinedMetricWarning
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.kronecker_sum import KroneckerSum, SkewTerm
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
+from kronecker_probe.operators.structures.kronecker_sum import KroneckerSum, SkewTerm
 
 
 def optimal(target: SecondMoment, rank: int = 1) -> KroneckerOperator | KroneckerSum:

@@ -22,7 +22,7 @@ from kronecker_probe.approximations.shampoo import (
 )
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
 
 DEFAULT_APPROXIMATIONS = (
     "optimal",

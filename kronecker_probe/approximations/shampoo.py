@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 
 def shampoo(target: SecondMoment) -> KroneckerOperator:

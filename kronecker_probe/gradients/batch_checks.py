@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.gradients.recording import Recording
-from kronecker_probe.gradients.rules.base import all_finite
+from kronecker_probe.gradients.layers.base import all_finite
+from kronecker_probe.gradients.tracing.record import Recording
 
 Pair = tuple[Tensor, Tensor]
 

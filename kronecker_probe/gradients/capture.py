@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, unknown_name
-from kronecker_probe.gradients.batch_checks import (
-    Pair,
-    check_batch,
-    check_outputs,
-    not_finite,
-    origin_of_nan,
-    several_pairs,
-)
-from kronecker_probe.gradients.blocks import (
+from kronecker_probe.gradients.assemble import (
     Block,
     Extent,
     FactorBlock,
@@ -27,20 +19,28 @@ from kronecker_probe.gradients.blocks import (
     matrix_shape,
     share_outputs,
 )
-from kronecker_probe.gradients.checks import check_seed
+from kronecker_probe.gradients.batch_checks import (
+    Pair,
+    check_batch,
+    check_outputs,
+    not_finite,
+    origin_of_nan,
+    several_pairs,
+)
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.draws import check_draws, n_columns, output_gradients
-from kronecker_probe.gradients.graph import account, pull_back
-from kronecker_probe.gradients.isolation import isolated
+from kronecker_probe.gradients.layers.base import Call, all_finite, half_range
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
-from kronecker_probe.gradients.modes import mode_note
-from kronecker_probe.gradients.ownership import owned
-from kronecker_probe.gradients.per_sample import per_sample_gradients
-from kronecker_probe.gradients.recording import Recording, recording
-from kronecker_probe.gradients.rules.base import Call, all_finite, half_range
-from kronecker_probe.gradients.samples import GradientSamples, MatrixSamples
+from kronecker_probe.gradients.per_example.gradients import per_sample_gradients
+from kronecker_probe.gradients.samples.base import GradientSamples, MatrixSamples
+from kronecker_probe.gradients.samples.checks import check_seed
+from kronecker_probe.gradients.samples.ownership import owned
 from kronecker_probe.gradients.selection import pairs, select
-from kronecker_probe.gradients.separation import separate
+from kronecker_probe.gradients.tracing.batch_dimension import separate
+from kronecker_probe.gradients.tracing.graph import account, pull_back
+from kronecker_probe.gradients.tracing.isolation import isolated
+from kronecker_probe.gradients.tracing.modes import mode_note
+from kronecker_probe.gradients.tracing.record import Recording, recording
 from kronecker_probe.linalg.memory import require_memory
 
 __all__ = ["Capture", "capture"]
@@ -119,7 +119,7 @@ def capture(
             "torch.nn.functional.cross_entropy."
         )
     if several_pairs(data):
-        from kronecker_probe.gradients.streaming import capture_loader
+        from kronecker_probe.gradients.loader import capture_loader
 
         return capture_loader(
             model, loss_fn, data, draws=draws, layers=layers, seed=seed,

@@ -10,7 +10,7 @@ from typing import final
 import pandas as pd
 
 from kronecker_probe.errors import unknown_name
-from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.gradients.samples.base import GradientSamples
 
 # Characters of a reason on one line of the printed coverage.
 FOLD = 72

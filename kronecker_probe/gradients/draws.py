@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, UnknownNameError, unknown_name
-from kronecker_probe.gradients.checks import check_count
 from kronecker_probe.gradients.losses import ResolvedLoss
+from kronecker_probe.gradients.samples.checks import check_count
 
 DRAWS = ("ggn", "fisher", "empirical-fisher")
 # Kinds that are made otherwise, and by what.

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.gradients.batch_checks import check_batch, check_outputs, not_finite
 from kronecker_probe.gradients.draws import DRAWS, check_draws, output_gradients
-from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.selection import select
+from kronecker_probe.gradients.tracing.isolation import isolated
 
 KINDS = (*DRAWS, "hessian")
 

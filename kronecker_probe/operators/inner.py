@@ -8,13 +8,13 @@ from typing import Any
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import BlockOperator
-from kronecker_probe.operators.dense import DenseOperator
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.kronecker_sum import KroneckerSum
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.block import BlockOperator
+from kronecker_probe.operators.structures.dense import DenseOperator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
+from kronecker_probe.operators.structures.kronecker_sum import KroneckerSum
 
 
 def inner(p: Operator, q: Operator) -> float:

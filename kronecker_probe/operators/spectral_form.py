@@ -19,13 +19,13 @@ from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import BlockOperator
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.draw_space import DrawSpace
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.operators.factors import Eigenbasis
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.factor import Eigenbasis
+from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.block import BlockOperator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 

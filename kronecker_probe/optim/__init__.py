@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kronecker_probe.optim.config import (
+from kronecker_probe.optim.engine.engine import KroneckerOptimizer
+from kronecker_probe.optim.kfac import EKFAC, KFAC, MODEL_PRESETS
+from kronecker_probe.optim.options.sections import (
     Basis,
     Inverse,
     Magnitude,
@@ -11,9 +13,7 @@ from kronecker_probe.optim.config import (
     Statistics,
     Storage,
 )
-from kronecker_probe.optim.engine import KroneckerOptimizer
-from kronecker_probe.optim.hidden import hidden_groups
-from kronecker_probe.optim.kfac import EKFAC, KFAC, MODEL_PRESETS
+from kronecker_probe.optim.param_groups import hidden_groups
 from kronecker_probe.optim.presets import (
     ADAM,
     KLSOAP,

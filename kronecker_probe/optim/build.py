@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.optim.config import SECTIONS
-from kronecker_probe.optim.hidden import hidden_groups
 from kronecker_probe.optim.kfac import MODEL_PRESETS
+from kronecker_probe.optim.options.sections import SECTIONS
+from kronecker_probe.optim.param_groups import hidden_groups
 from kronecker_probe.optim.presets import PRESETS
 
 TORCH: MappingProxyType[str, Callable[..., Optimizer]] = MappingProxyType(

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.optim.attached import longest_side
-from kronecker_probe.optim.config import Basis, Shapes, Spectrum, Statistics
-from kronecker_probe.optim.engine import KroneckerOptimizer
-from kronecker_probe.optim.layer_recorder import layer_parameters
+from kronecker_probe.optim.engine.engine import KroneckerOptimizer
+from kronecker_probe.optim.layers.attached import longest_side
+from kronecker_probe.optim.layers.recorder import layer_parameters
+from kronecker_probe.optim.options.base import Config
+from kronecker_probe.optim.options.sections import Basis, Shapes, Spectrum, Statistics
 from kronecker_probe.optim.presets import ADAM, Betas, built
-from kronecker_probe.optim.section import Config
 
 
 def KFAC(

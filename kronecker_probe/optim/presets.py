@@ -15,7 +15,9 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from kronecker_probe.errors import unknown_name
-from kronecker_probe.optim.config import (
+from kronecker_probe.optim.engine.engine import KroneckerOptimizer
+from kronecker_probe.optim.options.base import Config
+from kronecker_probe.optim.options.sections import (
     SECTIONS,
     Basis,
     Inverse,
@@ -25,8 +27,6 @@ from kronecker_probe.optim.config import (
     Statistics,
     Storage,
 )
-from kronecker_probe.optim.engine import KroneckerOptimizer
-from kronecker_probe.optim.section import Config
 
 Betas = tuple[float, float]
 

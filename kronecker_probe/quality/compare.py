@@ -20,13 +20,13 @@ from kronecker_probe.errors import (
     unknown_name,
 )
 from kronecker_probe.gradients.capture import Capture
-from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.quality.estimates.estimator import Estimator, check_refits
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS as METRICS
-from kronecker_probe.quality.registry import EXTRA_METRICS, ExtraMetric, extra_metric
+from kronecker_probe.quality.metrics.catalog import EXTRA_METRICS, ExtraMetric, extra_metric
 from kronecker_probe.quality.rows import (
     Row,
     absent_row,
@@ -38,7 +38,7 @@ from kronecker_probe.quality.rows import (
     undefined_rows,
 )
 from kronecker_probe.quality.scores import Scores
-from kronecker_probe.tables import NEGLIGIBLE
+from kronecker_probe.table.read import NEGLIGIBLE
 
 __all__ = ["METRICS", "Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from kronecker_probe.gradients.samples import GradientSamples
+from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.quality.estimates.estimate import SQUARED, Estimate
 
 COLUMNS = (

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.quality.estimates.estimate import KINDS
-from kronecker_probe.tables import METRICS, row_told
+from kronecker_probe.table.read import METRICS, row_told
 
 
 @final
@@ -108,7 +108,7 @@ class Scores:
 
     def plot(self, **options: Any) -> Any:
         """The ladder figure: every approximation, a row a parameter; returns its Axes."""
-        from kronecker_probe.plots import plot_ladder
+        from kronecker_probe.plots.run import plot_ladder
 
         return plot_ladder(self.table, **options)
 

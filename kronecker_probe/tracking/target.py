@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.gradients.batches import BATCH_GRADIENT, batch_gradients
+from kronecker_probe.gradients.batch_means import BATCH_GRADIENT, batch_gradients
 from kronecker_probe.gradients.capture import capture
-from kronecker_probe.gradients.checks import check_count
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.draws import DRAWS, check_draws
-from kronecker_probe.gradients.isolation import isolated
 from kronecker_probe.gradients.losses import LossFunction, resolve_loss
-from kronecker_probe.gradients.trajectory import GradientWindow
-from kronecker_probe.gradients.truncation import truncate
+from kronecker_probe.gradients.samples.checks import check_count
+from kronecker_probe.gradients.tracing.isolation import isolated
+from kronecker_probe.gradients.trajectory.truncation import truncate
+from kronecker_probe.gradients.trajectory.window import GradientWindow
 
 Pair = tuple[Tensor, Tensor]
 

@@ -28,13 +28,13 @@ from kronecker_probe.quality.compare import (
     to_table,
 )
 from kronecker_probe.quality.estimates.estimate import check_kinds
-from kronecker_probe.tracking.followed_rule import followed_rule, live_rule_row
-from kronecker_probe.tracking.inside import inside_rows
-from kronecker_probe.tracking.live import live_operator
-from kronecker_probe.tracking.record import FILE
+from kronecker_probe.table.schema import conform, empty_table
+from kronecker_probe.tracking.optimizer_state.factors import inside_rows
+from kronecker_probe.tracking.optimizer_state.followed_rule import followed_rule, live_rule_row
+from kronecker_probe.tracking.optimizer_state.operator import live_operator
+from kronecker_probe.tracking.run_directory.record import FILE
+from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
-from kronecker_probe.tracking.schema import conform, empty_table
-from kronecker_probe.tracking.store import RunStore
 from kronecker_probe.tracking.target import TRAJECTORY, TargetOptions, make_target
 
 
@@ -284,7 +284,7 @@ class Tracker:
 
     def plot(self, **options: Any) -> Any:
         """The trajectory figure; returns its Axes."""
-        from kronecker_probe.plots import plot_trajectory
+        from kronecker_probe.plots.run import plot_trajectory
 
         return plot_trajectory(self.table, **options)
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
-from kronecker_probe.gradients.batches import BATCH_GRADIENT
+from kronecker_probe.gradients.batch_means import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.draws import DRAWS
-from kronecker_probe.gradients.isolation import isolated
+from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.optim.build import build_optimizer, learning_rates
-from kronecker_probe.tracking.checkpoint import load_checkpoint, save_checkpoint
-from kronecker_probe.tracking.files import naming
+from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
+from kronecker_probe.tracking.run_directory.files import naming
 from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.target import TargetOptions
 from kronecker_probe.tracking.tracker import Tracker

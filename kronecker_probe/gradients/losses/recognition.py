@@ -12,7 +12,6 @@ from kronecker_probe.errors import (
     KroneckerProbeError,
     NonFiniteError,
 )
-from kronecker_probe.gradients.isolation import modules_restored
 from kronecker_probe.gradients.losses.custom import check_broadcast, custom_loss, reduction_of
 from kronecker_probe.gradients.losses.evaluation import (
     Evaluator,
@@ -24,6 +23,7 @@ from kronecker_probe.gradients.losses.evaluation import (
 from kronecker_probe.gradients.losses.families import Family, Point, families, pooled
 from kronecker_probe.gradients.losses.resolved import ResolvedLoss
 from kronecker_probe.gradients.losses.targets import check_device_labels, explained
+from kronecker_probe.gradients.tracing.isolation import modules_restored
 
 # Outputs up to which a few data stand for all, where the family and the reduction are sought.
 FEW_OUTPUTS = 1 << 11

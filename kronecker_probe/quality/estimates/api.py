@@ -9,7 +9,7 @@ from typing import Any
 from kronecker_probe.approximations import approximate, resolve
 from kronecker_probe.errors import InvalidInputError, UnsupportedError, unknown_name
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.estimate import MIN_N_EFF, Estimate, check_kinds
 from kronecker_probe.quality.estimates.estimator import TARGET_METRICS, Estimator
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS

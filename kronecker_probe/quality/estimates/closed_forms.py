@@ -20,8 +20,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.operators.rows import Rows
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.draws import Draws, pair_statistic, unshared
 from kronecker_probe.quality.estimates.replicates import Replicates, leave_one_out
 

@@ -9,11 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples import FactoredSamples, GradientSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
-from kronecker_probe.operators.rows import principal
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.factors.vectors import principal
+from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.replicates import leave_one_out
 
 # Data of one group are drawn by this seed: data in the order of their classes must be mixed.

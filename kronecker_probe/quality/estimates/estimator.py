@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kronecker_probe.approximations import Spec, resolve
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
-from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import spans
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.block import spans
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.quality.estimates import closed_forms
 from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, Grams
 from kronecker_probe.quality.estimates.draws import Draws, pair_statistic
@@ -29,7 +29,7 @@ from kronecker_probe.quality.estimates.replicates import (
     Replicates,
     jackknife,
 )
-from kronecker_probe.quality.metrics import InnerProducts
+from kronecker_probe.quality.metrics.frobenius import InnerProducts
 
 CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
 TARGET_METRICS = ("norm", "trace")

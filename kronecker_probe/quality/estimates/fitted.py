@@ -22,11 +22,11 @@ from torch import Tensor
 from kronecker_probe.approximations import approximate as fit
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.draws import Draws
 from kronecker_probe.quality.estimates.forms import draw_forms
 from kronecker_probe.quality.estimates.replicates import Replicates
-from kronecker_probe.quality.metrics import InnerProducts
+from kronecker_probe.quality.metrics.frobenius import InnerProducts
 
 # Groups left out one at a time.
 REFITS = 8

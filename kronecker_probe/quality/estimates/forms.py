@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples import FactoredSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.block import BlockOperator
-from kronecker_probe.operators.diagonal import DiagonalOperator
-from kronecker_probe.operators.eigen import EigenOperator
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.block import BlockOperator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 # Eigenvalues below this share of the largest span no range to whiten.
 NULL = 1e-12

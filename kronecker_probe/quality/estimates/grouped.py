@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kronecker_probe.approximations import approximate
 from kronecker_probe.linalg.memory import require_memory
-from kronecker_probe.operators.kronecker import KroneckerOperator
-from kronecker_probe.operators.second_moment import SecondMoment
+from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.quality.estimates.draws import Draws, forms_of_groups
 from kronecker_probe.quality.estimates.replicates import Replicates
 

@@ -1,0 +1,264 @@
+"""Second moments of mini-batch mean gradients at fixed weights, from per-datum draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.errors import InvalidInputError, UnsupportedError
+from kronecker_probe.gradients.coverage import Capture
+from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
+from kronecker_probe.gradients.samples.checks import check_count, check_seed
+from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.linalg.gram import chunk_rows
+from kronecker_probe.linalg.memory import require_memory
+
+BATCH_GRADIENT = "batch-gradient"
+
+
+@overload
+def batch_gradients(
+    samples: GradientSamples,
+    batch_size: int,
+    batches: int | None = None,
+    seed: int = 0,
+    replacement: bool = True,
+) -> GradientSamples: ...
+
+
+@overload
+def batch_gradients(
+    samples: Capture,
+    batch_size: int,
+    batches: int | None = None,
+    seed: int = 0,
+    replacement: bool = True,
+) -> Capture: ...
+
+
+def batch_gradients(
+    samples: GradientSamples | Capture,
+    batch_size: int,
+    batches: int | None = None,
+    seed: int = 0,
+    replacement: bool = True,
+) -> GradientSamples | Capture:
+    """The draws whose second moment is E[gbar gbar^T], gbar the mean gradient of a mini-batch.
+
+    With g one datum's gradient, mu = E[g] and c = 1/B (batches with replacement) or
+    (N - B) / (B (N - 1)) (without, as an epoch's loader draws them),
+
+        E[gbar gbar^T] = c E[g g^T] + (1 - c) mu mu^T.
+
+    ``batches=None`` gives this exactly, without drawing any batch: the N draws and mu. For a
+    capture of sampled labels ("fisher") mu is zero at every input, so that the result is the same
+    draws with 1/B of their weight, whatever ``replacement`` says (Morwani et al., arXiv
+    2406.17748); for given labels ("empirical-fisher"), and for samples of your own, mu is the
+    mean of the draws.
+
+    A number of ``batches`` draws so many. They regroup the draws at hand, sampled labels
+    included: with B near N times the label draws, these labels' own mean shows.
+
+    Data are drawn in proportion to their weights. A loss that normalizes by the batch, by class
+    weights or by the labels that it does not ignore, does so over all N here.
+
+    Args:
+        samples: ``kp.capture`` of "empirical-fisher" or "fisher", or samples with one column a
+            datum.
+        batch_size: B.
+        batches: How many to draw; None for the exact expectation.
+        seed: Of the batches, the same for all parameters of a capture.
+        replacement: Draw the data of a batch with replacement.
+
+    Returns:
+        Samples, or a capture with draws "batch-gradient" whose note says which batches, held in
+        factors or as matrices, whichever takes less memory. Drawn batches weigh 1/batches each.
+        Neither they, which share the data, nor the N + 1 draws of the exact expectation are
+        ``independent``.
+
+    Raises:
+        InvalidInputError: A size out of range, unequal weights without replacement, or weights
+            that are all zero.
+        UnsupportedError: Draws that are no gradients of single data: Gauss-Newton columns, batch
+            gradients, gradients along a run.
+        MemoryBudgetError: The result would not fit.
+    """
+    check_count("batch_size", batch_size)
+    seed = check_seed(seed)
+    if batches is not None:
+        check_count("batches", batches)
+    if isinstance(samples, GradientSamples):
+        if samples.n_columns > 1:
+            raise UnsupportedError(
+                f"The samples have {samples.n_columns} columns a datum, which are no gradients of "
+                "a label; give one column, or the whole result of kp.capture(draws='fisher')."
+            )
+        return _of(samples, _Batches(samples, batch_size, batches, seed, replacement), False)
+    if not isinstance(samples, Capture):
+        raise InvalidInputError(
+            f"batch_gradients got a {type(samples).__name__}; give GradientSamples or the result "
+            "of kp.capture."
+        )
+    if samples.draws not in ("fisher", "empirical-fisher"):
+        raise UnsupportedError(
+            f"batch_gradients needs gradients of single data, and draws={samples.draws!r} are "
+            "none; capture with draws='empirical-fisher' (true labels) or 'fisher' (sampled ones)."
+        )
+    drawn: _Batches | None = None
+    found: dict[str, GradientSamples] = {}
+    for name, one in samples.items():
+        drawn = drawn or _Batches(one, batch_size, batches, seed, replacement)
+        found[name] = _of(one, drawn, samples.draws == "fisher")
+    how = "with" if replacement else "without"
+    which = "exact expectation" if batches is None else f"{batches} batches"
+    note = f"batches of {batch_size} {how} replacement from {samples.draws} draws, {which}"
+    note = f"{samples.note}; {note}" if samples.note else note
+    return dataclasses.replace(samples, samples=found, draws=BATCH_GRADIENT, note=note)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Which datum, and which of its columns, each place of each batch holds; [M, B]."""
+
+    data: Tensor
+    columns: Tensor
+
+
+class _Batches:
+    """How batches are drawn from N weighted data, the same for all parameters."""
+
+    def __init__(
+        self,
+        samples: GradientSamples,
+        size: int,
+        batches: int | None,
+        seed: int,
+        replacement: bool,
+    ) -> None:
+        weights, count = samples.weights.cpu(), samples.n_data
+        if not samples.independent:
+            raise UnsupportedError(
+                "batch_gradients needs independent draws of single data; these are a closed form "
+                "or gradients along a run."
+            )
+        total = float(weights.sum())
+        if total <= 0:
+            raise InvalidInputError("All weights are zero; give at least one datum a weight.")
+        if not replacement and size > count:
+            raise InvalidInputError(
+                f"batch_size={size} without replacement from {count} data; give at most {count}."
+            )
+        if not replacement and not bool((weights == weights[0]).all()):
+            raise InvalidInputError(
+                "The data have unequal weights, which draws without replacement cannot follow; "
+                "use replacement=True."
+            )
+        self.size = size
+        self.shares = weights / total
+        self.noise_share = 1.0 / size  # c
+        if not replacement and count > 1:
+            self.noise_share = (count - size) / (size * (count - 1))
+        self.members = None
+        if batches is not None:
+            self.members = self._draw(batches, samples.n_columns, seed, replacement)
+
+    def _draw(self, batches: int, columns: int, seed: int, replacement: bool) -> _Members:
+        shape, count = (batches, self.size), len(self.shares)
+        require_memory(32 * math.prod(shape), f"{batches} batches", self.shares.device)
+        generator = torch.Generator().manual_seed(seed)
+        if replacement:
+            places = math.prod(shape)
+            data = torch.multinomial(self.shares, places, replacement=True, generator=generator)
+        else:
+            orders = (torch.randperm(count, generator=generator) for _ in range(batches))
+            data = torch.cat([order[: self.size] for order in orders])
+        return _Members(data.view(shape), torch.randint(columns, shape, generator=generator))
+
+
+def _of(samples: GradientSamples, batches: _Batches, zero_mean: bool) -> GradientSamples:
+    if batches.members is not None:
+        found = _drawn(samples, batches.members)
+        found.independent = False  # they share the data: their spread is not that of new data
+        return found
+    shares = batches.shares.to(samples.device)
+    if zero_mean:
+        weights = shares / (batches.size * samples.n_columns)
+        return samples.with_tensors(samples.tensors, weights)
+    first = torch.zeros(samples.n_data, dtype=torch.long, device=samples.device)
+    mean = _as_samples(_weighted_sum(samples, shares, first), samples)
+    of_data = samples.with_tensors(samples.tensors, batches.noise_share * shares)
+    found = GradientSamples.stack([of_data, mean], [1.0, 1.0 - batches.noise_share])
+    found.independent = False
+    return found
+
+
+def _weighted_sum(samples: GradientSamples, shares: Tensor, columns: Tensor) -> Tensor:
+    """sum_i p_i G_ic with one column c for each datum, float64 [m, n]."""
+    m, n = samples.shape
+    total = torch.zeros(m, n, dtype=torch.float64, device=samples.device)
+    factored = isinstance(samples, FactoredSamples)
+    width = (samples.n_positions or 0) * (m + n) if factored else samples.n_columns * m * n
+    step = chunk_rows(width)
+    for start in range(0, samples.n_data, step):
+        part = slice(start, min(start + step, samples.n_data))
+        places = torch.arange(part.start, part.stop, device=samples.device)
+        if isinstance(samples, FactoredSamples):
+            d = samples.output_grads[places, columns[part]].double()
+            d = (shares[part, None, None] * d).flatten(0, 1)
+            total.addmm_(d.T, samples.inputs[part].double().flatten(0, 1))
+        else:
+            chosen = samples.matrices(part.start, part.stop)[places - start, columns[part]]
+            total += torch.einsum("k,kmn->mn", shares[part], chosen)
+    return total
+
+
+def _dtype(samples: GradientSamples) -> torch.dtype:
+    """Of the gradients, at least float32."""
+    held = next(tensor.dtype for tensor in samples.tensors if tensor.dtype.is_floating_point)
+    return torch.promote_types(held, torch.float32)
+
+
+def _as_samples(mean: Tensor, samples: GradientSamples) -> GradientSamples:
+    """mu as one draw: factored where all draws then take less memory than as matrices."""
+    dtype = _dtype(samples)
+    weight = torch.ones(1, dtype=torch.float64, device=mean.device)
+    if isinstance(samples, FactoredSamples):
+        left, values, right = torch.linalg.svd(mean, full_matrices=False)
+        rounding = torch.finfo(torch.float64).eps * max(mean.shape)
+        rank = max(1, int((values > rounding * values[0]).sum()))
+        if max(samples.n_positions, rank) * sum(mean.shape) <= mean.numel():
+            root = values[:rank].sqrt()
+            d, a = (left[:, :rank] * root).T, root[:, None] * right[:rank]
+            return FactoredSamples(d[None, None].to(dtype), a[None].to(dtype), weight)
+    return MatrixSamples(mean[None, None].to(dtype), weight)
+
+
+def _drawn(samples: GradientSamples, members: _Members) -> GradientSamples:
+    """The mean gradients of the batches, weight 1/M each."""
+    data, columns = members.data.to(samples.device), members.columns.to(samples.device)
+    (count, size), (m, n) = data.shape, samples.shape
+    weights = torch.full((count,), 1.0 / count, dtype=torch.float64, device=samples.device)
+    dtype = _dtype(samples)
+    positions = size * (samples.n_slots or 0)
+    width = n + 1 if isinstance(samples, EmbeddingSamples) else m + n
+    factored = 0 < positions * width <= m * n
+    elements = positions * width if factored else m * n
+    what = f"{count} mean gradients of batches of {size}"
+    require_memory(count * elements * dtype.itemsize, what, samples.device)
+    if isinstance(samples, EmbeddingSamples) and factored:
+        d = samples.output_grads[data, columns].flatten(1, 2) / size
+        tokens = samples.tokens[data].flatten(1, 2)
+        return EmbeddingSamples(tokens, d[:, None], samples.vocabulary, weights)
+    if isinstance(samples, FactoredSamples) and factored:
+        d = samples.output_grads[data, columns].flatten(1, 2) / size
+        return FactoredSamples(d[:, None], samples.inputs[data].flatten(1, 2), weights)
+    values = torch.empty(count, 1, m, n, dtype=dtype, device=samples.device)
+    shares = torch.full((size,), 1.0 / size, dtype=torch.float64, device=samples.device)
+    for batch in range(count):
+        values[batch, 0] = _weighted_sum(samples.subset(data[batch]), shares, columns[batch])
+    return MatrixSamples(values, weights)

@@ -1,1 +1,0 @@
-"""Three exact ways to the same numbers: sample space, parameter space, dense."""

@@ -1,0 +1,1 @@
+"""kronecker_probe/operators/second_moment/kernels."""

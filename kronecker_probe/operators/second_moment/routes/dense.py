@@ -1,0 +1,106 @@
+"""Dense: the rearranged m^2 x n^2 matrix R(H), for small layers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.gradients.samples.base import FactoredSamples
+from kronecker_probe.linalg.golub_kahan import SingularTriples, leading_triples
+from kronecker_probe.linalg.gram import chunk_rows
+from kronecker_probe.linalg.memory import require_memory
+from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor
+from kronecker_probe.operators.second_moment.routes.base import LeadingProduct, Route
+from kronecker_probe.operators.structures.dense import project_rearranged, rearrange, restore
+
+
+@final
+class DenseSpace(Route):
+    """R(H) in R^{m^2 x n^2}, formed once; everything else is read off it."""
+
+    name: ClassVar[str] = "dense"
+
+    @cached_property
+    def rearranged(self) -> Tensor:
+        """R(H), float64 [m^2, n^2]."""
+        m, n = self.shape
+        require_memory(8 * (m * n) ** 2, f"R(H), {m * m} x {n * n},", self.weights.device)
+        if isinstance(self.samples, FactoredSamples) and self.samples.n_positions == 1:
+            return self._from_factors(self.samples)
+        out = torch.zeros(m * n, m * n, dtype=torch.float64, device=self.weights.device)
+        step = chunk_rows(self.samples.n_columns * m * n)
+        for i in range(0, self.samples.n_data, step):
+            g = self.samples.matrices(i, i + step).flatten(2)
+            weighted = (g * self.weights[i : i + step, None, None]).flatten(0, 1)
+            out.addmm_(g.flatten(0, 1).T, weighted)
+        return rearrange(out, self.shape)
+
+    def _from_factors(self, samples: FactoredSamples) -> Tensor:
+        """sum_i w_i vec(S_i) vec(a_i a_i^T)^T, C times fewer products than through H."""
+        m, n = self.shape
+        out = torch.zeros(m * m, n * n, dtype=torch.float64, device=self.weights.device)
+        step = chunk_rows(m * m + n * n)
+        for i in range(0, samples.n_data, step):
+            d = samples.output_grads[i : i + step, :, 0].double()
+            a = samples.inputs[i : i + step, 0].double()
+            left = (d.mT @ d * self.weights[i : i + step, None, None]).flatten(1)
+            right = (a[:, :, None] * a[:, None]).flatten(1)
+            out.addmm_(left.T, right)
+        return out
+
+    def to_dense(self) -> Tensor:
+        """H, float64 [mn, mn]."""
+        return restore(self.rearranged, self.shape)
+
+    def norm_squared(self) -> float:
+        return float(torch.linalg.vector_norm(self.rearranged).square())
+
+    def left_step(self, right: Factor | None) -> MatrixFactor:
+        matrix = self._identity(self.shape[1]) if right is None else right.matrix
+        return MatrixFactor((self.rearranged @ matrix.reshape(-1)).view(2 * self.shape[:1]))
+
+    def right_step(self, left: Factor | None) -> MatrixFactor:
+        matrix = self._identity(self.shape[0]) if left is None else left.matrix
+        return MatrixFactor((self.rearranged.T @ matrix.reshape(-1)).view(2 * self.shape[1:]))
+
+    def _identity(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64, device=self.weights.device)
+
+    def factor_inner(self, left: Factor, right: Factor) -> float:
+        return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))
+
+    def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
+        projected = project_rearranged(self.rearranged, left.vectors, right.vectors)
+        return projected.clamp_min(0)  # a sum of squares, but for the rounding of differences
+
+    def leading(self) -> LeadingProduct:
+        found = leading_triples(
+            forward=lambda v: self.rearranged @ v,
+            adjoint=lambda u: self.rearranged.T @ u,
+            start=self.rearranged.T @ self.left.matrix.reshape(-1),
+        )
+        return _matrix_product(found) or self.void()
+
+    def spectrum(self, k: int | None) -> Tensor:
+        values: Tensor = torch.linalg.svdvals(self.rearranged)
+        if self.samples.n_positions == 1:  # the rank of R(H) is at most N
+            values = values[: self.samples.n_data]
+        return values.cpu()[:k]
+
+
+def _matrix_product(found: SingularTriples) -> LeadingProduct | None:
+    """The leading product from vec(U_1) and vec(V_1), both PSD by sign; None for H = 0."""
+    if found.leading_value == 0.0:
+        return None
+    left, right = _psd_factor(found.left[:, 0]), _psd_factor(found.right[:, 0])
+    return LeadingProduct(found.leading_value, left, right, found.rounds, found.residual)
+
+
+def _psd_factor(vector: Tensor) -> MatrixFactor:
+    size = round(len(vector) ** 0.5)
+    matrix = vector.reshape(size, size)
+    matrix = 0.5 * (matrix + matrix.T)
+    return MatrixFactor(matrix * torch.sign(matrix.diagonal().sum()))

@@ -1,0 +1,145 @@
+"""Several leading Kronecker terms of R(H), on any route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronecker_probe.linalg.golub_kahan import Map, SingularTriples, Space, repeated_triples
+from kronecker_probe.linalg.symmetric import Packing
+from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
+from kronecker_probe.operators.second_moment.routes.base import Route
+from kronecker_probe.operators.second_moment.routes.parameter_space import ParameterSpace
+from kronecker_probe.operators.second_moment.routes.sample_space import SampleSpace
+
+
+@dataclass(frozen=True)
+class LeadingTerm:
+    """A singular triple of R(H): sigma * left kron right is its term.
+
+    Attributes:
+        singular_value: sigma.
+        left: U, unit Frobenius norm; symmetric, or skew-symmetric with ``right``.
+        right: V likewise.
+        skew: Whether both are skew-symmetric.
+    """
+
+    singular_value: float
+    left: Factor
+    right: Factor
+    skew: bool
+
+
+@dataclass(frozen=True)
+class LeadingTerms:
+    """The leading terms, by descending singular value, and how they were found."""
+
+    terms: tuple[LeadingTerm, ...]
+    rounds: int
+    residual: float
+
+
+def leading_terms(route: Route, k: int) -> LeadingTerms:
+    """The k leading terms, fewer where R(H) has a smaller rank.
+
+    R(H) takes symmetric matrices to symmetric ones and skew to skew, and both kinds are solved
+    by themselves. On unshared factored draws a skew image is zero.
+    """
+    symmetric = _solve(_coordinates(route, 1), k, 0.0)
+    found = [symmetric]
+    unshared = route.samples.n_positions == 1
+    if not unshared and min(route.shape) > 1:
+        values = [term.singular_value for term in symmetric.terms]
+        found.append(_solve(_coordinates(route, -1), k, values[k - 1] if len(values) >= k else 0.0))
+    terms = sorted(
+        (term for one in found for term in one.terms), key=lambda term: -term.singular_value
+    )
+    return LeadingTerms(
+        tuple(terms[:k]), sum(one.rounds for one in found), max(one.residual for one in found)
+    )
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """R(H) / scale in coordinates of one parity, and what vectors of coordinates stand for."""
+
+    forward: Map
+    adjoint: Map
+    draw: Callable[[torch.Generator], Tensor]
+    factors: tuple[Callable[[Tensor], Factor], Callable[[Tensor], Factor]]
+    spaces: tuple[Space | None, Space | None]
+    scale: float
+    skew: bool
+
+
+def _solve(coordinates: _Coordinates, k: int, floor: float) -> LeadingTerms:
+    triples: SingularTriples = repeated_triples(
+        coordinates.forward,
+        coordinates.adjoint,
+        coordinates.draw,
+        k,
+        left_space=coordinates.spaces[0],
+        right_space=coordinates.spaces[1],
+        floor=floor / coordinates.scale if coordinates.scale > 0 else 0.0,
+    )
+    terms = []
+    for sigma, u, v in zip(triples.values.tolist(), triples.left.T, triples.right.T, strict=True):
+        left, right = coordinates.factors[0](u), coordinates.factors[1](v)
+        terms.append(LeadingTerm(sigma * coordinates.scale, left, right, coordinates.skew))
+    return LeadingTerms(tuple(terms), triples.rounds, triples.residual)
+
+
+def _coordinates(route: Route, sign: int) -> _Coordinates:
+    if isinstance(route, SampleSpace):
+        return _of_samples(route)
+    (m, n), device = route.shape, route.weights.device
+    left, right = Packing(m, device, sign), Packing(n, device, sign)
+
+    def forward(v: Tensor) -> Tensor:
+        matrix = right.unpack(v)
+        if isinstance(route, ParameterSpace):
+            return left.pack(route.kernels.left_step(matrix, sign))
+        return left.pack(route.left_step(MatrixFactor(matrix)).matrix)
+
+    def adjoint(u: Tensor) -> Tensor:
+        matrix = left.unpack(u)
+        if isinstance(route, ParameterSpace):
+            return right.pack(route.kernels.right_step(matrix, sign))
+        return right.pack(route.right_step(MatrixFactor(matrix)).matrix)
+
+    return _Coordinates(
+        forward,
+        adjoint,
+        lambda generator: _noise(len(right), generator).to(device),
+        (lambda u: MatrixFactor(left.unpack(u)), lambda v: MatrixFactor(right.unpack(v))),
+        (None, None),
+        1.0,
+        sign < 0,
+    )
+
+
+def _of_samples(route: SampleSpace) -> _Coordinates:
+    b = route.balanced
+    return _Coordinates(
+        _unchanged,
+        _unchanged,
+        lambda generator: b.kd @ _noise(len(b.root), generator).to(b.kd.device),
+        (
+            lambda u: SampleFactor(route.outputs, b.s * u),
+            lambda v: SampleFactor(route.inputs, b.t * v),
+        ),
+        (Space(b.kd), Space(b.ka)),
+        b.scale,
+        False,
+    )
+
+
+def _unchanged(dual: Tensor) -> Tensor:
+    return dual
+
+
+def _noise(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=generator)

@@ -1,0 +1,1 @@
+"""kronecker_probe/optim/layers."""

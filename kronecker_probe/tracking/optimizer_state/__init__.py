@@ -1,0 +1,1 @@
+"""kronecker_probe/tracking/optimizer_state."""

@@ -1,0 +1,153 @@
+"""SOAP (arXiv 2409.11321): Adam's division in the eigenbasis of Shampoo."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kronecker_probe.errors import UnsupportedError
+from kronecker_probe.linalg.memory import available_bytes
+from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.structures.diagonal import DiagonalOperator
+from kronecker_probe.operators.structures.eigen import EigenOperator
+from kronecker_probe.tracking.optimizer_state.reader import Held
+
+_SIDES = ("Q_L", "Q_R")
+
+
+def looks_like(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether the state of the parameter, or of any other, is laid out like SOAP's."""
+    states = [optimizer.state.get(parameter), *optimizer.state.values()]
+    return any(
+        isinstance(state, dict) and "exp_avg_sq" in state and ("Q" in state or _SIDES[0] in state)
+        for state in states
+    )
+
+
+def soap(held: Held) -> Operator:
+    r"""P = (Q_L kron Q_R) diag(d^2) (Q_L kron Q_R)^T with the denominators d of the step.
+
+    ``exp_avg_sq`` is v, the second moment in the bases Q. Two conventions are known:
+
+    - authors' code and pytorch_optimizer: d = (sqrt(v) + eps) / sqrt(1 - beta2^t);
+    - Emerging-Optimizers: d = sqrt(v / (1 - beta2^t)) + eps;
+
+    both with d = sqrt(v) + eps where ``correct_bias`` is False. A dimension without a basis
+    (None or empty) is the identity. M is the first moment, over 1 - beta1^t, in the coordinates
+    of the parameter.
+
+    Raises:
+        UnsupportedError: No eigenbasis or second moment yet, bases for another view of the
+            parameter than m x n (merged, blocked or more dimensions), bases that are not
+            orthonormal, or an optimizer of another convention.
+    """
+    bases = _bases(held)
+    steps = held.steps()
+    moment = held.tensor("exp_avg_sq")
+    if bool((moment < 0).any()):
+        raise UnsupportedError(f"the rotated second moment of {held.kind} is negative in places")
+    if not bool(moment.any()):
+        raise UnsupportedError(
+            f"the second moment of {held.kind} is zero: no step with a gradient was taken yet"
+        )
+    squared = held.squared(_denominator(held, moment, steps)).reshape(held.matrix_shape)
+    left, right = bases
+    if left is None and right is None:
+        return DiagonalOperator(squared)
+    sides = [
+        _identity(held, size) if basis is None else basis.double()
+        for basis, size in zip(bases, held.matrix_shape, strict=True)
+    ]
+    return EigenOperator(sides[0], sides[1], squared, exact=True)
+
+
+def _denominator(held: Held, moment: Tensor, steps: int) -> Tensor:
+    epsilon, optimizer = float(held.option("eps")), held.optimizer
+    group = held.group
+    # Bases and moments look the same in every code; the options tell which one it is.
+    # Emerging-Optimizers moved its options from the group to the optimizer.
+    if "max_update_rms" in group or hasattr(optimizer, "max_update_rms"):
+        corrects = group.get("correct_bias", getattr(optimizer, "correct_bias", None))
+        inside = False
+    elif _authors_options(held):
+        corrects, inside = group["correct_bias"], True
+    else:
+        corrects, inside = None, False
+    if not isinstance(corrects, bool):
+        raise UnsupportedError(
+            f"{held.kind} has the state of SOAP, but not the options of the authors' code, "
+            "pytorch_optimizer or Emerging-Optimizers: how it corrects the bias of its second "
+            "moment is not known"
+        )
+    correction = held.bias_correction(steps) if corrects else 1.0
+    if inside:
+        return moment.sqrt().add_(epsilon).div_(math.sqrt(correction))
+    return moment.div(correction).sqrt_().add_(epsilon)
+
+
+def _authors_options(held: Held) -> bool:
+    """Whether the group is that of the authors' code or pytorch_optimizer."""
+    names = held.group.keys()
+    limits = {"max_precond_dim", "max_precondition_dim"}
+    # a variant with "warmup_steps" corrects the averages themselves, and takes max(sqrt(v), eps)
+    return "correct_bias" in names and bool(limits & names) and "warmup_steps" not in names
+
+
+def _bases(held: Held) -> tuple[Tensor | None, Tensor | None]:
+    """Q_L [m, m] and Q_R [n, n], None where the side is the identity."""
+    state = held.state
+    if "Q" not in state and _SIDES[0] not in state:
+        raise UnsupportedError(f"{held.kind} holds no eigenbasis for this parameter yet")
+    if "Q" not in state and _SIDES[1] not in state:
+        raise UnsupportedError(f'{held.kind} holds "Q_L" without "Q_R" for this parameter')
+    given = state["Q"] if "Q" in state else [state[side] for side in _SIDES]
+    if given is None:
+        raise UnsupportedError(f"{held.kind} holds no eigenbasis for this parameter yet")
+    if not isinstance(given, (list, tuple)):
+        raise UnsupportedError(
+            f'the "Q" that {held.kind} holds is a {type(given).__name__}, not a list of bases'
+        )
+    absent = [basis is None or len(basis) == 0 for basis in given]
+    if all(absent):
+        return None, None
+    if held.parameter.ndim != 2 or len(given) != 2:
+        raise UnsupportedError(
+            f"{held.kind} holds {len(given)} bases for a parameter of shape "
+            f"{list(held.parameter.shape)}; two for a matrix can be read (turn the merging of "
+            "dimensions off, or do not measure this layer)"
+        )
+    left, right = (
+        None if none else _checked_basis(held, basis, size)
+        for basis, none, size in zip(given, absent, held.matrix_shape, strict=True)
+    )
+    return left, right
+
+
+def _checked_basis(held: Held, basis: object, size: int) -> Tensor:
+    checked = held.checked("eigenbasis", basis, (size, size))
+    vectors = checked.double()
+    residual = float((vectors.mT @ vectors).sub_(_eye(size, vectors.device)).abs().max())
+    if residual > math.sqrt(torch.finfo(checked.dtype).eps):
+        raise UnsupportedError(
+            f"the eigenbasis [{size}, {size}] that {held.kind} holds is not orthonormal: "
+            f"Q^T Q differs from I by {residual:.3g}"
+        )
+    return checked
+
+
+def _identity(held: Held, size: int) -> Tensor:
+    needed = 8 * size**2
+    device = held.parameter.device
+    if needed > available_bytes(device) // 2:
+        raise UnsupportedError(
+            f"a side of {size} without a basis is the identity, which would take "
+            f"{needed / 1e9:.1f} GB; do not measure this layer"
+        )
+    return _eye(size, device)
+
+
+def _eye(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=device)
