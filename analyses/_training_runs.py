@@ -110,7 +110,7 @@ def _tracker(workload: Workload, optimizer: Optimizer, length: Length, probes: i
         optimizer=optimizer,
         every=[length.steps * k // probes for k in range(1, probes + 1)],
         probe=workload.probe(length.probe_size),  # the same data for all methods and seeds
-        draws=workload.draws,
+        target=workload.target,
         layers=matrices(workload.model),
         approximations="identity",
         metrics="cosine",

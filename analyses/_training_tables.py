@@ -37,7 +37,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def cosines(table: pd.DataFrame) -> pd.Series:
     """What each method divides by, scored: a number a probed matrix, step and seed."""
     keys = ["workload", "method", "seed", "step", "parameter"]
-    measured = np.where(table["method"] == "SGD", "cosine_identity", "cosine_live")
+    measured = np.where(table["method"] == "SGD", "cosine_identity", "cosine_in_use")
     return table[table["measured"] == measured].set_index(keys)["value"]
 
 

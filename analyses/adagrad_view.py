@@ -10,7 +10,7 @@ by beta2 = 0.99. A window of its last 500 gradients with the same decay (it leav
 average's weight) holds H_Ada; H_GN is exact, on a fixed part of the training set.
 
 The table (adagrad_view.csv) has one cosine a row, for each seed, step and parameter: of an
-``approximation`` built from the ``target`` "gn" or "ada" to that target; of the "live" operator,
+``approximation`` built from the ``target`` "gn" or "ada" to that target; of the "in-use" operator,
 which the optimizer holds, to each; and, as approximation "other", of the two targets to each
 other.
 """
@@ -102,7 +102,7 @@ def compare(pair: dict[str, kp.GradientSamples], live: Any) -> Iterator[Row]:
     moments = {target: kp.SecondMoment(samples) for target, samples in pair.items()}
     for target, H in moments.items():
         operators = {name: kp.approximate(H, name) for name in APPROXIMATIONS}
-        for name, P in (operators | {"live": live}).items():
+        for name, P in (operators | {"in-use": live}).items():
             cosine = kp.cosine_similarity(H, P)
             yield {"target": target, "approximation": name, "cosine": cosine}
     between = kp.cosine_similarity(moments["gn"], moments["ada"])
@@ -133,7 +133,7 @@ def draw(table: pd.DataFrame) -> Figure:
         for ax, (target, name) in zip(grid[:2, column], TARGETS.items(), strict=True):
             ax.set_title(f"{layer}: cosine to {name}", fontsize=9, loc="left")
             rows = one[one["target"] == target]
-            for approximation in (*APPROXIMATIONS, "live"):
+            for approximation in (*APPROXIMATIONS, "in-use"):
                 look = style(approximation)
                 _line(ax, rows, approximation, look, short(approximation))
         ax = grid[2, column]

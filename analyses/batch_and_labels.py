@@ -36,7 +36,7 @@ from kronecker_probe.plots.panels import GREY, Panels
 from kronecker_probe.workloads import load_workload
 
 NAME, WORKLOAD = "batch_and_labels", "digits-mlp"
-DRAWS = {"true": "empirical-fisher", "sampled": "fisher"}
+CAPTURE_TARGETS = {"true": "empirical-fisher", "sampled": "fisher"}
 # Okabe and Ito's vermillion and blue, with markers that differ, too
 LOOKS = {"true": ("#d55e00", "^"), "sampled": ("#0072b2", "o")}
 
@@ -101,9 +101,9 @@ def stage(workload: kp.Workload, seed: int, preset: Preset) -> Iterator[Row]:
     """All cosines to H_GN at the weights as they are."""
     model, loss_fn, data = workload.model, workload.loss_fn, workload.probe(preset.data, seed)
 
-    def captured(draws: str, label_draws: int = 1) -> kp.Capture:
+    def captured(target: str, label_draws: int = 1) -> kp.Capture:
         return kp.capture(
-            model, loss_fn, data, draws, workload.layers, seed=seed, label_draws=label_draws
+            model, loss_fn, data, target, workload.layers, seed=seed, label_draws=label_draws
         )
 
     targets = {name: kp.SecondMoment(one) for name, one in captured("ggn").items()}
@@ -111,7 +111,7 @@ def stage(workload: kp.Workload, seed: int, preset: Preset) -> Iterator[Row]:
         for how, approximation in (("best", "optimal"), ("single", "shampoo-squared")):
             cosine = kp.cosine_similarity(H, kp.approximate(H, approximation))
             yield {"parameter": name, "how": how, "cosine": cosine}
-    for labels, draws in DRAWS.items():
+    for labels, draws in CAPTURE_TARGETS.items():
         samples = captured(draws, preset.label_draws if labels == "sampled" else 1)
         plans: list[tuple[str, int, int | None]] = [("exact", size, None) for size in preset.sizes]
         plans += [("drawn", size, preset.batches) for size in preset.drawn_sizes]

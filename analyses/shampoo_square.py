@@ -54,7 +54,7 @@ RATIOS = {
 }
 TITLES = {"digits-logistic": "logistic regression, digits 3 and 8", "digits-mlp": "MLP, ten digits"}
 ACCURACY = 0.9  # the first step with so much on the training set is marked
-KEYS = ["workload", "seed", "n_data", "parameter", "step"]
+KEYS = ["workload", "seed", "n_examples", "parameter", "step"]
 
 Row = dict[str, Any]
 
@@ -111,7 +111,7 @@ def run(name: str, seed: int, preset: Preset) -> Iterator[Row]:
         if step in probed:
             for size in sizes:
                 data = workload.probe(size, seed)
-                shared = {"workload": name, "seed": seed, "n_data": len(data[1]), "step": step}
+                shared = {"workload": name, "seed": seed, "n_examples": len(data[1]), "step": step}
                 samples = kp.capture(model, loss_fn, data, "ggn", workload.layers)
                 yield from (shared | row for row in measure(samples))
 
@@ -154,12 +154,12 @@ def _overlap(A: Tensor, B: Tensor) -> float:
 
 def widest(table: pd.DataFrame) -> pd.DataFrame:
     """The rows measured on each workload's largest probe set."""
-    largest = table.groupby("workload")["n_data"].transform("max")
-    return table[table["n_data"] == largest]
+    largest = table.groupby("workload")["n_examples"].transform("max")
+    return table[table["n_examples"] == largest]
 
 
 def cosines(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per (workload, seed, n_data, parameter, step), a column per approximation."""
+    """A row per (workload, seed, n_examples, parameter, step), a column per approximation."""
     rows = table[table["metric"] == "cosine"]
     return rows.set_index([*KEYS, "approximation"])["value"].unstack("approximation")
 
@@ -218,7 +218,7 @@ def draw(table: pd.DataFrame) -> Figure:
         one = here[here["parameter"] == layer.parameter]
         size = f"{layer.parameter} ({layer.m:.0f} × {layer.n:.0f})"
         top.set_title(
-            f"{TITLES[layer.workload]}\n{size}, N = {layer.n_data}", fontsize=9, loc="left"
+            f"{TITLES[layer.workload]}\n{size}, N = {layer.n_examples}", fontsize=9, loc="left"
         )
         bottom.set_title(" ", fontsize=9)  # room for the line across the row
         for number, name in enumerate(APPROXIMATIONS):

@@ -36,7 +36,7 @@ class Problem:
 
     def draw(self, draws: str, layers: str = "*") -> kp.Capture:
         return kp.capture(
-            self.model, F.cross_entropy, (self.inputs, self.targets), draws=draws, layers=layers
+            self.model, F.cross_entropy, (self.inputs, self.targets), target=draws, layers=layers
         )
 
 

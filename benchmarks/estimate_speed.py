@@ -26,11 +26,11 @@ LAYERS = (
 )  # fmt: skip
 
 
-def layer(m: int, n: int, n_data: int, columns: int) -> kp.GradientSamples:
+def layer(m: int, n: int, n_examples: int, columns: int) -> kp.GradientSamples:
     """Draws with dependent factors."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(n_data, 1, n, generator=generator)
-    d = torch.randn(n_data, columns, 1, m, generator=generator) * a[:, None, :, :1].abs()
+    a = torch.randn(n_examples, 1, n, generator=generator)
+    d = torch.randn(n_examples, columns, 1, m, generator=generator) * a[:, None, :, :1].abs()
     return kp.GradientSamples.from_factors(d.to(device()), a.to(device()))
 
 
@@ -47,8 +47,8 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     print(f"Estimates beside plug-in numbers (goal {GOAL:g}x, closed forms); {environment()}")
     worst = 0.0
-    for m, n, n_data, columns in LAYERS:
-        samples = layer(m, n, n_data, columns)
+    for m, n, n_examples, columns in LAYERS:
+        samples = layer(m, n, n_examples, columns)
         contenders = {
             f"{which} {'both' if len(kinds) > 1 else 'plug-in'}": partial(
                 scored, samples, names, kinds
@@ -63,7 +63,7 @@ def main() -> None:
         }
         worst = max(worst, ratios["closed"])
         print(
-            f"  {m:4d} x {n:4d}, N = {n_data:4d}, C = {columns:2d}: closed forms plug-in "
+            f"  {m:4d} x {n:4d}, N = {n_examples:4d}, C = {columns:2d}: closed forms plug-in "
             f"{timed['closed plug-in'].median:.4f} s, both {timed['closed both'].median:.4f} s, "
             f"{ratios['closed']:.2f}x; fitted {timed['fitted plug-in'].median:.4f} s, both "
             f"{timed['fitted both'].median:.4f} s, {ratios['fitted']:.2f}x",

@@ -34,8 +34,8 @@ def main() -> None:
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
-    inputs = torch.randn(options.n_data, 64)
-    targets = torch.randint(0, 10, (options.n_data,))
+    inputs = torch.randn(options.n_examples, 64)
+    targets = torch.randint(0, 10, (options.n_examples,))
     loss_fn = nn.CrossEntropyLoss()
     weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
 
@@ -46,7 +46,7 @@ def main() -> None:
         operator.compute_kronecker_factors()
 
     def ours(*names: str) -> list[float]:
-        samples = kp.capture(model, loss_fn, (inputs, targets), draws="ggn")
+        samples = kp.capture(model, loss_fn, (inputs, targets), target="ggn")
         cosines = []
         for one in samples.values():
             target = kp.SecondMoment(one)
@@ -56,7 +56,7 @@ def main() -> None:
         return cosines
 
     def our_factors() -> None:
-        for one in kp.capture(model, loss_fn, (inputs, targets), draws="ggn").values():
+        for one in kp.capture(model, loss_fn, (inputs, targets), target="ggn").values():
             product = kp.approximate(kp.SecondMoment(one), "kfac")
             assert isinstance(product, kp.KroneckerOperator)
             _ = product.left, product.right
@@ -74,7 +74,9 @@ def main() -> None:
     except (AttributeError, TypeError) as error:
         print(f"  skipped: curvlinops {version} has another interface ({error})")
         return
-    print(f"  MLP 64-128-128-10, N = {options.n_data}, exact Gauss-Newton, curvlinops {version}")
+    print(
+        f"  MLP 64-128-128-10, N = {options.n_examples}, exact Gauss-Newton, curvlinops {version}"
+    )
     for name, timing in timed.items():
         print(f"    {1e3 * timing.median:8.1f} ms  {name}")
 

@@ -160,7 +160,7 @@ class Teacher(Population):
     Attributes:
         inputs: Their distribution.
         classes: m.
-        draws: "fisher" (a label sampled from the model) or "ggn" (the m exact columns).
+        target: "fisher" (a label sampled from the model) or "ggn" (the m exact columns).
         slope: Size of the logits.
         points: Radii and angles of the quadrature.
     """
@@ -169,7 +169,7 @@ class Teacher(Population):
     about: str
     inputs: Inputs
     classes: int = 10
-    draws: str = "fisher"
+    target: str = "fisher"
     slope: float = 1.5
     points: tuple[int, int] = (32, 48)
 
@@ -182,7 +182,7 @@ class Teacher(Population):
     def sample(self, count: int, generator: torch.Generator) -> kp.GradientSamples:
         x = self.inputs.sample(count, generator)
         p = self.probabilities(x)
-        if self.draws == "ggn":
+        if self.target == "ggn":
             return kp.GradientSamples.from_factors(softmax_columns(p), x[:, None])
         labels = torch.multinomial(p, 1, generator=generator)[:, 0]
         return kp.GradientSamples.from_factors(
@@ -320,7 +320,7 @@ POPULATIONS: dict[str, Population] = {
     one.name: one
     for one in (
         Teacher("teacher", "softmax teacher, normal inputs, fisher draws", GAUSSIAN),
-        Teacher("teacher-ggn", "the same, ggn: 10 columns a datum", GAUSSIAN, draws="ggn"),
+        Teacher("teacher-ggn", "the same, ggn: 10 columns a datum", GAUSSIAN, target="ggn"),
         Teacher("teacher-heavy", "softmax teacher, Student-t inputs, df = 5, fisher", HEAVY),
         Teacher(
             "teacher-clustered",

@@ -16,7 +16,7 @@ from kronecker_probe.tracking.training import Training, TrainingOptions
 from kronecker_probe.workloads import load_workload
 
 
-def train(steps: int, draws: str, probes: int) -> list[Tensor]:
+def train(steps: int, target: str, probes: int) -> list[Tensor]:
     """The demo as ``kronecker-probe track digits-mlp`` runs it, checkpoints included."""
     workload = load_workload("digits-mlp", 0)
     options = TrainingOptions(
@@ -25,7 +25,7 @@ def train(steps: int, draws: str, probes: int) -> list[Tensor]:
         lr=workload.lr,
         probes=probes,
         spacing="early",
-        draws=draws,
+        target=target,
         layers=workload.layers,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -46,8 +46,8 @@ def main() -> None:
         f"of {DEFAULT_WINDOW} gradients); {environment()}"
     )
     contenders = {
-        draws: lambda draws=draws: train(options.steps, draws, options.probes)
-        for draws in ("ggn", "trajectory")
+        target: lambda target=target: train(options.steps, target, options.probes)
+        for target in ("ggn", "trajectory")
     }
     timed = interleaved(contenders, options.repetitions)
     same = all(map(torch.equal, *(run() for run in contenders.values())))

@@ -98,7 +98,7 @@ def main() -> None:
     batch = windows(options.sequences, torch.Generator().manual_seed(1))
     forget_peak()
     begun, busy_before = time.perf_counter(), time.process_time()
-    captured = kp.capture(model, loss_fn, batch, draws="fisher", layers=options.layers)
+    captured = kp.capture(model, loss_fn, batch, target="fisher", layers=options.layers)
     held = sum(one.nbytes for one in captured.values()) / 1e9
     peak = resident("VmHWM")
     print(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kronecker_probe import errors as errors
     from kronecker_probe import optim as optim
+    from kronecker_probe import plots as plots
     from kronecker_probe.approximations import APPROXIMATIONS as APPROXIMATIONS
     from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS as DEFAULT_APPROXIMATIONS
     from kronecker_probe.approximations import approximate as approximate
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         KroneckerOperator as KroneckerOperator,
     )
     from kronecker_probe.operators.structures.kronecker_sum import KroneckerSum as KroneckerSum
-    from kronecker_probe.plots import run as plots
     from kronecker_probe.quality.compare import compare as compare
     from kronecker_probe.quality.estimates.api import estimate as estimate
     from kronecker_probe.quality.estimates.api import samples_needed as samples_needed
@@ -123,7 +123,7 @@ _PUBLIC = {
     "RunStore": "tracking.run_directory.store",
     "Workload": "workloads",
     "optim": "optim",
-    "plots": "plots.run",
+    "plots": "plots",
     "errors": "errors",
 }
 

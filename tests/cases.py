@@ -60,8 +60,12 @@ class Case:
 
     @cached_property
     def weights(self) -> Array:
-        n_data = len(self.G)
-        return np.full(n_data, 1 / n_data) if self.given_weights is None else self.given_weights
+        n_examples = len(self.G)
+        return (
+            np.full(n_examples, 1 / n_examples)
+            if self.given_weights is None
+            else self.given_weights
+        )
 
     @cached_property
     def H(self) -> Array:
@@ -140,7 +144,7 @@ class Case:
 
 def matrices_case(
     name: str,
-    n_data: int,
+    n_examples: int,
     m: int,
     n: int,
     columns: int | None = None,
@@ -149,12 +153,12 @@ def matrices_case(
 ) -> Case:
     rng = np.random.default_rng(seed)
     blocks = () if columns is None else (columns,)
-    return Case(name, matrices=rng.standard_normal((n_data, *blocks, m, n)), **options)
+    return Case(name, matrices=rng.standard_normal((n_examples, *blocks, m, n)), **options)
 
 
 def factors_case(
     name: str,
-    n_data: int,
+    n_examples: int,
     m: int,
     n: int,
     columns: int | None = None,
@@ -167,14 +171,16 @@ def factors_case(
     middle = () if positions is None else (positions,)
     blocks = () if columns is None else (columns,)
     # a shared part makes H far from white, as gradients are, and its eigenvalues distinct
-    d = rng.standard_normal((n_data, *blocks, *middle, m)) * np.linspace(2, 0.5, m)
-    a = rng.standard_normal((n_data, *middle, n)) + np.linspace(0.2, 1.0, n)
+    d = rng.standard_normal((n_examples, *blocks, *middle, m)) * np.linspace(2, 0.5, m)
+    a = rng.standard_normal((n_examples, *middle, n)) + np.linspace(0.2, 1.0, n)
     return Case(name, output_grads=d, inputs=a, **options)
 
 
-def rank_deficient(n_data: int, m: int, n: int, rank: int, positions: int | None = None) -> Case:
+def rank_deficient(
+    n_examples: int, m: int, n: int, rank: int, positions: int | None = None
+) -> Case:
     """Output gradients and inputs in proper subspaces, so that L, R and H are singular."""
-    full = factors_case("", n_data, m, n, positions=positions, seed=5)
+    full = factors_case("", n_examples, m, n, positions=positions, seed=5)
     rng = np.random.default_rng(6)
     assert full.output_grads is not None
     assert full.inputs is not None
@@ -199,8 +205,8 @@ def with_zero_rows(case: Case) -> Case:
     return case.with_(output_grads=d, inputs=a)
 
 
-def _weights(n_data: int, zeros: bool = False) -> Array:
-    weights = np.linspace(0.1, 1.7, n_data)
+def _weights(n_examples: int, zeros: bool = False) -> Array:
+    weights = np.linspace(0.1, 1.7, n_examples)
     if zeros:
         weights[::3] = 0
     return weights

@@ -27,9 +27,9 @@ def as_blocks(output_grads: Array, inputs: Array) -> tuple[Array, Array]:
 def columns(output_grads: Array, inputs: Array) -> Array:
     """``G_ic = sum_t d_ict a_it^T``, as ``[N, C, m, n]``, one outer product at a time."""
     d, a = as_blocks(output_grads, inputs)
-    n_data, n_columns, n_positions, m = d.shape
-    G = np.zeros((n_data, n_columns, m, a.shape[-1]))
-    for i in range(n_data):
+    n_examples, n_columns, n_positions, m = d.shape
+    G = np.zeros((n_examples, n_columns, m, a.shape[-1]))
+    for i in range(n_examples):
         for c in range(n_columns):
             for t in range(n_positions):
                 G[i, c] += np.outer(d[i, c, t], a[i, t])

@@ -116,16 +116,16 @@ class SmallModel:
             torch.manual_seed(seed)
             return self.build().double().eval()
 
-    def inputs(self, n_data: int = N, seed: int = 1) -> Tensor:
+    def inputs(self, n_examples: int = N, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        shape = (n_data, *self.shape)
+        shape = (n_examples, *self.shape)
         if self.vocabulary:
             return torch.randint(self.vocabulary, shape, generator=generator)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def batch(self, kind: str, n_data: int = N, seed: int = 2) -> tuple[Tensor, Tensor]:
+    def batch(self, kind: str, n_examples: int = N, seed: int = 2) -> tuple[Tensor, Tensor]:
         """Inputs, and targets of ``kind`` "cross-entropy" or "mse"."""
-        inputs = self.inputs(n_data)
+        inputs = self.inputs(n_examples)
         with torch.no_grad():
             outputs = self.reference(self.model())(inputs)
         generator = torch.Generator().manual_seed(seed)
@@ -348,7 +348,7 @@ _MIXING = (
     ),
     SmallModel(
         "part of the batch", lambda: three(routed), (3,),
-        skipped={"b.*": r"gives \[2, 4\] for a batch of 4 data"}, coupled=True,
+        skipped={"b.*": r"gives \[2, 4\] for a batch of 4 examples"}, coupled=True,
     ),
 )  # fmt: skip
 

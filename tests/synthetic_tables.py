@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 APPROXIMATIONS = (
-    "optimal", "shampoo-squared", "kfac", "shampoo", "eigen-corrected", "diagonal", "live",
+    "optimal", "shampoo-squared", "kfac", "shampoo", "eigen-corrected", "diagonal", "in-use",
 )  # fmt: skip
 COLUMNS = (
-    "step", "parameter", "m", "n", "n_data", "n_columns", "n_positions", "draws", "approximation",
-    "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note",
+    "step", "parameter", "m", "n", "n_examples", "n_columns", "n_positions", "target",
+    "approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note",
 )  # fmt: skip
 NO_LIVE = "no preconditioner yet: first refresh at step 10"
 
@@ -23,8 +23,8 @@ def frame(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(
         [{name: row.get(name) for name in COLUMNS} for row in rows], columns=COLUMNS
     )
-    whole = ["m", "n", "n_data", "n_columns", "n_positions", "index"]
-    text = ["parameter", "draws", "approximation", "metric", "kind", "note"]
+    whole = ["m", "n", "n_examples", "n_columns", "n_positions", "index"]
+    text = ["parameter", "target", "approximation", "metric", "kind", "note"]
     return table.astype(
         {"step": "int64"}
         | dict.fromkeys(["value", "stderr", "low", "high", "n_eff"], "float64")
@@ -37,15 +37,15 @@ def quality(
     step: int, parameter: str, scores: dict[str, float], **more: object
 ) -> list[dict[str, object]]:
     """The rows that a probe writes for one parameter: approximation -> cosine."""
-    common = {"step": step, "parameter": parameter, "m": 64, "n": 128, "n_data": 512,
-              "n_columns": 10, "n_positions": 1, "draws": "ggn"} | more  # fmt: skip
+    common = {"step": step, "parameter": parameter, "m": 64, "n": 128, "n_examples": 512,
+              "n_columns": 10, "n_positions": 1, "target": "ggn"} | more  # fmt: skip
     rows: list[dict[str, object]] = []
     for approximation, cosine in scores.items():
         row = common | {"approximation": approximation, "kind": "plugin"}
         error = math.sqrt(max(0.0, 1 - cosine**2)) if cosine == cosine else math.nan
         rows += [row | {"metric": "cosine", "value": cosine},
                  row | {"metric": "best_scale_error", "value": error}]  # fmt: skip
-        if approximation != "live":
+        if approximation != "in-use":
             rows += [row | {"metric": "relative_error", "value": error * 1.05},
                      row | {"metric": "best_scale", "value": cosine}]  # fmt: skip
     return rows
@@ -56,7 +56,8 @@ def estimated(
 ) -> list[dict[str, object]]:
     """Cosines with population estimates, each plug-in number ``less`` below its estimate."""
     common: dict[str, object] = {"step": step, "parameter": parameter, "m": 64, "n": 128,
-                                 "n_data": 512, "draws": "ggn", "metric": "cosine"}  # fmt: skip
+                                 "n_examples": 512, "target": "ggn",
+                                 "metric": "cosine"}  # fmt: skip
     rows: list[dict[str, object]] = []
     for name, value in cosines.items():
         row = common | {"approximation": name}
@@ -70,7 +71,7 @@ def spectrum(
     step: int, parameter: str, values: Sequence[float], norm: float
 ) -> list[dict[str, object]]:
     """The rows about a parameter's target: its norm and its Kronecker singular values."""
-    row = {"step": step, "parameter": parameter, "m": 64, "n": 128, "draws": "ggn"}
+    row = {"step": step, "parameter": parameter, "m": 64, "n": 128, "target": "ggn"}
     return [
         row | {"metric": "norm", "value": norm},
         row | {"metric": "trace", "value": 3 * norm},
@@ -112,10 +113,10 @@ def probe(
         cosines = top - gaps + noise * (np.arange(7) > 0)
         scores = dict(zip(APPROXIMATIONS, cosines.tolist(), strict=True))
         if step < 10:
-            scores["live"] = math.nan
+            scores["in-use"] = math.nan
         part = quality(step, parameter, scores, m=64 + number)
         for row in part:
-            if row["approximation"] == "live" and step < 10:
+            if row["approximation"] == "in-use" and step < 10:
                 row["note"] = NO_LIVE
         rows += part
         decay = 10.0 ** (-np.arange(60) / (6 + 2 * number))

@@ -23,13 +23,13 @@ def run_of(
     for step, age in ages.items():
         row = {"parameter": layer, "step": step, "m": 4, "n": 4}
         rows.append(row | {"metric": "cosine", "approximation": "kfac", "value": 0.9,
-                           "kind": "plugin", "draws": "trajectory"})  # fmt: skip
+                           "kind": "plugin", "target": "trajectory"})  # fmt: skip
         for side in (0, 1):
             rows.append(row | {"metric": "steps_since_refresh", "index": side, "value": age})
             refreshes = step // period
             rows.append(row | {"metric": "refreshes", "index": side, "value": refreshes})
         if costs is not None:
-            rows.append(row | {"metric": "live_staleness", "value": costs[step]})
+            rows.append(row | {"metric": "in_use_staleness", "value": costs[step]})
     return rows
 
 

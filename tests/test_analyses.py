@@ -42,8 +42,8 @@ def test_every_layer_is_measured_once_at_every_probed_step(table: pd.DataFrame) 
     assert shampoo_square.log_steps(40, 5) == steps
     wide = shampoo_square.cosines(table)  # fails on duplicates
     expected = {
-        (workload, seed, n_data, parameter, step)
-        for (workload, parameter), seed, n_data, step in itertools.product(
+        (workload, seed, n_examples, parameter, step)
+        for (workload, parameter), seed, n_examples, step in itertools.product(
             LAYERS, range(TINY.seeds), TINY.probe_sizes, steps
         )
     }
@@ -82,7 +82,7 @@ def test_two_classes_make_h_a_kronecker_product(table: pd.DataFrame) -> None:
 
 
 def test_the_model_is_trained_between_probes(table: pd.DataFrame) -> None:
-    losses = table[table["metric"] == "loss"].groupby(["workload", "seed", "n_data"])["value"]
+    losses = table[table["metric"] == "loss"].groupby(["workload", "seed", "n_examples"])["value"]
     assert losses.agg(lambda along: along.iloc[-1] < along.iloc[0]).all()
 
 
@@ -128,8 +128,13 @@ def synthetic(gaps: dict[tuple[int, int], tuple[float, float]]) -> pd.DataFrame:
     """(seed, step) -> gaps of Shampoo^2 and Shampoo; a smaller probe set says otherwise."""
     rows = []
     for (seed, step), (square, own) in gaps.items():
-        for n_data, factor in ((100, 1.0), (50, 7.0)):
-            shared = {"workload": "w", "seed": seed, "n_data": n_data, "parameter": "a.weight"}
+        for n_examples, factor in ((100, 1.0), (50, 7.0)):
+            shared = {
+                "workload": "w",
+                "seed": seed,
+                "n_examples": n_examples,
+                "parameter": "a.weight",
+            }
             cosines = {
                 "optimal": 0.9,
                 "shampoo-squared": 0.9 - factor * square,
@@ -182,7 +187,7 @@ def test_the_figure_shows_the_medians_of_the_widest_probe_set(table: pd.DataFram
     figure = shampoo_square.draw(table)
     assert figure.get_suptitle().replace("\n", " ") == shampoo_square.headline(table)
     assert len(figure.axes) == 2 * len(LAYERS)
-    largest = table[table["n_data"] == max(TINY.probe_sizes)]
+    largest = table[table["n_examples"] == max(TINY.probe_sizes)]
     for ax, (workload, parameter) in zip(figure.axes, LAYERS, strict=False):
         here = largest[(largest["workload"] == workload) & (largest["parameter"] == parameter)]
         drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
@@ -240,7 +245,7 @@ def test_the_index_of_figures_tells_what_the_kept_table_says() -> None:
     assert shampoo_square.explanation(kept) in index
     wide = shampoo_square.cosines(kept)
     for name in ("shampoo-squared", "kfac"):
-        for n_data in (256, 1438):
-            chosen = wide.xs(n_data, level="n_data").loc["digits-mlp"]
+        for n_examples in (256, 1438):
+            chosen = wide.xs(n_examples, level="n_examples").loc["digits-mlp"]
             worst = (chosen["optimal"] - chosen[name]).groupby("seed").max()
             assert f"{worst.median():.3f} ({worst.min():.3f}–{worst.max():.3f})" in index

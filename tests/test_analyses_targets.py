@@ -51,7 +51,7 @@ def test_nothing_beats_the_optimal_product(batches: pd.DataFrame) -> None:
 def test_one_fresh_draw_of_the_whole_run_is_what_the_optimizer_holds(along: pd.DataFrame) -> None:
     """Every step is in the window, and the roots are refreshed at the measured steps."""
     ada = along[along["target"] == "ada"].set_index(["step", "parameter", "approximation"])
-    live, fresh = (ada["cosine"].unstack()[name] for name in ("live", "shampoo"))
+    live, fresh = (ada["cosine"].unstack()[name] for name in ("in-use", "shampoo"))
     assert (live - fresh).abs().max() < 1e-3
     between = along[along["approximation"] == adagrad_view.OTHER]
     assert len(between) == 2 * len(LAYERS)

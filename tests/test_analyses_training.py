@@ -86,7 +86,7 @@ def made_up(steps: dict[str, list[float]], cosine: dict[str, float]) -> pd.DataF
     rows: list[dict[str, Any]] = []
     for method, each in steps.items():
         shared = {"workload": "w", "method": method, "lr": 0.1, "tuned": "q", "setting": 0.25}
-        measured = "cosine_identity" if method == "SGD" else "cosine_live"
+        measured = "cosine_identity" if method == "SGD" else "cosine_in_use"
         rows += (
             shared | {"trial": k, "seed": 1000, "lr": 10.0**-k, "measured": "trial", "value": v}
             for k, v in enumerate((math.inf, 0.5, 0.7))
@@ -264,7 +264,7 @@ def test_a_short_run_has_everything() -> None:
         longest = preset.lengths[key[0]].steps
         assert steps[key] >= preset.window
         assert final > target[key[0]] or steps[key] <= longest
-    probes = table[table["measured"] == "cosine_live"]
+    probes = table[table["measured"] == "cosine_in_use"]
     assert set(probes["method"]) == set(methods.METHODS)
     assert np.isfinite(tables.cosines(table).xs("SGD", level="method")).all()
     title = re.sub(r"\s+", " ", training.draw(table).get_suptitle())

@@ -191,11 +191,11 @@ def gradient(model: nn.Module, name: str, inputs: Tensor, labels: Tensor) -> np.
 
 def test_true_labels_equal_the_gradients_of_all_actual_batches():
     model, inputs, labels = network()
-    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), draws="empirical-fisher")
+    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), target="empirical-fisher")
     for size in (2, 3):
         batches = [list(b) for b in itertools.combinations(range(4), size)]
         found = kp.batch_gradients(capture, size, replacement=False)
-        assert found.draws == "batch-gradient"
+        assert found.target == "batch-gradient"
         for name in ("0.weight", "2.weight"):
             G = np.stack([gradient(model, name, inputs[b], labels[b]) for b in batches])
             expected = oracle.second_moment(G[:, None], np.full(len(G), 1 / len(G)))
@@ -207,7 +207,7 @@ def test_sampled_labels_give_gauss_newton_over_batch_size():
     model, inputs, labels = network()
     loss = nn.CrossEntropyLoss()
     probabilities = model(inputs).softmax(dim=1).detach()
-    ggn = kp.capture(model, loss, (inputs, labels), draws="ggn")
+    ggn = kp.capture(model, loss, (inputs, labels), target="ggn")
     for name in ("0.weight", "2.weight"):
         total: float | np.ndarray = 0.0
         for batch in itertools.product(range(4), repeat=2):
@@ -219,7 +219,7 @@ def test_sampled_labels_give_gauss_newton_over_batch_size():
         assert isinstance(total, np.ndarray)
         close(total, dense(ggn[name]) / 2)
     # which is what the capture of sampled labels gives, for its own estimate of Gauss-Newton
-    fisher = kp.capture(model, loss, (inputs, labels), draws="fisher", label_draws=5)
+    fisher = kp.capture(model, loss, (inputs, labels), target="fisher", label_draws=5)
     for replacement in (True, False):
         found = kp.batch_gradients(fisher, 2, replacement=replacement)
         for name in ("0.weight", "2.weight"):
@@ -229,7 +229,7 @@ def test_sampled_labels_give_gauss_newton_over_batch_size():
 
 def test_label_draws_are_members_of_batches_each_on_its_own():
     model, inputs, labels = network()
-    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), draws="fisher")
+    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), target="fisher")
     capture = dataclasses.replace(capture, samples={"a": markers(4, 3), "b": markers(4, 3)})
     drawn = kp.batch_gradients(capture, 2, batches=300)
     counts = 2 * drawn["a"].matrices()[:, 0]
@@ -243,13 +243,13 @@ def test_label_draws_are_members_of_batches_each_on_its_own():
 
 def test_a_capture_keeps_what_it_knows():
     model, inputs, labels = network()
-    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), draws="empirical-fisher")
+    capture = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels), target="empirical-fisher")
     found = kp.batch_gradients(capture, 3, batches=5, replacement=False)
     assert (found.loss, found.accuracy) == (capture.loss, capture.accuracy)
     assert dict(found.skipped) == dict(capture.skipped)
     assert "batches of 3 without replacement" in found.note
     assert found["0.weight"].weights.tolist() == [1 / 5] * 5
-    assert set(kp.compare(found).table["draws"].dropna()) == {"batch-gradient"}
+    assert set(kp.compare(found).table["target"].dropna()) == {"batch-gradient"}
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_draws_that_are_no_gradients_of_data(rng: np.random.Generator):
     model, inputs, labels = network()
     ggn = kp.capture(model, nn.CrossEntropyLoss(), (inputs, labels))
     samples, _ = samples_of("unshared", 4, rng)
-    with pytest.raises(UnsupportedError, match="draws='ggn'"):
+    with pytest.raises(UnsupportedError, match="target='ggn'"):
         kp.batch_gradients(ggn, 2)
     with pytest.raises(UnsupportedError, match="3 columns"):
         kp.batch_gradients(ggn["2.weight"], 2)

@@ -162,10 +162,10 @@ def diagonal_of_h(H: Array, shape: Shape) -> Array:
     st.integers(0, 2**32 - 1),
 )
 def test_finer_blocks_of_the_optimum_and_limits(
-    m: int, n: int, n_data: int, size: int, seed: int
+    m: int, n: int, n_examples: int, size: int, seed: int
 ) -> None:
     """Blocks of one entry are the diagonal; no product within blocks beats the blocks' optima."""
-    case = factors_case("", n_data, m, n, seed=seed)
+    case = factors_case("", n_examples, m, n, seed=seed)
     assume(np.any(case.H))
     H = case.operator()
     finest = kp.approximate(H, "shampoo-squared", block_size=1)

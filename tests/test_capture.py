@@ -43,7 +43,7 @@ every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum"])
 @every_kind
 def test_gauss_newton_is_that_of_torch_func(small: SmallModel, kind: str) -> None:
     model, batch, loss = small.model(), small.batch(kind), small.loss(kind)
-    samples = kp.capture(model, loss, batch, draws="ggn")
+    samples = kp.capture(model, loss, batch, target="ggn")
     assert tuple(samples) == small.samples
     expected = oracle.gauss_newton(small.reference(model), loss, *batch, small.samples)
     for name in small.samples:
@@ -57,7 +57,7 @@ def test_empirical_fisher_is_the_gradient_of_each_datum(
     small: SmallModel, kind: str, reduction: str
 ) -> None:
     model, batch, loss = small.model(), small.batch(kind), small.loss(kind, reduction)
-    samples = kp.capture(model, loss, batch, draws="empirical-fisher")
+    samples = kp.capture(model, loss, batch, target="empirical-fisher")
     expected = oracle.share_gradients(small.reference(model), loss, *batch, small.samples)
     for name in small.samples:
         assert samples[name].n_columns == 1
@@ -73,7 +73,7 @@ def test_empirical_fisher_is_the_gradient_of_each_datum(
 def test_empirical_fisher_is_the_gradient_of_each_datum_alone(small: SmallModel) -> None:
     model, batch = small.model(), small.batch("cross-entropy")
     loss = small.loss("cross-entropy")
-    samples = kp.capture(model, loss, batch, draws="empirical-fisher")
+    samples = kp.capture(model, loss, batch, target="empirical-fisher")
     expected = oracle.per_sample_gradients(small.reference(model), loss, *batch)
     for name in small.samples:
         assert_close(samples[name].matrices()[:, 0].flatten(1), expected[name].flatten(1))
@@ -121,16 +121,16 @@ def test_a_coupling_is_seen_in_either_direction(reader: int) -> None:
 SHAPES = ("2-D", "3-D", "classes second", "pooled sequence", "conv in-place activation, pixels")
 
 
-@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
-def test_models_that_return_one_number_a_datum(draws: str) -> None:
+@pytest.mark.parametrize("target", ["ggn", "fisher", "empirical-fisher"])
+def test_models_that_return_one_number_a_datum(target: str) -> None:
     small = SMALL_MODELS["2-D"]
     model = nn.Sequential(small.model(), Lambda(lambda m, x: x[:, 0]))
     inputs = small.inputs()
     targets = small.inputs(seed=5)[:, 0]
-    samples = kp.capture(model, F.mse_loss, (inputs, targets), draws=draws)
+    samples = kp.capture(model, F.mse_loss, (inputs, targets), target=target)
     assert list(samples) == ["0.0.weight", "0.0.bias", "0.2.weight", "0.2.bias"]
     assert samples["0.0.weight"].n_columns == 1
-    if draws == "ggn":
+    if target == "ggn":
         expected = oracle.gauss_newton(model, F.mse_loss, inputs, targets, ["0.0.weight"])
         assert_close(second_moment(samples["0.0.weight"]), expected["0.0.weight"])
 
@@ -168,8 +168,8 @@ def test_gauss_newton_of_other_reductions(name: str, kind: str, reduction: str) 
 def test_fisher_is_unbiased_for_gauss_newton(name: str, kind: str, reduction: str) -> None:
     small, K = SMALL_MODELS[name], 1500
     model, batch, loss = small.model(), small.batch(kind, 2), small.loss(kind, reduction)
-    samples = kp.capture(model, loss, batch, draws="fisher", label_draws=K, seed=5)
-    exact = kp.capture(model, loss, batch, draws="ggn")
+    samples = kp.capture(model, loss, batch, target="fisher", label_draws=K, seed=5)
+    exact = kp.capture(model, loss, batch, target="ggn")
     for parameter in small.measured:
         expected = second_moment(exact[parameter])
         G = samples[parameter].matrices().flatten(2)  # [N, K, mn], K independent label draws
@@ -185,7 +185,7 @@ def test_fisher_is_unbiased_for_gauss_newton(name: str, kind: str, reduction: st
 def test_a_mean_of_sampled_gradients_vanishes(kind: str) -> None:
     small, K = SMALL_MODELS["2-D"], 2000
     batch = small.batch(kind, 2)
-    samples = kp.capture(small.model(), small.loss(kind), batch, draws="fisher", label_draws=K)
+    samples = kp.capture(small.model(), small.loss(kind), batch, target="fisher", label_draws=K)
     G = samples["0.weight"].matrices().flatten(2)
     z = G.mean(1) / (G.std(1) / K**0.5)
     assert float(z.abs().max()) < STANDARD_ERRORS
@@ -195,8 +195,8 @@ def test_sampled_labels_follow_the_model_and_not_the_targets() -> None:
     small = SMALL_MODELS["2-D"]
     model, (inputs, targets) = small.model(), small.batch("cross-entropy")
     other = (targets + 1) % CLASSES
-    one = kp.capture(model, F.cross_entropy, (inputs, targets), draws="fisher", seed=3)
-    two = kp.capture(model, F.cross_entropy, (inputs, other), draws="fisher", seed=3)
+    one = kp.capture(model, F.cross_entropy, (inputs, targets), target="fisher", seed=3)
+    two = kp.capture(model, F.cross_entropy, (inputs, other), target="fisher", seed=3)
     # the scale of the loss is solved for, hence the rounding
     torch.testing.assert_close(
         one["0.weight"].output_grads, two["0.weight"].output_grads, rtol=1e-5, atol=0.0
@@ -210,7 +210,7 @@ def test_fisher_is_fixed_by_its_seed_alone(kind: str) -> None:
     model, batch, loss = small.model(), small.batch(kind), small.loss(kind)
 
     def drawn(seed: int) -> Tensor:
-        return kp.capture(model, loss, batch, draws="fisher", seed=seed)["0.weight"].output_grads
+        return kp.capture(model, loss, batch, target="fisher", seed=seed)["0.weight"].output_grads
 
     torch.manual_seed(1)
     first = drawn(7)
@@ -220,15 +220,15 @@ def test_fisher_is_fixed_by_its_seed_alone(kind: str) -> None:
     assert not torch.equal(first, drawn(8))
 
 
-@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
+@pytest.mark.parametrize("target", ["ggn", "fisher", "empirical-fisher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["2-D", "3-D", "conv reflect", "layer norm"])
-def test_lower_precision_agrees_with_float64(name: str, dtype: torch.dtype, draws: str) -> None:
+def test_lower_precision_agrees_with_float64(name: str, dtype: torch.dtype, target: str) -> None:
     small = SMALL_MODELS[name]
     model, (inputs, targets) = small.model(), small.batch("cross-entropy")
     loss = small.loss("cross-entropy")
-    exact = kp.capture(model, loss, (inputs, targets), draws=draws)
-    low = kp.capture(model.to(dtype), loss, (inputs.to(dtype), targets), draws=draws)
+    exact = kp.capture(model, loss, (inputs, targets), target=target)
+    low = kp.capture(model.to(dtype), loss, (inputs.to(dtype), targets), target=target)
     assert tuple(low) == small.measured
     for parameter in small.measured:
         one = low[parameter]
@@ -343,9 +343,9 @@ def test_a_gradient_that_a_custom_backward_leaves_out_is_zero() -> None:
 def test_another_default_device_does_no_harm() -> None:
     small = SMALL_MODELS["2-D"]
     model, batch = small.model(), small.batch("cross-entropy")
-    expected = kp.capture(model, F.cross_entropy, batch, draws="fisher")
+    expected = kp.capture(model, F.cross_entropy, batch, target="fisher")
     with torch.device("meta"):
-        got = kp.capture(model, F.cross_entropy, batch, draws="fisher")
+        got = kp.capture(model, F.cross_entropy, batch, target="fisher")
     assert_same_samples(got, expected, "")
 
 

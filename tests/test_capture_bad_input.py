@@ -125,7 +125,7 @@ def test_gradients_that_overflow_half_precision() -> None:
     refused(
         NonFiniteError, "output gradients of layer 'b'", "float16 ends at 6.55e+04",
         model=model, loss_fn=nn.MSELoss(reduction="sum"), data=(INPUTS.half(), targets),
-        draws="empirical-fisher",
+        target="empirical-fisher",
     )  # fmt: skip
 
 
@@ -228,12 +228,12 @@ def test_an_error_of_the_loss_itself_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draws", "near"),
+    ("target", "near"),
     [("gnn", "'ggn'"), ("Fisher", "'fisher'"), ("empirical_fisher", "'empirical-fisher'")],
 )
-def test_unknown_draws(draws: str, near: str) -> None:
-    refused(UnknownNameError, f"draws {draws!r}", f"Did you mean {near}?", draws=draws)
-    refused(UnknownNameError, "'xyz'", "Known: empirical-fisher, fisher, ggn", draws="xyz")
+def test_unknown_draws(target: str, near: str) -> None:
+    refused(UnknownNameError, f"target {target!r}", f"Did you mean {near}?", target=target)
+    refused(UnknownNameError, "'xyz'", "Known: empirical-fisher, fisher, ggn", target="xyz")
 
 
 @pytest.mark.parametrize("layers", ["2.wieght", ["0.weight", "2.wieght"]])
@@ -261,10 +261,10 @@ def test_a_name_with_brackets_stands_for_itself() -> None:
 
 @pytest.mark.parametrize("seed", [2**70, -(2**63) - 1, "a", 1.5, None, True])
 def test_seeds_that_are_none(seed: Any) -> None:
-    refused(InvalidInputError, f"seed={seed!r}", "whole number", draws="fisher", seed=seed)
+    refused(InvalidInputError, f"seed={seed!r}", "whole number", target="fisher", seed=seed)
     with pytest.raises(InvalidInputError, match="seed="):
         kp.capture(MODEL, F.cross_entropy, [(INPUTS, LABELS)], seed=seed)
-    samples = kp.capture(MODEL, F.cross_entropy, (INPUTS, LABELS), draws="fisher")
+    samples = kp.capture(MODEL, F.cross_entropy, (INPUTS, LABELS), target="fisher")
     with pytest.raises(InvalidInputError, match="seed="):
         kp.batch_gradients(samples, 2, 3, seed=seed)
 
@@ -272,7 +272,7 @@ def test_seeds_that_are_none(seed: Any) -> None:
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1])
 def test_seeds_at_the_ends(seed: int) -> None:
     for data in ((INPUTS, LABELS), [(INPUTS, LABELS)]):
-        assert kp.capture(MODEL, F.cross_entropy, data, draws="fisher", seed=seed)
+        assert kp.capture(MODEL, F.cross_entropy, data, target="fisher", seed=seed)
 
 
 @pytest.mark.parametrize("loss", [None, "ce"])
@@ -286,23 +286,24 @@ def test_a_loss_that_is_no_function(loss: Any) -> None:
 def test_label_draws_that_are_no_count(label_draws: Any) -> None:
     refused(
         InvalidInputError, f"label_draws={label_draws!r}", "positive",
-        draws="fisher", label_draws=label_draws,
+        target="fisher", label_draws=label_draws,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("draws", ["ggn", "empirical-fisher"])
-def test_label_draws_where_no_label_is_drawn(draws: str) -> None:
-    words = ("label_draws=3", repr(draws), "only by 'fisher'")
-    refused(InvalidInputError, *words, draws=draws, label_draws=3)
+@pytest.mark.parametrize("target", ["ggn", "empirical-fisher"])
+def test_label_draws_where_no_label_is_drawn(target: str) -> None:
+    words = ("label_draws=3", repr(target), "only by 'fisher'")
+    refused(InvalidInputError, *words, target=target, label_draws=3)
 
 
 @pytest.mark.parametrize(
-    ("draws", "maker"), [("batch-gradient", "kp.batch_gradients"), ("trajectory", "GradientWindow")]
+    ("target", "maker"),
+    [("batch-gradient", "kp.batch_gradients"), ("trajectory", "GradientWindow")],
 )
-def test_draws_that_are_made_otherwise_name_their_maker(draws: str, maker: str) -> None:
+def test_draws_that_are_made_otherwise_name_their_maker(target: str, maker: str) -> None:
     batch = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(UnknownNameError, match=rf"{draws}.*{maker}"):
-        kp.capture(nn.Linear(5, 3), nn.CrossEntropyLoss(), batch, draws=draws)
+    with pytest.raises(UnknownNameError, match=rf"{target}.*{maker}"):
+        kp.capture(nn.Linear(5, 3), nn.CrossEntropyLoss(), batch, target=target)
 
 
 def test_items_of_three_parts_are_counted() -> None:

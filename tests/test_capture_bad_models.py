@@ -106,7 +106,7 @@ def test_a_layer_on_a_batch_flattened_into_positions_is_measured(transposed: boo
         return m.c(torch.tanh(h.transpose(0, 1) if transposed else h))
 
     model, batch = three(forward).double(), SMALL_MODELS["3-D"].batch("mse")
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher", fallback=False)
     expected = oracle.per_sample_gradients(model, F.mse_loss, *batch)
     assert samples["b.weight"].n_positions == 2
     for name in expected:
@@ -165,7 +165,7 @@ def test_a_convolution_of_one_image_without_a_batch() -> None:
     model(torch.zeros(1, 2, 5, 6))
     lonely = Lambda(lambda m, x: m.net[3](m.net[0](x[0]).reshape(1, -1)), net=model.double())
     batch = torch.randn(1, 2, 5, 6).double(), VALUES[:1]
-    samples = kp.capture(lonely, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    samples = kp.capture(lonely, F.mse_loss, batch, target="empirical-fisher", fallback=False)
     expected = oracle.share_gradients(lonely, F.mse_loss, *batch, list(samples))
     assert len(expected) == 4
     for name in expected:
@@ -183,12 +183,12 @@ def test_samples_that_would_not_fit_are_refused_with_the_figure(
 def test_the_memory_of_unfolded_images_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     small = SMALL_MODELS["conv default"]
     batch = small.batch("mse")
-    samples = kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
+    samples = kp.capture(small.model(), F.mse_loss, batch, target="empirical-fisher")
     shared = samples["3.bias"].output_grads  # the block of its weight, held once
     assert shared.data_ptr() == samples["3.weight"].output_grads.data_ptr()
     held = sum(one.nbytes for one in samples.values()) - shared.nbytes
     monkeypatch.setattr(memory, "available_bytes", lambda device: held)
-    kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
+    kp.capture(small.model(), F.mse_loss, batch, target="empirical-fisher")
     monkeypatch.setattr(memory, "available_bytes", lambda device: held - 1)
     with pytest.raises(MemoryBudgetError):
-        kp.capture(small.model(), F.mse_loss, batch, draws="empirical-fisher")
+        kp.capture(small.model(), F.mse_loss, batch, target="empirical-fisher")

@@ -22,7 +22,7 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draws", "options", "columns", "weight"),
+    ("target", "options", "columns", "weight"),
     [
         ("ggn", {}, CLASSES, 1 / N),
         ("empirical-fisher", {}, 1, 1 / N),
@@ -31,18 +31,18 @@ def _seeded() -> None:
     ],
 )
 def test_columns_and_weights(
-    draws: str, options: dict[str, int], columns: int, weight: float
+    target: str, options: dict[str, int], columns: int, weight: float
 ) -> None:
     small = SMALL_MODELS["2-D"]
     batch = small.batch("cross-entropy")
-    samples = kp.capture(small.model(), F.cross_entropy, batch, draws=draws, **options)
+    samples = kp.capture(small.model(), F.cross_entropy, batch, target=target, **options)
     for one in samples.values():
-        assert one.n_data == N
+        assert one.n_examples == N
         assert one.n_columns == columns
         assert one.n_positions == 1
         assert one.weights.dtype == torch.float64
         np.testing.assert_allclose(one.weights.numpy(), np.full(N, weight), rtol=1e-15)
-    assert samples.draws == draws
+    assert samples.target == target
 
 
 def test_a_datum_of_several_positions_has_a_column_for_each_output() -> None:
@@ -56,7 +56,7 @@ def test_a_datum_of_several_positions_has_a_column_for_each_output() -> None:
 def test_a_convolution_is_out_by_in_k_k_as_its_weight_flattens() -> None:
     small = SMALL_MODELS["conv tuples"]
     model, batch = small.model(), small.batch("mse")
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher")
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher")
     weight = model[0].weight
     assert samples["0.weight"].shape == tuple(weight.flatten(1).shape) == (3, 2 * 3 * 2)
     F.mse_loss(model(batch[0]), batch[1]).backward()
@@ -69,7 +69,7 @@ def test_calls_of_one_weight_are_positions_of_one_datum(name: str) -> None:
     small = SMALL_MODELS[name]
     samples = kp.capture(small.model(), F.mse_loss, small.batch("mse"))
     assert samples["b.weight"].n_positions == 2
-    assert samples["b.weight"].n_data == N
+    assert samples["b.weight"].n_examples == N
 
 
 def test_names_are_those_of_named_parameters_in_their_order() -> None:
@@ -116,10 +116,14 @@ def test_coverage_has_a_row_for_every_parameter() -> None:
     }  # fmt: skip
     assert rows.loc["a.weight", "shape"] == "4 x 3"
     assert rows.loc["a.bias", "shape"] == "4 x 1"
-    assert tuple(rows.loc["c.weight", ["n_data", "n_columns", "n_positions"]]) == (N, CLASSES, 1)
+    assert tuple(rows.loc["c.weight", ["n_examples", "n_columns", "n_positions"]]) == (
+        N,
+        CLASSES,
+        1,
+    )
     assert "no rule" in rows.loc["a.weight", "reason"]
     assert pd.isna(rows.loc["a.weight", "n_positions"])
-    assert pd.isna(rows.loc["b.weight", "n_data"])
+    assert pd.isna(rows.loc["b.weight", "n_examples"])
 
 
 def test_the_notebook_view_is_the_coverage_table() -> None:

@@ -133,8 +133,8 @@ OPTIONS = {
         "--probes": "robed steps",
         "--probe-size": "Data in the fixed probe set",
         "--spacing": "more of them early in the run",
-        "--draws": "track only). Default: the workload's",
-        "--label-draws": "for --draws fisher",
+        "--target": "track only). Default: the workload's",
+        "--label-draws": "for --target fisher",
         "--target-batch-size": "Default: the training's batch size",
         "--window": "Gradients to keep",
         "--decay": "the optimizer's beta2",
@@ -155,8 +155,8 @@ OPTIONS = {
         "--checkpoint": "Default: freshly initialized",
         "--out": "run directory",
         "--probe-size": "Data in the fixed probe set",
-        "--draws": "track only). Default: the workload's",
-        "--label-draws": "for --draws fisher",
+        "--target": "track only). Default: the workload's",
+        "--label-draws": "for --target fisher",
         "--target-batch-size": "Default: the training's batch size",
         "--layers": "Glob",
         "--approximations": "Name or spec to score",
@@ -223,7 +223,7 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
     assert store.status == "done"
     assert store.steps() == [0, 4]
     config = {"workload": "digits-mlp", "steps": 4, "probes": 2, "probe_size": 16, "seed": 0,
-              "draws": "ggn", "layers": ["*.weight"], "batch_size": 64}  # fmt: skip
+              "target": "ggn", "layers": ["*.weight"], "batch_size": 64}  # fmt: skip
     assert config.items() <= store.config.items()
     assert {p.name for p in store.figures.iterdir()} == FIGURES
     assert store.report.is_file()
@@ -241,7 +241,7 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
     assert "probes at steps 0, 4 (2)" in printed
     assert "test accuracy 0." in printed
     assert "(step 0)" in printed  # the step that the accuracy is of
-    assert "live: undefined in every layer: " in printed  # no refresh of the roots in four steps
+    assert "in use: undefined in every layer: " in printed  # no refresh of the roots in four steps
     assert "; ggn, N = 16" in printed
 
 
@@ -277,16 +277,16 @@ def test_track_with_the_users_own_workload(module: str, tmp_path: Path) -> None:
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**80)], "--seed"),
         (["--threads", "0"], "--threads"),
-        (["--draws", "ggm"], "'ggn', 'fisher', 'empirical-fisher'"),
+        (["--target", "ggm"], "'ggn', 'fisher', 'empirical-fisher'"),
         (["--keep-checkpoints", "some"], "'last', 'all'"),
         (["--device", "tpu9"], "device='tpu9' cannot be used"),
         (["--layers", "0.wieght"], "Did you mean '0.weight'"),
         (["--label-draws", "2"], "labels are sampled only by 'fisher'"),
-        (["--target-batch-size", "2"], "target_batch_size=2 with draws='ggn'"),
-        (["--window", "9"], "window=9 with draws='ggn'"),
-        (["--draws", "trajectory", "--decay", "1"], "decay=1"),
-        (["--draws", "trajectory", "--window-tolerance", "1"], "window_tolerance=1"),
-        (["--draws", "trajectory", "--window-memory", "1kB"], "even at rank 1"),
+        (["--target-batch-size", "2"], "target_batch_size=2 with target='ggn'"),
+        (["--window", "9"], "window=9 with target='ggn'"),
+        (["--target", "trajectory", "--decay", "1"], "decay=1"),
+        (["--target", "trajectory", "--window-tolerance", "1"], "window_tolerance=1"),
+        (["--target", "trajectory", "--window-memory", "1kB"], "even at rank 1"),
         (["--resume", "--overwrite"], "choose one"),
         (["--stepz", "3"], "--stepz"),
     ],
@@ -312,7 +312,7 @@ def test_every_option_reaches_the_training(tmp_path: Path, monkeypatch: pytest.M
     options = TrainingOptions(
         steps=7, batch_size=9, lr=0.5, probes=4, probe_size=11, optimizer="soap",
         settings=("basis.tolerance=0.1", "weight_decay=0.2"),
-        spacing="even", draws="fisher", layers=("0.*", "2.*"), seed=5, device="cpu", label_draws=2,
+        spacing="even", target="fisher", layers=("0.*", "2.*"), seed=5, device="cpu", label_draws=2,
         target_batch_size=6, window=8, decay=0.75, window_memory="2MB",
         window_tolerance=0.25, approximations=("kfac", "optimal:rank=2"), metrics=("cosine",),
         estimates=("plugin", "held-out"),
@@ -478,12 +478,12 @@ def test_measure_a_checkpoint_is_the_probe_of_the_run(
     assert "Cosine to H at step 4" in result.output
     along = RunStore.open(run[0]).read()
     # what a run's optimizer holds is nothing that a checkpoint's weights have
-    inside = ("factor_", "basis_", "tests", "refresh", "steps_since_refresh", "live_")
+    inside = ("factor_", "basis_", "tests", "refresh", "steps_since_refresh", "in_use_")
     both = [
         table[
             (table["step"] == 4)
             & table["parameter"].notna()
-            & (names != "live")
+            & (names != "in-use")
             & ~table["metric"].str.startswith(inside)
         ]
         for table in (along, store.read())
@@ -521,7 +521,7 @@ def test_every_option_reaches_the_measurement(
         raise kp.errors.InvalidInputError("seen")
 
     monkeypatch.setattr("kronecker_probe.tracking.tracker.Tracker", stop)
-    flags = ("--probe-size", 11, "--draws", "fisher", "--layers", "0.*", "--seed", 5,
+    flags = ("--probe-size", 11, "--target", "fisher", "--layers", "0.*", "--seed", 5,
              "--label-draws", 2, "--target-batch-size", 6, "--approximations", "kfac",
              "--metrics", "cosine", "--metrics", "trace_ratio",
              "--estimates", "held-out")  # fmt: skip
@@ -530,7 +530,7 @@ def test_every_option_reaches_the_measurement(
     probe = load_workload("digits-mlp", 5).probe(11, 5)
     assert all(map(torch.equal, given.pop("probe"), probe))
     config = {"workload": "digits-mlp", "checkpoint": None, "probe_size": 11}
-    assert given == {"out": tmp_path / "one", "draws": "fisher", "layers": ["0.*"], "seed": 5,
+    assert given == {"out": tmp_path / "one", "target": "fisher", "layers": ["0.*"], "seed": 5,
                      "label_draws": 2, "target_batch_size": 6, "approximations": ("kfac",),
                      "metrics": ("cosine", "trace_ratio"), "estimates": ("held-out",),
                      "config": config, "overwrite": True, "start": 0}  # fmt: skip

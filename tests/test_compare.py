@@ -26,8 +26,8 @@ METRICS: dict[str, Callable[..., float]] = {
     "best_scale": kp.best_scale,
 }
 DTYPES = {
-    "parameter": "string", "m": "Int64", "n": "Int64", "n_data": "Int64", "n_columns": "Int64",
-    "n_positions": "Int64", "draws": "string", "approximation": "string", "metric": "string",
+    "parameter": "string", "m": "Int64", "n": "Int64", "n_examples": "Int64", "n_columns": "Int64",
+    "n_positions": "Int64", "target": "string", "approximation": "string", "metric": "string",
     "index": "Int64", "kind": "string", "value": "float64", "stderr": "float64", "low": "float64",
     "high": "float64", "n_eff": "float64", "note": "string",
 }  # fmt: skip
@@ -65,9 +65,9 @@ def scores(samples: kp.Capture) -> Scores:
     return kp.compare(samples)
 
 
-def factors(seed: int = 0, n_data: int = 7) -> kp.GradientSamples:
+def factors(seed: int = 0, n_examples: int = 7) -> kp.GradientSamples:
     generator = torch.Generator().manual_seed(seed)
-    d, a = (torch.randn(n_data, k, generator=generator, dtype=torch.float64) for k in (3, 4))
+    d, a = (torch.randn(n_examples, k, generator=generator, dtype=torch.float64) for k in (3, 4))
     return kp.GradientSamples.from_factors(d, a)
 
 
@@ -110,11 +110,11 @@ def test_no_number_is_there_twice(scores: Scores) -> None:
 
 def test_rows_say_what_was_measured(samples: kp.Capture, scores: Scores) -> None:
     shapes = {"conv.weight": (2, 4, 12, 3, 4), "head.weight": (3, 8, 12, 3, 1)}
-    sizes = ["m", "n", "n_data", "n_columns", "n_positions"]
+    sizes = ["m", "n", "n_examples", "n_columns", "n_positions"]
     for name, shape in shapes.items():
         rows = scores.table[scores.table["parameter"] == name]
         assert set(rows[sizes].itertuples(index=False, name=None)) == {shape}
-        assert set(rows["draws"]) == {"ggn"}
+        assert set(rows["target"]) == {"ggn"}
     approximated = scores.table["approximation"].notna()
     assert set(scores.table.loc[approximated, "kind"]) == {"plugin", "population"}
     rest = scores.table[~approximated & scores.table["kind"].notna()]
@@ -125,7 +125,7 @@ def test_rows_say_what_was_measured(samples: kp.Capture, scores: Scores) -> None
 def test_draws_without_factors_have_no_positions_and_no_name() -> None:
     table = kp.compare(kp.GradientSamples.from_matrices(torch.randn(5, 2, 3))).table
     assert table["n_positions"].isna().all()
-    assert table["draws"].isna().all()
+    assert table["target"].isna().all()
     assert set(table["parameter"]) == {"samples"}
 
 
@@ -183,7 +183,7 @@ def test_the_first_singular_value_over_the_norm_is_the_cosine_of_the_optimum(
 
 @pytest.mark.parametrize("count", [0, 1, 3, 1000])
 def test_as_many_singular_values_as_asked_for_or_as_there_are(count: int) -> None:
-    table = kp.compare(factors(n_data=4), "kfac", singular_values=count).table
+    table = kp.compare(factors(n_examples=4), "kfac", singular_values=count).table
     found = table[table["metric"] == "singular_value"]["value"]
     assert len(found) == min(count, 4)  # R(H) of four rank-one draws has rank four
     assert found.is_monotonic_decreasing

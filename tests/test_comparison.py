@@ -26,7 +26,7 @@ def numbers(layers: int) -> pd.DataFrame:
         for name in ("a", "b") for step in (0, 5)
     ]  # fmt: skip
     rows += [
-        {"optimizer": name, "step": step, "parameter": f"{k}.weight", "metric": "live_cosine",
+        {"optimizer": name, "step": step, "parameter": f"{k}.weight", "metric": "in_use_cosine",
          "value": 0.1 * k}
         for name in ("a", "b") for step in (0, 5) for k in range(layers)
     ]  # fmt: skip
@@ -54,13 +54,15 @@ def test_few_layers_have_a_panel_each_and_many_share_one() -> None:
     assert lines["a"].get_color() != lines["b"].get_color()
     assert lines["a"].get_marker() != lines["b"].get_marker()
     with pytest.raises(InvalidInputError, match="no losses"):
-        plot_comparison(numbers(2).query("metric == 'live_cosine'"), figure=Figure())
+        plot_comparison(numbers(2).query("metric == 'in_use_cosine'"), figure=Figure())
 
 
 def test_the_title_names_the_lowest_loss_and_the_nearest_matrix() -> None:
     table = numbers(2)
     table.loc[(table["optimizer"] == "b") & (table["metric"] == "probe_loss"), "value"] = 0.25
-    nearer = (table["optimizer"] == "a") & (table["metric"] == "live_cosine") & (table["step"] == 5)
+    nearer = (
+        (table["optimizer"] == "a") & (table["metric"] == "in_use_cosine") & (table["step"] == 5)
+    )
     table.loc[nearer, "value"] = 0.8
 
     assert title_of(table) == (
@@ -142,9 +144,9 @@ def stored(directory: Path, runs: dict[str, dict[str, object]]) -> Comparison:
                 {"step": 4, "metric": "train_loss", "value": 0.98765},
                 {"step": 4, "metric": "test_accuracy", "value": 0.87654}]  # fmt: skip
         for layer in ("transformer.blocks.0.attention.query.weight", "head.weight"):
-            cosines = {"optimal": 0.98123, "live": 0.65432}
+            cosines = {"optimal": 0.98123, "in-use": 0.65432}
             rows += quality(4, layer, cosines)
-            rows += [{"step": 4, "parameter": layer, "metric": "live_fresh", "value": 0.19}]
+            rows += [{"step": 4, "parameter": layer, "metric": "in_use_fresh", "value": 0.19}]
         store.write_part(4, frame(rows))
     return Comparison(directory, {name: Timing(1234.56, 10, 1.2345) for name in runs})
 

@@ -158,7 +158,7 @@ def test_the_fisher_matrix_is_the_gauss_newton_matrix_on_average() -> None:
 
 
 @given(
-    n_data=st.integers(1, 5),
+    n_examples=st.integers(1, 5),
     width=st.integers(1, 4),
     classes=st.integers(2, 4),
     kind=st.sampled_from(["ggn", "hessian"]),
@@ -167,17 +167,17 @@ def test_the_fisher_matrix_is_the_gauss_newton_matrix_on_average() -> None:
 )
 @settings(max_examples=40)
 def test_a_softmax_layer_has_its_closed_form(
-    n_data: int, width: int, classes: int, kind: str, reduction: str, dtype: torch.dtype
+    n_examples: int, width: int, classes: int, kind: str, reduction: str, dtype: torch.dtype
 ) -> None:
     """mean_i (diag p - p p^T) kron x x^T, where the Hessian is the Gauss-Newton matrix."""
-    torch.manual_seed(n_data)
+    torch.manual_seed(n_examples)
     model = nn.Linear(width, classes, bias=False).to(dtype)
-    x, y = normal(n_data, width).to(dtype), labels(classes, n_data)
+    x, y = normal(n_examples, width).to(dtype), labels(classes, n_examples)
     loss = nn.CrossEntropyLoss(reduction=reduction)
     p = model(x).double().softmax(-1)
     M = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     X = x.double()[:, :, None] * x.double()[:, None, :]
-    expected = torch.einsum("iab,ipq->apbq", M, X).reshape(classes * width, -1) / n_data
+    expected = torch.einsum("iab,ipq->apbq", M, X).reshape(classes * width, -1) / n_examples
     operator = kp.curvature_operator(model, loss, (x, y), kind)
     assert operator.dtype == np.float64
     assert difference(dense(operator), expected) < 100 * torch.finfo(dtype).eps

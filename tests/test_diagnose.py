@@ -22,7 +22,7 @@ def cosine(
     name: str, value: float, stderr: float = 0.002, kind: str = "population", **more: object
 ) -> Row:
     return {"parameter": "fc", "approximation": name, "metric": "cosine", "value": value,
-            "stderr": stderr, "kind": kind, "n_data": 256, "n_eff": 200.0} | more  # fmt: skip
+            "stderr": stderr, "kind": kind, "n_examples": 256, "n_eff": 200.0} | more  # fmt: skip
 
 
 def spectrum(values: Sequence[float], norm: float, **more: object) -> list[Row]:
@@ -36,7 +36,7 @@ def spectrum(values: Sequence[float], norm: float, **more: object) -> list[Row]:
 def diagnose(rows: Sequence[Row]) -> dict[str, kp.Finding]:
     """Findings by subject; each subject at most once a layer."""
     columns = ["parameter", "approximation", "metric", "index", "value", "stderr", "kind",
-               "n_data", "n_eff", "note"]  # fmt: skip
+               "n_examples", "n_eff", "note"]  # fmt: skip
     table = pd.DataFrame(rows)
     found = kp.diagnose(table.reindex(columns=[*columns, *(set(table) - set(columns))]))
     subjects = [one.subject for one in found]
@@ -169,7 +169,7 @@ def test_the_data_that_settle_it(gap: float, stderr: float, advice: str) -> None
 
 
 def test_just_under_thirty_draws_is_not_printed_as_thirty() -> None:
-    found = diagnose([cosine("optimal", 0.95, n_eff=29.8, n_data=128)])["too few draws"]
+    found = diagnose([cosine("optimal", 0.95, n_eff=29.8, n_examples=128)])["too few draws"]
     assert "count as 29.8 independent draws, and under 30" in found.message
     assert "at least 170 data" in found.advice  # 1.3 * 128 = 166.4
 
@@ -255,9 +255,9 @@ def test_the_exponent() -> None:
 )
 def test_the_exponent_is_told_to_optimizers_that_have_it(rule: str, told: bool) -> None:
     rows = [cosine("shampoo-squared", 0.9, step=4), cosine("shampoo", 0.7, step=4)]
-    rows.append(cosine("live", 0.7, step=4))
+    rows.append(cosine("in-use", 0.7, step=4))
     note = f"live follows {rule}"
-    named = {"parameter": "fc", "metric": "live_rule", "value": math.nan, "note": note, "step": 4}
+    named = {"parameter": "fc", "metric": "in_use_rule", "value": math.nan, "note": note, "step": 4}
     found = diagnose([*rows, named] if rule else rows)
     assert (EXPONENT in found) == told
 
@@ -268,15 +268,15 @@ def test_the_scale(scale: float, told: bool) -> None:
     assert ("scale" in diagnose(rows)) == told
 
 
-def run_of(lags: dict[int, float], draws: str = "trajectory", rule: str = "shampoo") -> list[Row]:
+def run_of(lags: dict[int, float], target: str = "trajectory", rule: str = "shampoo") -> list[Row]:
     rows = []
     for step, lag in lags.items():
-        more = {"step": step, "draws": draws}
+        more = {"step": step, "target": target}
         rows += [cosine("shampoo", 0.8, math.nan, "plugin", **more),
                  cosine("shampoo-squared", 0.82, math.nan, "plugin", **more),
-                 cosine("live", 0.8 - lag, math.nan, "plugin", **more)]  # fmt: skip
+                 cosine("in-use", 0.8 - lag, math.nan, "plugin", **more)]  # fmt: skip
         if rule:
-            rows.append({"parameter": "fc", "metric": "live_rule", "value": math.nan,
+            rows.append({"parameter": "fc", "metric": "in_use_rule", "value": math.nan,
                          "note": f"live follows {rule}", "step": step})  # fmt: skip
     return rows
 
@@ -290,7 +290,7 @@ def test_stale_live_factors_say_since_when() -> None:
 
 
 def test_on_another_target_the_lag_is_not_called_staleness() -> None:
-    found = diagnose(run_of({0: 0.0, 400: 0.2}, draws="ggn"))
+    found = diagnose(run_of({0: 0.0, 400: 0.2}, target="ggn"))
     assert "staleness" not in found
     assert found["live factors"].level == "notice"
     assert "batches, labels, averaging" in found["live factors"].message
@@ -304,8 +304,8 @@ def test_plugin_numbers_are_judged_by_their_noise_floor() -> None:
         told = {"parameter": "fc", "metric": "noise_floor", "value": floor}
         assert diagnose([*rows, told])["distance to the optimum"].level == level
     assert "Kronecker rank" not in diagnose([*rows, *spectrum([1.0, 0.9], 1.4)])
-    for draws in ("trajectory", "batch-gradient"):
-        exact = [row | {"draws": draws, "n_eff": 3.0} for row in rows]
+    for target in ("trajectory", "batch-gradient"):
+        exact = [row | {"target": target, "n_eff": 3.0} for row in rows]
         assert diagnose(exact)["distance to the optimum"].level == "notice"
 
 
@@ -330,7 +330,7 @@ def truncated(share: float, step: int = 0) -> Row:
 
 def test_a_truncated_target_is_not_judged() -> None:
     rows = run_of({0: 0.0, 400: 0.3})
-    rows += [cosine("optimal", 0.95, math.nan, "plugin", step=400, draws="trajectory")]
+    rows += [cosine("optimal", 0.95, math.nan, "plugin", step=400, target="trajectory")]
     assert "distance to the optimum" in diagnose([*rows, truncated(0.41)])  # of another step
     found = diagnose([*rows, truncated(0.41, 400)])
     assert set(found) == {"truncated target"}
@@ -342,7 +342,7 @@ def test_a_truncated_target_is_not_judged() -> None:
 @pytest.mark.parametrize(("share", "level"), [(0.0, "good"), (0.005, "good"), (0.03, "abstained")])
 def test_no_difference_finer_than_what_was_dropped_is_judged(share: float, level: str) -> None:
     """.01 is within .02 if both cosines are known to .005, and not if they are to .03."""
-    more = {"draws": "trajectory", "step": 0}
+    more = {"target": "trajectory", "step": 0}
     rows = [cosine("optimal", 0.95, math.nan, "plugin", **more),
             cosine("kfac", 0.94, math.nan, "plugin", **more), truncated(share)]  # fmt: skip
     one = diagnose(rows)["distance to the optimum"]

@@ -307,13 +307,13 @@ def test_iterates_stay_in_sample_space() -> None:
 
 @st.composite
 def any_case(draw: st.DrawFn) -> Case:
-    m, n, n_data = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 10))
+    m, n, n_examples = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 10))
     positions, columns = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rank = draw(st.integers(1, min(m, n)))
-    d = rng.standard_normal((n_data, columns, positions, rank)) @ rng.standard_normal((rank, m))
-    a = rng.standard_normal((n_data, positions, rank)) @ rng.standard_normal((rank, n))
-    weights = draw(st.none() | st.just(rng.uniform(0, 2, n_data)))
+    d = rng.standard_normal((n_examples, columns, positions, rank)) @ rng.standard_normal((rank, m))
+    a = rng.standard_normal((n_examples, positions, rank)) @ rng.standard_normal((rank, n))
+    weights = draw(st.none() | st.just(rng.uniform(0, 2, n_examples)))
     return Case("any", output_grads=d, inputs=a, given_weights=weights)
 
 

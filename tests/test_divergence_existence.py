@@ -37,8 +37,8 @@ def test_kl_of_too_few_shared_draws_is_refused() -> None:
 def test_kl_is_refused_where_the_plain_iteration_diverges(m: int, n: int, positions: int) -> None:
     """From one draw up: a fit that is given is stationary, and enough draws always give one."""
     given = []
-    for n_data in (1, 2, 3, 4, 5, 6, 12, 30):
-        case = factors_case("", n_data, m, n, positions=positions, seed=n_data)
+    for n_examples in (1, 2, 3, 4, 5, 6, 12, 30):
+        case = factors_case("", n_examples, m, n, positions=positions, seed=n_examples)
         try:
             P = fit(case, 0)
         except UnsupportedError:
@@ -59,40 +59,40 @@ def test_kl_of_generic_draws_exists_exactly_where_the_count_says(
     from kronecker_probe.approximations import divergence as module
 
     monkeypatch.setattr(module, "MAX_ROUNDS", 20000)  # at the threshold it takes thousands
-    for m, n, n_data in np.ndindex(4, 4, 6):
-        case = factors_case("", n_data + 1, m + 1, n + 1, positions=positions, seed=n_data)
+    for m, n, n_examples in np.ndindex(4, 4, 6):
+        case = factors_case("", n_examples + 1, m + 1, n + 1, positions=positions, seed=n_examples)
         ranks = [
             int(np.linalg.matrix_rank(factor(case.H, case.shape)))
             for factor in (oracle.left_factor, oracle.right_factor)
         ]
         if positions == 1:
             square = ranks[0] == ranks[1] > 1
-            exists = n_data + 1 >= max(ranks) + square
+            exists = n_examples + 1 >= max(ranks) + square
         else:
-            excess = ranks[0] ** 2 + ranks[1] ** 2 - (n_data + 1) * ranks[0] * ranks[1]
+            excess = ranks[0] ** 2 + ranks[1] ** 2 - (n_examples + 1) * ranks[0] * ranks[1]
             exists = excess <= 1 and not (excess == 0 and math.gcd(*ranks) > 1)
         try:
             found = fit(case, 0).info["residual"] <= 1e-9
         except UnsupportedError:
             found = False
-        assert found == exists, (case.shape, n_data + 1, ranks)
+        assert found == exists, (case.shape, n_examples + 1, ranks)
 
 
-@pytest.mark.parametrize("n_data", [2, 20])
-def test_kl_of_identical_draws(n_data: int) -> None:
+@pytest.mark.parametrize("n_examples", [2, 20])
+def test_kl_of_identical_draws(n_examples: int) -> None:
     """Identical rank-one draws are one Kronecker product; others leave a continuum of fits."""
     one = factors_case("", 1, 4, 3)
     assert one.output_grads is not None
     assert one.inputs is not None
     repeated = Case(
         "identical",
-        output_grads=np.repeat(one.output_grads, n_data, axis=0),
-        inputs=np.repeat(one.inputs, n_data, axis=0),
+        output_grads=np.repeat(one.output_grads, n_examples, axis=0),
+        inputs=np.repeat(one.inputs, n_examples, axis=0),
     )
     assert_close(dense(fit(repeated, 0)), repeated.H, FITTED)
     matrix = np.random.default_rng(8).standard_normal((1, 3, 3))
     with pytest.raises(UnsupportedError, match=r"q=0 \(KL\)"):
-        fit(Case("identical", matrices=np.repeat(matrix, n_data, axis=0)), 0)
+        fit(Case("identical", matrices=np.repeat(matrix, n_examples, axis=0)), 0)
 
 
 def test_kl_of_draws_in_two_separate_blocks_is_refused() -> None:

@@ -35,10 +35,10 @@ def outspoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimator_module, "abstention", lambda n, n_eff: "")
 
 
-def draw(n_data: int, columns: int, m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw(n_examples: int, columns: int, m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    d = torch.randn(n_data, columns, m, generator=generator, dtype=torch.float64)
-    a = torch.randn(n_data, n, generator=generator, dtype=torch.float64)
+    d = torch.randn(n_examples, columns, m, generator=generator, dtype=torch.float64)
+    a = torch.randn(n_examples, n, generator=generator, dtype=torch.float64)
     return d * (1 + a[:, :1, None].abs()), a + 0.5
 
 
@@ -221,7 +221,7 @@ def test_columns_of_a_datum_are_one_draw_whatever_basis_they_are_in() -> None:
 @pytest.mark.usefixtures("outspoken")
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-    n_data=st.integers(4, 12),
+    n_examples=st.integers(4, 12),
     columns=st.integers(1, 3),
     m=st.integers(1, 5),
     n=st.integers(1, 5),
@@ -230,9 +230,9 @@ def test_columns_of_a_datum_are_one_draw_whatever_basis_they_are_in() -> None:
     seed=st.integers(0, 99),
 )
 def test_all_routes_and_parameters_of_one_row_or_column_give_the_same(
-    n_data: int, columns: int, m: int, n: int, name: str, route: str, seed: int
+    n_examples: int, columns: int, m: int, n: int, name: str, route: str, seed: int
 ) -> None:
-    d, a = draw(n_data, columns, m, n, seed)
+    d, a = draw(n_examples, columns, m, n, seed)
     given = samples_of(d, a)
     one = kp.estimate(kp.SecondMoment(given, route="sample"), name)
     other = kp.estimate(kp.SecondMoment(given, route=route), name)
@@ -294,9 +294,9 @@ def test_a_block_of_one_column_adds_up_with_the_others_of_a_shared_layer(name: s
 # ---------------------------------------------------------------- shared positions
 
 
-def shared(n_data: int, positions: int, seed: int = 0) -> kp.GradientSamples:
+def shared(n_examples: int, positions: int, seed: int = 0) -> kp.GradientSamples:
     generator = torch.Generator().manual_seed(seed)
-    shape = (n_data, 2, positions, 3), (n_data, positions, 2)
+    shape = (n_examples, 2, positions, 3), (n_examples, positions, 2)
     d, a = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shape)
     return kp.GradientSamples.from_factors(d, a)
 

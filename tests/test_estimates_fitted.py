@@ -21,20 +21,20 @@ NAMES = ("optimal", "optimal:rank=2", "shampoo", "eigen-corrected", "ekfac", "di
          "divergence:q=0", "shampoo-squared-sequential", "shampoo:block_size=2")  # fmt: skip
 
 
-def exact_product(n_data: int, seed: int = 0) -> kp.GradientSamples:
+def exact_product(n_examples: int, seed: int = 0) -> kp.GradientSamples:
     """Independent Gaussian d and a: H is a Kronecker product."""
     generator = torch.Generator().manual_seed(seed)
-    d = torch.randn(n_data, 3, generator=generator, dtype=torch.float64)
-    a = torch.randn(n_data, 4, generator=generator, dtype=torch.float64)
+    d = torch.randn(n_examples, 3, generator=generator, dtype=torch.float64)
+    a = torch.randn(n_examples, 4, generator=generator, dtype=torch.float64)
     spread = torch.tensor([2.0, 1.0, 0.7, 0.5], dtype=torch.float64)
     return kp.GradientSamples.from_factors(d, a * spread)
 
 
-def dependent(n_data: int, seed: int = 0) -> kp.GradientSamples:
+def dependent(n_examples: int, seed: int = 0) -> kp.GradientSamples:
     """H is no product: the size of d goes with a. Light tails: N_eff is about N / 2."""
     generator = torch.Generator().manual_seed(seed)
-    d = torch.rand(n_data, 3, generator=generator, dtype=torch.float64) - 0.5
-    a = torch.rand(n_data, 4, generator=generator, dtype=torch.float64) - 0.4
+    d = torch.rand(n_examples, 3, generator=generator, dtype=torch.float64) - 0.5
+    a = torch.rand(n_examples, 4, generator=generator, dtype=torch.float64) - 0.4
     return kp.GradientSamples.from_factors(d * (0.2 + a[:, :3].abs()), a)
 
 

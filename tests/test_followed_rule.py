@@ -58,14 +58,14 @@ def test_the_table_names_the_rule_that_the_live_operator_follows(
         return kp.optim.Shampoo(params, lr=1e-2, basis={"frequency": 1}, **options)
 
     table = whole_table(make)
-    rows = table[(table["metric"] == "live_rule") & (table["parameter"] == LAYERS[0])]
+    rows = table[(table["metric"] == "in_use_rule") & (table["parameter"] == LAYERS[0])]
     assert set(rows["note"]) == (set() if rule is None else {f"live follows {rule}"})
     assert set(rows["step"]) == (set() if rule is None else {1, 2})
 
 
 def test_no_rule_is_named_for_another_optimizer() -> None:
     table = whole_table(lambda params: torch.optim.Adam(params, lr=1e-2))
-    assert "live_rule" not in set(table["metric"])
+    assert "in_use_rule" not in set(table["metric"])
 
 
 @pytest.mark.parametrize("exponent", [None, -0.5])
@@ -78,7 +78,7 @@ def test_an_undamped_live_operator_is_the_fresh_rule(exponent: float | None) -> 
         spectrum={"exponent": exponent},
     )  # fmt: skip
     tracker = kp.Tracker(
-        model, LOSS, optimizer=optimizer, every=[1], layers=LAYERS[0], draws="trajectory",
+        model, LOSS, optimizer=optimizer, every=[1], layers=LAYERS[0], target="trajectory",
         window_tolerance=0.0,
     )  # fmt: skip
     inputs, targets = batch(0)
@@ -88,10 +88,10 @@ def test_an_undamped_live_operator_is_the_fresh_rule(exponent: float | None) -> 
         tracker.step()
         optimizer.step()
     table = tracker.table
-    rule = str(table.loc[table["metric"] == "live_rule", "note"].iloc[0]).removeprefix(
+    rule = str(table.loc[table["metric"] == "in_use_rule", "note"].iloc[0]).removeprefix(
         "live follows "
     )
     values = table[table["metric"] == "cosine"].set_index("approximation")["value"]
-    assert values["live"] == pytest.approx(values[rule], rel=1e-5)
+    assert values["in-use"] == pytest.approx(values[rule], rel=1e-5)
     other = "shampoo" if rule == "shampoo-squared" else "shampoo-squared"
-    assert abs(values["live"] - values[other]) > 1e-3
+    assert abs(values["in-use"] - values[other]) > 1e-3

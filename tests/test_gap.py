@@ -177,11 +177,11 @@ def test_a_zero_target_is_a_note() -> None:
     assert "zero" in repr(found)
 
 
-def captured(draws: str) -> kp.Capture:
+def captured(target: str) -> kp.Capture:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     batch = torch.randn(12, 5), torch.randint(0, 3, (12,))
-    return kp.capture(model, torch.nn.CrossEntropyLoss(), batch, draws=draws)
+    return kp.capture(model, torch.nn.CrossEntropyLoss(), batch, target=target)
 
 
 def test_it_reads_a_capture() -> None:

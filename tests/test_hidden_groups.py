@@ -74,7 +74,7 @@ def test_a_tracker_scores_what_each_of_several_optimizers_holds() -> None:
         for one in optimizers:
             one.step()
     tracker.finish(batch)
-    rows = tracker.table.query("approximation == 'live' and step == 3")
+    rows = tracker.table.query("approximation == 'in-use' and step == 3")
     scored = rows[rows["value"].notna()]["parameter"].unique()
     assert sorted(scored) == ["0.weight", "4.weight"]
     note = rows[rows["parameter"] == "2.weight"]["note"].iloc[0]

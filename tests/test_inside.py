@@ -16,7 +16,13 @@ from kronecker_probe.optim.presets import PRESETS
 from kronecker_probe.tracking.optimizer_state.factors import factor_rows, inside_rows
 from kronecker_probe.tracking.tracker import Tracker
 
-CHAIN = ("live_fresh", "live_blocking", "live_statistics", "live_damping", "live_staleness")
+CHAIN = (
+    "in_use_fresh",
+    "in_use_blocking",
+    "in_use_statistics",
+    "in_use_damping",
+    "in_use_staleness",
+)
 TOLERANCE = 1e-6  # float32 state, float64 metrics
 ONCE = {"start": 1, "frequency": 10}
 JUNK = "directions below rounding"
@@ -134,7 +140,7 @@ def test_a_factor_that_is_not_finite_is_noted() -> None:
     rows = inside_rows(optimizer, "w", param, samples)
     notes = {row["metric"]: row["note"] for row in rows if row.get("note")}
     assert notes["factor_rank"] == "the factor is not finite"
-    assert math.isnan(next(r["value"] for r in rows if r["metric"] == "live_statistics"))
+    assert math.isnan(next(r["value"] for r in rows if r["metric"] == "in_use_statistics"))
 
 
 # ---------------------------------------------------------------- the split of the error
@@ -162,8 +168,8 @@ def values_of(rows: pd.DataFrame) -> dict[str, float]:
     return dict(zip(of["metric"], of["value"], strict=True))
 
 
-def live_error(rows: pd.DataFrame) -> float:
-    live = rows[(rows["approximation"] == "live") & (rows["metric"] == "cosine")]
+def in_use_error(rows: pd.DataFrame) -> float:
+    live = rows[(rows["approximation"] == "in-use") & (rows["metric"] == "cosine")]
     return 1.0 - float(live.loc[live["kind"] == "plugin", "value"].iloc[0]) ** 2
 
 
@@ -180,13 +186,13 @@ def test_the_parts_add_up_to_the_error_of_live(name: str, options: dict[str, Any
     rows = tracked(name, **options)
     parts = values_of(rows)
     total = math.fsum(value for value in parts.values() if not math.isnan(value))
-    assert total == pytest.approx(live_error(rows), rel=TOLERANCE)
-    assert ("live_blocking" in parts) == ("shapes" in options)
+    assert total == pytest.approx(in_use_error(rows), rel=TOLERANCE)
+    assert ("in_use_blocking" in parts) == ("shapes" in options)
     rules = {"soap": "eigen-corrected", "eshampoo": "eigen-corrected", "kl-shampoo": None}
     plain = rows[(rows["approximation"] == rules.get(name, name)) & (rows["metric"] == "cosine")]
     if len(plain):
         cosine = float(plain.loc[plain["kind"] == "plugin", "value"].iloc[0])
-        assert parts["live_fresh"] == pytest.approx(1 - cosine**2, rel=TOLERANCE)
+        assert parts["in_use_fresh"] == pytest.approx(1 - cosine**2, rel=TOLERANCE)
     else:
         assert name == "kl-shampoo"
 
@@ -194,18 +200,18 @@ def test_the_parts_add_up_to_the_error_of_live(name: str, options: dict[str, Any
 def test_refreshed_and_undamped_there_is_neither_staleness_nor_damping() -> None:
     basis = {"frequency": 1, "start": 1}
     fresh = values_of(tracked("shampoo", basis=basis, epsilon=1e-12))
-    assert abs(fresh["live_staleness"]) < 1e-4  # a root in float32
-    assert abs(fresh["live_damping"]) < 1e-4
+    assert abs(fresh["in_use_staleness"]) < 1e-4  # a root in float32
+    assert abs(fresh["in_use_damping"]) < 1e-4
     damped = values_of(tracked("shampoo", basis=basis, epsilon=1e-2))
-    assert abs(damped["live_damping"]) > 1e-3
-    assert abs(damped["live_staleness"]) < 1e-4
+    assert abs(damped["in_use_damping"]) > 1e-3
+    assert abs(damped["in_use_staleness"]) < 1e-4
 
 
 def test_a_missing_link_has_a_note() -> None:
     rows = tracked("eshampoo", **STALE)
-    absent = rows[rows["metric"] == "live_staleness"].iloc[0]
+    absent = rows[rows["metric"] == "in_use_staleness"].iloc[0]
     assert math.isnan(absent["value"])
-    assert "within live_statistics" in absent["note"]
+    assert "within in_use_statistics" in absent["note"]
 
 
 def test_others_and_fresh_optimizers_have_no_rows() -> None:
@@ -221,10 +227,10 @@ def test_others_and_fresh_optimizers_have_no_rows() -> None:
 
 
 def finding(rows: list[dict[str, Any]]) -> dict[str, kp.Finding]:
-    base = {"parameter": "fc", "m": 4, "n": 4, "n_data": 100, "n_eff": 100.0, "index": pd.NA}
+    base = {"parameter": "fc", "m": 4, "n": 4, "n_examples": 100, "n_eff": 100.0, "index": pd.NA}
     cosines = [
         {"step": step, "metric": "cosine", "approximation": "kfac", "value": 0.9,
-         "kind": "plugin", "draws": "trajectory"}
+         "kind": "plugin", "target": "trajectory"}
         for step in (0, 5, 9)
     ]  # fmt: skip
     every = [base | {"approximation": None} | row for row in (*cosines, *rows)]
@@ -273,12 +279,12 @@ def test_both_factors_of_a_layer_are_one_finding_with_the_larger_epsilon() -> No
 
 def test_one_epsilon_serves_all_layers_of_a_group() -> None:
     cosine = {"parameter": "b", "step": 9, "metric": "cosine", "approximation": "kfac",
-              "value": 0.9, "kind": "plugin", "draws": "trajectory"}  # fmt: skip
+              "value": 0.9, "kind": "plugin", "target": "trajectory"}  # fmt: skip
     rows = [*amplified(2.5e-6), *amplified(7e-4, layer="b"), cosine]
     columns = ["index", "approximation", "note"]
     base = [cosine | {"parameter": "fc"}]
     table = pd.DataFrame([*base, *rows]).reindex(
-        columns=[*columns, "parameter", "step", "metric", "value", "kind", "draws"]
+        columns=[*columns, "parameter", "step", "metric", "value", "kind", "target"]
     )
     found = [one for one in kp.diagnose(table) if one.subject == JUNK]
     assert len(found) == 2
@@ -286,7 +292,7 @@ def test_one_epsilon_serves_all_layers_of_a_group() -> None:
 
 
 def test_no_larger_epsilon_is_asked_for_where_damping_costs_already() -> None:
-    rows = [*amplified(2.5e-6), inside("live_damping", 0.3) | {"index": pd.NA}]
+    rows = [*amplified(2.5e-6), inside("in_use_damping", 0.3) | {"index": pd.NA}]
     one = finding(rows)[JUNK]
     assert "damping costs 0.300 of squared error already" in one.advice
     assert "suggested_epsilon" not in one.evidence

@@ -27,11 +27,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
-def test_a_restless_model_is_left_as_it_was(draws: str) -> None:
+@pytest.mark.parametrize("target", ["ggn", "fisher", "empirical-fisher"])
+def test_a_restless_model_is_left_as_it_was(target: str) -> None:
     model, batch = restless()
     before = Snapshot.of(model)
-    kp.capture(model, F.cross_entropy, batch, draws=draws)
+    kp.capture(model, F.cross_entropy, batch, target=target)
     before.check(model, versions=False)  # what the model itself wrote is written back
 
 
@@ -175,8 +175,8 @@ def test_a_graph_made_before_is_still_good_after() -> None:
         assert torch.equal(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("draws", ["ggn", "fisher"])
-def test_training_goes_on_bitwise_as_without(draws: str) -> None:
+@pytest.mark.parametrize("target", ["ggn", "fisher"])
+def test_training_goes_on_bitwise_as_without(target: str) -> None:
     def train(measured: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -187,7 +187,7 @@ def test_training_goes_on_bitwise_as_without(draws: str) -> None:
             inputs, targets = torch.randn(8, 3), torch.randint(CLASSES, (8,))
             F.cross_entropy(model(inputs), targets).backward()
             if measured:
-                kp.capture(model, F.cross_entropy, (inputs, targets), draws=draws)
+                kp.capture(model, F.cross_entropy, (inputs, targets), target=target)
             optimizer.step()
             optimizer.zero_grad()
         return [torch.rand(3), *model.state_dict().values()]
@@ -246,7 +246,7 @@ def test_hooks_of_the_model_are_part_of_it() -> None:
     model[0].register_forward_pre_hook(lambda m, x: (3 * x[0],))
     model[0].register_forward_hook(lambda m, x, y: seen.append(y.shape), prepend=True)
     model[0].register_forward_hook(lambda m, x, y: 2 * y)
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher")
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher")
     assert seen == [torch.Size([4, 4])]
     F.mse_loss(model(batch[0]), batch[1]).backward()
     gradient = model[0].weight.grad
@@ -271,7 +271,7 @@ def test_a_forward_hook_that_adds_an_adapter_is_part_of_the_model() -> None:
     model.adapter = nn.Linear(3, 4).double()
     model[0].register_forward_hook(lambda m, x, y: y + model.adapter(x[0]))
     model.forward = lambda x: model[2](model[1](model[0](x)))
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher")
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher")
     F.mse_loss(model(batch[0]), batch[1]).backward()
     for name in ("0.weight", "2.weight", "adapter.weight"):
         gradient = model.get_parameter(name).grad
@@ -320,12 +320,12 @@ class Remembering(nn.Module):
         return self.b(h)
 
 
-@pytest.mark.parametrize("n_data", [6, 40])
-def test_containers_among_the_attributes_are_left_as_they_were(n_data: int) -> None:
+@pytest.mark.parametrize("n_examples", [6, 40])
+def test_containers_among_the_attributes_are_left_as_they_were(n_examples: int) -> None:
     model = Remembering()
     held = (model.seen, model.cache, model.cache["keys"], model.sizes, model.last, model.order)
     first = model.cache["keys"][0]
-    batch = torch.randn(n_data, 3), torch.randint(CLASSES, (n_data,))
+    batch = torch.randn(n_examples, 3), torch.randint(CLASSES, (n_examples,))
     kp.capture(model, F.cross_entropy, batch)
     assert model.seen == []
     assert list(model.cache) == ["keys"]

@@ -37,7 +37,7 @@ def test_the_operator_of_one_batch_is_the_approximation(
 ) -> None:
     model, x, y = problem(name)
     loss = nn.CrossEntropyLoss(reduction=reduction)
-    samples = kp.capture(model, loss, (x, y), draws="empirical-fisher")
+    samples = kp.capture(model, loss, (x, y), target="empirical-fisher")
     optimizer = fresh(model, rule, loss_reduction=reduction)
     loss(model(x), y).backward()
     monkeypatch.setattr(layer_samples, "_CHUNK", 1000)  # several chunks of data, the last shorter
@@ -54,7 +54,7 @@ def test_the_operator_of_one_batch_is_the_approximation(
 @pytest.mark.parametrize("rule", ["kfac", "ekfac"])
 def test_a_bias_has_its_exact_second_moment_where_nothing_is_shared(rule: str) -> None:
     model, x, y = problem()
-    samples = kp.capture(model, LOSS, (x, y), draws="empirical-fisher", layers=["*"])
+    samples = kp.capture(model, LOSS, (x, y), target="empirical-fisher", layers=["*"])
     optimizer = fresh(model, rule)
     LOSS(model(x), y).backward()
     optimizer.step()
@@ -169,7 +169,7 @@ def test_layers_of_one_shape_keep_to_themselves(rule: str) -> None:
     LOSS(last(x), y).backward()
     optimizer.step()
     optimizer.remove_hooks()
-    samples = kp.capture(last, LOSS, (x, y), draws="empirical-fisher")
+    samples = kp.capture(last, LOSS, (x, y), target="empirical-fisher")
     assert torch.equal(dense(optimizer, weights[0]), before[0])
     for k in (1, 2):
         wanted = kp.approximate(kp.SecondMoment(samples[f"{k}.weight"]), rule).to_dense()

@@ -110,10 +110,10 @@ def test_sum_of_zero_is_zero() -> None:
 
 @st.composite
 def small_cases(draw: st.DrawFn) -> Case:
-    m, n, n_data = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    m, n, n_examples = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
     positions, seed = draw(st.integers(1, 3)), draw(st.integers(0, 2**32 - 1))
     columns = draw(st.integers(1, 2))
-    return factors_case("", n_data, m, n, columns=columns, positions=positions, seed=seed)
+    return factors_case("", n_examples, m, n, columns=columns, positions=positions, seed=seed)
 
 
 @given(small_cases(), st.integers(2, 6))

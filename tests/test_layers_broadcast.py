@@ -46,21 +46,21 @@ def build(add: Forward, *shape: int) -> nn.Module:
     return model.double()
 
 
-def check(model: nn.Module, name: str, length: int = T, n_data: int = N) -> kp.Capture:
+def check(model: nn.Module, name: str, length: int = T, n_examples: int = N) -> kp.Capture:
     """A capture whose draws of ``name`` and of the first layer are those of torch.func."""
-    inputs = torch.randn(n_data, length, 3).double()
+    inputs = torch.randn(n_examples, length, 3).double()
     targets = torch.randn_like(model(inputs).detach())
     names = [name, "a.weight", "c.bias"]
     expected = oracle.share_gradients(model, F.mse_loss, inputs, targets, names)
-    for draws in ("ggn", "empirical-fisher"):
-        samples = kp.capture(model, F.mse_loss, (inputs, targets), draws=draws, layers=names)
+    for target in ("ggn", "empirical-fisher"):
+        samples = kp.capture(model, F.mse_loss, (inputs, targets), target=target, layers=names)
         assert list(samples) == [k for k, _ in model.named_parameters() if k in names]
-        if draws == "ggn" and model.get_parameter(name).ndim:
+        if target == "ggn" and model.get_parameter(name).ndim:
             full = oracle.gauss_newton(model, F.mse_loss, inputs, targets, [name])
             assert_close(oracle.second_moment(samples[name]), full[name])
     for one in names:
         got = oracle.matrices(samples[one])[:, 0]
-        assert_close(got.flatten(1), expected[one].reshape(n_data, -1))
+        assert_close(got.flatten(1), expected[one].reshape(n_examples, -1))
     return samples
 
 
@@ -150,7 +150,7 @@ def test_a_parameter_of_another_precision_goes_by_the_fallback() -> None:
     model = build(lambda m, h: h + m.p, T, D)
     model.p = nn.Parameter(model.p.detach().float())  # the sum casts its gradient
     batch = torch.randn(N, T, 3).double(), torch.randn(N, T, CLASSES).double()
-    samples = kp.capture(model, F.mse_loss, batch, draws="fisher")
+    samples = kp.capture(model, F.mse_loss, batch, target="fisher")
     assert list(samples.fallback) == ["p"]
 
 
@@ -169,18 +169,18 @@ def test_differences_of_positions_are_no_batch() -> None:
 def test_a_shift_of_coupled_data_is_not_measured() -> None:
     model = build(lambda m, h: (h + m.p).sub((h + m.p).mean(0)), T, D)
     batch = torch.randn(N, T, 3).double(), torch.randn(N, T, CLASSES).double()
-    samples = kp.capture(model, F.mse_loss, batch, draws="fisher", layers=["p", "c.bias"])
+    samples = kp.capture(model, F.mse_loss, batch, target="fisher", layers=["p", "c.bias"])
     assert "p" in samples.skipped
 
 
-@pytest.mark.parametrize("n_data", [1, 2, 40])
-def test_any_number_of_data(n_data: int) -> None:
+@pytest.mark.parametrize("n_examples", [1, 2, 40])
+def test_any_number_of_data(n_examples: int) -> None:
     model = build(lambda m, h: h + m.table(steps(T)), 1)
-    samples = check(model, "table.weight", n_data=n_data)
-    assert not samples.fallback or n_data == 1
+    samples = check(model, "table.weight", n_examples=n_examples)
+    assert not samples.fallback or n_examples == 1
     model = build(lambda m, h: h + m.p[:, :T], 1, 9, D)
-    samples = check(model, "p", n_data=n_data)
-    assert not samples.fallback or n_data == 1
+    samples = check(model, "p", n_examples=n_examples)
+    assert not samples.fallback or n_examples == 1
 
 
 def test_a_table_costs_no_second_pass() -> None:
@@ -188,5 +188,5 @@ def test_a_table_costs_no_second_pass() -> None:
     model = build(lambda m, h: h + m.table(steps(T)), 1)
     model.a.register_forward_hook(lambda module, given, output: sizes.append(len(output)))
     batch = torch.randn(N, T, 3).double(), torch.randn(N, T, CLASSES).double()
-    kp.capture(model, F.mse_loss, batch, draws="fisher", layers="table.weight")
+    kp.capture(model, F.mse_loss, batch, target="fisher", layers="table.weight")
     assert sizes == [N]

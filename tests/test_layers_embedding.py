@@ -23,14 +23,14 @@ def generator(seed: int) -> torch.Generator:
 
 
 def drawn(
-    n_data: int, columns: int, positions: int, width: int, vocabulary: int
+    n_examples: int, columns: int, positions: int, width: int, vocabulary: int
 ) -> GradientSamples:
     """Random samples in which tokens repeat, with weights of which one is zero."""
-    g = generator(n_data + vocabulary)
-    tokens = torch.randint(vocabulary, (n_data, positions), generator=g)
+    g = generator(n_examples + vocabulary)
+    tokens = torch.randint(vocabulary, (n_examples, positions), generator=g)
     tokens[0] = vocabulary - 1
-    d = torch.randn(n_data, columns, positions, width, generator=g, dtype=torch.float64)
-    weights = torch.linspace(0, 2, n_data) if n_data > 1 else None
+    d = torch.randn(n_examples, columns, positions, width, generator=g, dtype=torch.float64)
+    weights = torch.linspace(0, 2, n_examples) if n_examples > 1 else None
     return GradientSamples.from_embedding(tokens, d, vocabulary, weights)
 
 

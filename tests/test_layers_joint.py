@@ -34,8 +34,8 @@ def _seeded() -> None:
 @pytest.mark.parametrize("small", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
 def test_joint_is_the_weight_beside_the_bias(small: SmallModel) -> None:
     model, batch = small.model(), small.batch("mse")
-    apart = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher")
-    joint = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", bias="joint")
+    apart = kp.capture(model, F.mse_loss, batch, target="empirical-fisher")
+    joint = kp.capture(model, F.mse_loss, batch, target="empirical-fisher", bias="joint")
     covered: list[str] = []
     for name, one in joint.items():
         if not name.endswith("+bias"):
@@ -70,7 +70,7 @@ def test_joint_where_the_bias_is_added_by_other_calls_is_a_matrix() -> None:
     b.weight = a.weight  # W is used with two biases
     model = Lambda(lambda m, x: m.b(torch.tanh(m.a(x))), a=a, b=b).double()
     batch = torch.randn(N, 3).double(), torch.randn(N, 3).double()
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", bias="joint")
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher", bias="joint")
     assert list(samples) == ["a.weight+bias", "b.bias"]
     assert isinstance(samples["a.weight+bias"], MatrixSamples)
     expected = oracle.per_sample_gradients(model, F.mse_loss, *batch)
@@ -146,7 +146,7 @@ def test_inputs_that_are_a_slice_do_not_hold_the_whole() -> None:
 def test_output_gradients_that_are_expanded_take_their_own_memory() -> None:
     model = Lambda(lambda m, x: m.a(x).sum(1), a=nn.Linear(3, CLASSES)).double()
     batch = torch.randn(N, 7, 3).double(), torch.randint(CLASSES, (N,))
-    d = kp.capture(model, F.cross_entropy, batch, draws="fisher")["a.weight"].output_grads
+    d = kp.capture(model, F.cross_entropy, batch, target="fisher")["a.weight"].output_grads
     assert d.untyped_storage().nbytes() == d.nbytes
 
 
@@ -162,9 +162,9 @@ def test_the_memory_of_a_tied_embedding_is_counted_before_it_is_taken(
     held = 8 * N * 50 * 4
     monkeypatch.setattr(memory, "available_bytes", lambda device: held - 1)
     with pytest.raises(MemoryBudgetError, match=r"'table.weight'.*GB"):
-        kp.capture(model, F.cross_entropy, batch, draws="fisher")
+        kp.capture(model, F.cross_entropy, batch, target="fisher")
     monkeypatch.setattr(memory, "available_bytes", lambda device: held)
-    samples = kp.capture(model, F.cross_entropy, batch, draws="fisher")
+    samples = kp.capture(model, F.cross_entropy, batch, target="fisher")
     assert samples["table.weight"].nbytes == held
 
 
@@ -172,9 +172,9 @@ def test_the_memory_of_the_fallback_is_counted(monkeypatch: pytest.MonkeyPatch) 
     small = SMALL_MODELS["subclass with a forward of its own"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: 700)
     model, batch = small.model(), small.batch("mse")
-    kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
+    kp.capture(model, F.mse_loss, batch, target="fisher", fallback=False)
     with pytest.raises(MemoryBudgetError):
-        kp.capture(model, F.mse_loss, batch, draws="fisher")
+        kp.capture(model, F.mse_loss, batch, target="fisher")
 
 
 # -- samples and the model ---------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_samples_do_not_alias_what_the_model_keeps(where: str) -> None:
     model = Static(where)
     batch = torch.randn(N, 3), torch.randint(CLASSES, (N,))
     expected = (model.kept.detach()[:N] if where == "parameter" else batch[0]).clone()
-    samples = kp.capture(model, F.cross_entropy, batch, draws="empirical-fisher")
+    samples = kp.capture(model, F.cross_entropy, batch, target="empirical-fisher")
     with torch.no_grad():
         model.kept.zero_()
     model(torch.zeros(N, 3))
@@ -253,7 +253,7 @@ def test_what_the_samples_alone_hold_is_not_copied(monkeypatch: pytest.MonkeyPat
 def test_an_iterable_of_batches_is_one_set_of_samples() -> None:
     small = SMALL_MODELS["2-D"]
     model, (inputs, targets) = small.model(), small.batch("mse", 6)
-    whole = kp.capture(model, F.mse_loss, (inputs, targets), draws="empirical-fisher")
+    whole = kp.capture(model, F.mse_loss, (inputs, targets), target="empirical-fisher")
     pairs = [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
 
     def generator() -> object:
@@ -262,7 +262,7 @@ def test_an_iterable_of_batches_is_one_set_of_samples() -> None:
     for data in (pairs, tuple(pairs), generator(), torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(inputs, targets), batch_size=4
     )):  # fmt: skip
-        joined = kp.capture(model, F.mse_loss, data, draws="empirical-fisher", bias="joint")
+        joined = kp.capture(model, F.mse_loss, data, target="empirical-fisher", bias="joint")
         both = torch.cat([whole["0.weight"].matrices(), whole["0.bias"].matrices()], dim=3)
         assert_close(joined["0.weight+bias"].matrices(), both, 1e-12)
 

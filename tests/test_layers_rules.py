@@ -50,7 +50,7 @@ def check(model: nn.Module, inputs: Tensor, *, fallback: bool = False) -> kp.Cap
     """All parameters, by rules alone unless ``fallback``, against those of torch.func."""
     model = model.double().eval()
     targets = torch.randn_like(model(inputs).detach())
-    options = {"draws": "empirical-fisher", "fallback": fallback}
+    options = {"target": "empirical-fisher", "fallback": fallback}
     samples = kp.capture(model, F.mse_loss, (inputs, targets), **options)
     names = [name for name, _ in model.named_parameters()]
     assert list(samples) == names, samples.skipped
@@ -341,7 +341,7 @@ def test_attention(cross: str, options: dict[str, object], batch_first: bool) ->
     inputs = torch.randn(N, T, 4).double()
     targets = torch.randn(N, T, CLASSES).double()
     samples = kp.capture(
-        model, F.mse_loss, (inputs, targets), draws="empirical-fisher", fallback=False
+        model, F.mse_loss, (inputs, targets), target="empirical-fisher", fallback=False
     )
     names = [n for n, _ in model.named_parameters() if n.startswith(("attention", "last"))]
     assert set(names) <= set(samples), samples.skipped

@@ -39,16 +39,16 @@ class Watched(nn.Module):
 
 
 def captured(
-    forward: Callable[[nn.Module, Tensor], Tensor], *shape: int, n_data: int = N
+    forward: Callable[[nn.Module, Tensor], Tensor], *shape: int, n_examples: int = N
 ) -> tuple[kp.Capture, list[int]]:
     """What rules alone measure, and the batches that the model has seen."""
     sizes: list[int] = []
     model = Watched(three(forward).double().eval(), sizes)
-    inputs = torch.randn(n_data, *shape).double()
+    inputs = torch.randn(n_examples, *shape).double()
     targets = torch.randn_like(model(inputs).detach())
     sizes.clear()
     samples = kp.capture(
-        model, F.mse_loss, (inputs, targets), draws="empirical-fisher", fallback=False
+        model, F.mse_loss, (inputs, targets), target="empirical-fisher", fallback=False
     )
     names = [name for name in samples if name.endswith("weight")]
     expected = oracle.share_gradients(model, F.mse_loss, inputs, targets, names)
@@ -84,7 +84,7 @@ def test_independent_data_cost_a_small_part_of_the_batch(monkeypatch: pytest.Mon
 
 def test_a_small_batch_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = backward_rows(monkeypatch)
-    samples, sizes = captured(plain, 3, n_data=16)
+    samples, sizes = captured(plain, 3, n_examples=16)
     assert len(samples) == 6
     assert sizes == [16, 16]  # the second is the oracle's
     assert rows == [16, 16]
@@ -92,7 +92,7 @@ def test_a_small_batch_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_part_is_a_tenth_and_at_most_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = backward_rows(monkeypatch)
-    captured(plain, 3, n_data=300)
+    captured(plain, 3, n_examples=300)
     assert rows == [16, 16]
 
 
@@ -141,18 +141,18 @@ def test_couplings_are_seen(
     assert rows[-2:] == [N, N]  # the whole batch has decided
 
 
-@pytest.mark.parametrize("n_data", [2, 6, 7, 16])
-def test_every_pair_of_data_is_told_apart(n_data: int) -> None:
+@pytest.mark.parametrize("n_examples", [2, 6, 7, 16])
+def test_every_pair_of_data_is_told_apart(n_examples: int) -> None:
     """One group of two data, of all others each is alone; whichever they are."""
-    for one in range(n_data):
+    for one in range(n_examples):
         for other in range(one):
-            group = torch.arange(n_data)
+            group = torch.arange(n_examples)
             group[one] = other
             same = (group[:, None] == group).double()
             model = three(lambda m, x, same=same: m.c(m.b(torch.tanh(same @ m.a(x))))).double()
-            batch = torch.randn(n_data, 3).double(), torch.randint(CLASSES, (n_data,))
+            batch = torch.randn(n_examples, 3).double(), torch.randint(CLASSES, (n_examples,))
             samples = kp.capture(
-                model, F.cross_entropy, batch, draws="empirical-fisher", fallback=False
+                model, F.cross_entropy, batch, target="empirical-fisher", fallback=False
             )
             assert set(samples.skipped) == {"a.weight", "a.bias"}
 
@@ -168,7 +168,7 @@ def test_where_scaled_gradients_underflow_zeros_decide(
         model = three(lambda m, x, forward=forward: last(forward(m, x)))
         batch = torch.randn(16, 3), torch.randn(16, CLASSES)
         rows.clear()
-        samples = kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
+        samples = kp.capture(model, F.mse_loss, batch, target="fisher", fallback=False)
         assert ("a.weight" in samples) == apart
         if apart:
             assert rows == [16] * (2 + 2 * 4)  # both halves of each bit of the index
@@ -179,7 +179,7 @@ def test_a_coupling_is_seen_in_half_precision() -> None:
     for forward, apart in ((plain, True), (rolled(N // 2), False)):
         model = three(forward).half()
         batch = torch.randn(N, 3).half(), torch.randn(N, CLASSES).half()
-        samples = kp.capture(model, F.mse_loss, batch, draws="fisher", fallback=False)
+        samples = kp.capture(model, F.mse_loss, batch, target="fisher", fallback=False)
         assert ("a.weight" in samples) == apart
 
 
@@ -193,12 +193,12 @@ def test_an_expert_without_data() -> None:
     model = three(routed).double()
     model.d = nn.Linear(4, 4).double()
     batch = torch.ones(1, 3).double(), torch.zeros(1, dtype=torch.int64)
-    samples = kp.capture(model, F.cross_entropy, batch, draws="empirical-fisher")
+    samples = kp.capture(model, F.cross_entropy, batch, target="empirical-fisher")
     expected = oracle.share_gradients(
         model, F.cross_entropy, *batch, [name for name, _ in model.named_parameters()]
     )
     assert "a.weight" not in samples.fallback
-    assert "gives [0, 4] for a batch of 1 data" in samples.fallback["d.weight"]
+    assert "gives [0, 4] for a batch of 1 examples" in samples.fallback["d.weight"]
     assert float(oracle.matrices(samples["d.weight"]).norm()) == 0
     for name in ("a.weight", "b.weight", "c.bias"):
         assert_close(oracle.matrices(samples[name]).flatten(), expected[name].flatten())
@@ -227,7 +227,7 @@ def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
     table = torch.eye(N).double()
     model.function = lambda m, x: m.c(torch.tanh(m.a(x) + 2 * m.b(table)))  # no plain sum
     batch = torch.randn(N, N, 3).double(), torch.randn(N, N, CLASSES).double()
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher", fallback=False)
     assert set(samples.skipped) == {"b.weight", "b.bias"}
 
 
@@ -260,7 +260,7 @@ def test_a_model_that_is_never_twice_the_same_is_checked_whole(
 
 
 @pytest.mark.parametrize(
-    ("lead", "n_data", "expected"),
+    ("lead", "n_examples", "expected"),
     [
         ((4,), 4, [Layout(1, 1)]),
         ((4, 6), 4, [Layout(1, 6)]),
@@ -272,8 +272,10 @@ def test_a_model_that_is_never_twice_the_same_is_checked_whole(
         ((), 2, []),
     ],
 )
-def test_where_a_batch_can_be(lead: tuple[int, ...], n_data: int, expected: list[Layout]) -> None:
-    assert layouts(lead, n_data) == expected
+def test_where_a_batch_can_be(
+    lead: tuple[int, ...], n_examples: int, expected: list[Layout]
+) -> None:
+    assert layouts(lead, n_examples) == expected
 
 
 def test_a_layout_brings_a_datum_s_rows_together() -> None:
@@ -290,14 +292,14 @@ def test_a_layout_brings_a_datum_s_rows_together() -> None:
 class Static(nn.Module):
     """Copies its inputs into a buffer of its own, as for replayed graphs; mixes data if coupled."""
 
-    def __init__(self, n_data: int, *, coupled: bool, registered: bool) -> None:
+    def __init__(self, n_examples: int, *, coupled: bool, registered: bool) -> None:
         super().__init__()
         self.b = nn.Linear(5, CLASSES)
         self.coupled = coupled
-        self.register_buffer("held", torch.zeros(n_data, 5))
+        self.register_buffer("held", torch.zeros(n_examples, 5))
         if not registered:
             del self._buffers["held"]
-            self.held = torch.zeros(n_data, 5, dtype=torch.float64)
+            self.held = torch.zeros(n_examples, 5, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         held = self.held[: len(x)]
@@ -307,11 +309,11 @@ class Static(nn.Module):
 
 
 @pytest.mark.parametrize("registered", [True, False])
-@pytest.mark.parametrize("n_data", [PART, N])
-def test_a_model_that_writes_into_its_own_buffer(n_data: int, registered: bool) -> None:
-    model = Static(n_data, coupled=False, registered=registered).double()
-    batch = torch.randn(n_data, 5).double(), torch.randn(n_data, CLASSES).double()
-    samples = kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+@pytest.mark.parametrize("n_examples", [PART, N])
+def test_a_model_that_writes_into_its_own_buffer(n_examples: int, registered: bool) -> None:
+    model = Static(n_examples, coupled=False, registered=registered).double()
+    batch = torch.randn(n_examples, 5).double(), torch.randn(n_examples, CLASSES).double()
+    samples = kp.capture(model, F.mse_loss, batch, target="empirical-fisher", fallback=False)
     expected = oracle.share_gradients(model.b, F.mse_loss, *batch, ["weight"])["weight"]
     measured = oracle.matrices(samples["b.weight"])[:, 0]
     assert_close(measured.flatten(1), expected.flatten(1))
@@ -322,4 +324,4 @@ def test_a_model_that_writes_into_its_own_buffer_is_still_checked() -> None:
     model = Static(N, coupled=True, registered=True).double()
     batch = torch.randn(N, 5).double(), torch.randn(N, CLASSES).double()
     with pytest.raises(InvalidInputError, match="gradients of different data mix"):
-        kp.capture(model, F.mse_loss, batch, draws="empirical-fisher", fallback=False)
+        kp.capture(model, F.mse_loss, batch, target="empirical-fisher", fallback=False)

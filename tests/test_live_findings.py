@@ -21,16 +21,16 @@ PRODUCTS = {"optimal": 0.95, "shampoo-squared": 0.945}
 # 1 - .3^2 = .91, of which .1 is the best product's own (1 - .95^2 = .0975)
 LIVE = 0.3
 SPLITS = {
-    "rule": {"live_fresh": 0.6975, "live_statistics": 0.2, "live_damping": 0.01,
-             "live_staleness": 0.0025},
-    "blocks": {"live_fresh": 0.1, "live_blocking": 0.5, "live_statistics": 0.3,
-               "live_damping": 0.01, "live_staleness": 0.0},
-    "statistics": {"live_fresh": 0.1, "live_statistics": 0.6, "live_damping": 0.2,
-                   "live_staleness": 0.01},
-    "damping": {"live_fresh": 0.1, "live_statistics": 0.21, "live_damping": 0.6,
-                "live_staleness": 0.0},
-    "age": {"live_fresh": 0.1, "live_statistics": 0.31, "live_damping": -0.1,
-            "live_staleness": 0.6},
+    "rule": {"in_use_fresh": 0.6975, "in_use_statistics": 0.2, "in_use_damping": 0.01,
+             "in_use_staleness": 0.0025},
+    "blocks": {"in_use_fresh": 0.1, "in_use_blocking": 0.5, "in_use_statistics": 0.3,
+               "in_use_damping": 0.01, "in_use_staleness": 0.0},
+    "statistics": {"in_use_fresh": 0.1, "in_use_statistics": 0.6, "in_use_damping": 0.2,
+                   "in_use_staleness": 0.01},
+    "damping": {"in_use_fresh": 0.1, "in_use_statistics": 0.21, "in_use_damping": 0.6,
+                "in_use_staleness": 0.0},
+    "age": {"in_use_fresh": 0.1, "in_use_statistics": 0.31, "in_use_damping": -0.1,
+            "in_use_staleness": 0.6},
 }  # fmt: skip
 
 
@@ -38,8 +38,8 @@ def rows_of(
     cosines: Mapping[str, float], layer: str = "fc", kind: str = "population", **more: Any
 ) -> list[Row]:
     row = {"parameter": layer, "metric": "cosine", "kind": kind, "m": 8, "n": 6, "step": STEP,
-           "stderr": 0.002 if kind == "population" else math.nan, "n_data": 256, "n_eff": 200.0,
-           "draws": "ggn"} | more  # fmt: skip
+           "stderr": 0.002 if kind == "population" else math.nan, "n_examples": 256, "n_eff": 200.0,
+           "target": "ggn"} | more  # fmt: skip
     return [row | {"approximation": name, "value": value} for name, value in cosines.items()]
 
 
@@ -49,7 +49,7 @@ def inside(values: Mapping[str, float], layer: str = "fc", **more: Any) -> list[
 
 
 def follows(rule: str, layer: str = "fc") -> Row:
-    return {"parameter": layer, "step": STEP, "metric": "live_rule", "value": math.nan,
+    return {"parameter": layer, "step": STEP, "metric": "in_use_rule", "value": math.nan,
             "note": f"live follows {rule}"}  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def own(rows: Sequence[Row]) -> list[kp.Finding]:
 
 def both(held: float = LIVE, layer: str = "fc", **more: Any) -> list[Row]:
     """Population and plug-in numbers, of which the split is one of the latter."""
-    return rows_of(PRODUCTS | {"live": held}, layer, **more) + rows_of(
-        PRODUCTS | {"live": held}, layer, "plugin", **more
+    return rows_of(PRODUCTS | {"in-use": held}, layer, **more) + rows_of(
+        PRODUCTS | {"in-use": held}, layer, "plugin", **more
     )
 
 
@@ -79,7 +79,7 @@ def test_what_is_far_below_the_best_product_is_told_without_a_rule() -> None:
         "product has 0.950 ± 0.002; what its rule, batches, labels, averaging, damping and age "
         "cost each is not known"
     )
-    assert "draws='trajectory'" in one.advice
+    assert "target='trajectory'" in one.advice
     assert one.evidence["gap"] == pytest.approx(0.909)
 
 
@@ -127,7 +127,7 @@ def test_the_dominant_cause_is_named_with_its_size_and_its_option(cause: str) ->
     (one,) = own([*both(), *inside(split)])
     metric = max(split, key=lambda name: split[name])
     # of the rule only what it adds to the error of the best product, 1 - .95^2
-    size = split[metric] - (0.0975 if metric == "live_fresh" else 0.0)
+    size = split[metric] - (0.0975 if metric == "in_use_fresh" else 0.0)
     assert f"its {cause} cost" in one.message
     assert f" most, {size:.3f} of its squared error of 0.910, then " in one.message
     assert OPTIONS[cause] in one.advice
@@ -140,7 +140,7 @@ def test_a_split_with_an_unknown_part_names_no_cause() -> None:
     split = dict(SPLITS["damping"])
     rows = [*both(), *inside(split)]
     for row in rows:
-        if row["metric"] == "live_fresh":
+        if row["metric"] == "in_use_fresh":
             row["value"] = math.nan
     (one,) = own(rows)
     assert "of its squared error" not in one.message
@@ -156,9 +156,9 @@ def test_subjects_differ_by_cause_so_that_alike_layers_are_alike() -> None:
 
 def test_the_rule_is_dominant_only_beyond_the_best_product() -> None:
     """.5 of .55 is what no product could do without, and blocks are what can be changed."""
-    cosines = {"optimal": 0.7, "live": 0.5}
+    cosines = {"optimal": 0.7, "in-use": 0.5}
     rows = rows_of(cosines) + rows_of(cosines, kind="plugin")
-    split = {"live_fresh": 0.55, "live_blocking": 0.2}
+    split = {"in_use_fresh": 0.55, "in_use_blocking": 0.2}
     (one,) = own([*rows, *inside(split)])
     assert "its blocks cost most, 0.200 of its squared error of 0.750" in one.message
     assert "its rule 0.040" in one.message
@@ -166,9 +166,11 @@ def test_the_rule_is_dominant_only_beyond_the_best_product() -> None:
 
 def test_no_preset_is_named_that_fits_no_better() -> None:
     rows = rows_of(
-        {"optimal": 0.95, "shampoo": 0.6, "live": 0.3}, kind="plugin", draws="trajectory"
+        {"optimal": 0.95, "shampoo": 0.6, "in-use": 0.3}, kind="plugin", target="trajectory"
     )
-    rows += inside({"live_fresh": 0.64, "live_damping": 0.27})  # its rule has .6, as Shampoo has
+    rows += inside(
+        {"in_use_fresh": 0.64, "in_use_damping": 0.27}
+    )  # its rule has .6, as Shampoo has
     (one,) = own(rows)
     assert one.advice == "another preset; of the rules measured here none fits better"
 
@@ -176,16 +178,16 @@ def test_no_preset_is_named_that_fits_no_better() -> None:
 def test_statistics_of_kfac_and_of_the_trajectory() -> None:
     rows = [*both(), *inside(SPLITS["statistics"])]
     (plain,) = own(rows)
-    assert "draws='trajectory' scores it" in plain.advice
+    assert "target='trajectory' scores it" in plain.advice
     assert "sampling()" not in plain.advice
     (kfac,) = own([*rows, follows("kfac")])
     assert "optimizer.sampling()" in kfac.advice
-    (run,) = own([row | {"draws": "trajectory"} for row in rows])
+    (run,) = own([row | {"target": "trajectory"} for row in rows])
     assert run.advice == "betas[1] sets how far back they reach"
 
 
 def test_the_age_of_bases_within_the_statistics_is_said() -> None:
-    split = SPLITS["statistics"] | {"live_staleness": math.nan}
+    split = SPLITS["statistics"] | {"in_use_staleness": math.nan}
     (one,) = own([*both(), *inside(split)])
     assert "its statistics and the age of its bases cost most, 0.600" in one.message
 
@@ -200,18 +202,18 @@ def test_a_side_without_a_factor_is_said() -> None:
 
 
 def test_without_an_optimum_its_own_rule_judges() -> None:
-    rows = rows_of({"diagonal": 0.2, "live": 0.5}, kind="plugin")
-    rows += inside({"live_fresh": 0.19, "live_damping": 0.56})
+    rows = rows_of({"diagonal": 0.2, "in-use": 0.5}, kind="plugin")
+    rows += inside({"in_use_fresh": 0.19, "in_use_damping": 0.56})
     (one,) = own([*rows, follows("shampoo")])
     assert "where its own rule (Shampoo) on the draws of H has 0.900" in one.message
     assert "its damping costs 0.560 of its squared error of 0.750" in one.message
-    close = rows_of({"diagonal": 0.2, "live": 0.89}, kind="plugin")
-    assert own([*close, *inside({"live_fresh": 0.19, "live_damping": 0.018})]) == []
+    close = rows_of({"diagonal": 0.2, "in-use": 0.89}, kind="plugin")
+    assert own([*close, *inside({"in_use_fresh": 0.19, "in_use_damping": 0.018})]) == []
 
 
 def test_a_known_rule_that_is_held_as_it_is_costs_what_the_rule_costs() -> None:
     """No split, as of a run of an older version: live is Shampoo, which is .2 below."""
-    cosines = PRODUCTS | {"shampoo": 0.75, "live": 0.74}
+    cosines = PRODUCTS | {"shampoo": 0.75, "in-use": 0.74}
     (one,) = own([*rows_of(cosines), *rows_of(cosines, kind="plugin"), follows("shampoo")])
     assert "that is its rule, Shampoo" in one.message
     assert "ShampooSquared" in one.advice
@@ -219,7 +221,7 @@ def test_a_known_rule_that_is_held_as_it_is_costs_what_the_rule_costs() -> None:
 
 def test_plug_in_numbers_of_few_draws_are_judged_beyond_their_noise() -> None:
     def rows(held: float, floor: float | None) -> list[Row]:
-        made = rows_of(PRODUCTS | {"live": held}, kind="plugin", n_eff=12.0)
+        made = rows_of(PRODUCTS | {"in-use": held}, kind="plugin", n_eff=12.0)
         told = [inside({"noise_floor": floor})[0]] if floor else []
         return made + told
 

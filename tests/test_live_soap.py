@@ -14,7 +14,7 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.eigen import EigenOperator
 from kronecker_probe.tracking.optimizer_state import soap
-from kronecker_probe.tracking.optimizer_state.operator import live_operator
+from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
 
 SAME = 1e-12  # the same float64 products in another order
 EPS, BETA2, STEP = 1e-2, 0.9, 3
@@ -54,7 +54,7 @@ def factors() -> dict[str, Any]:
 
 
 def read(optimizer: Soap) -> Any:
-    return live_operator(optimizer, optimizer.param_groups[0]["params"][0])
+    return operator_in_use(optimizer, optimizer.param_groups[0]["params"][0])
 
 
 def check_divides(
@@ -224,10 +224,10 @@ def test_a_parameter_without_state_beside_one_with_it() -> None:
     optimizer = Soap(weight, moments() | factors(), correct_bias=True, max_precond_dim=9)
     optimizer.add_param_group({"params": [other]})
     with pytest.raises(UnsupportedError, match="no state for this parameter yet"):
-        live_operator(optimizer, other)
+        operator_in_use(optimizer, other)
     optimizer.state[other].update(moments())
     with pytest.raises(UnsupportedError, match="no eigenbasis for this parameter yet"):
-        live_operator(optimizer, other)
+        operator_in_use(optimizer, other)
 
 
 def test_an_identity_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

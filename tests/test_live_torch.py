@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
-from kronecker_probe.tracking.optimizer_state.operator import live_operator
+from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
 
 STEPS = 5
 SAME = 1e-11  # float64 recurrences against float64 sums
@@ -69,7 +69,7 @@ def train(
 
 def direction(optimizer: torch.optim.Optimizer, weight: nn.Parameter, moment: Tensor) -> Tensor:
     """P^(-1/2) M in the shape of the parameter."""
-    operator: Any = live_operator(optimizer, weight)
+    operator: Any = operator_in_use(optimizer, weight)
     shape = weight.shape
     assert operator.shape == (shape[0] if shape else 1, math.prod(shape[1:]))
     taken: Tensor = operator.power(-0.5).apply(moment.reshape(operator.shape))
@@ -89,7 +89,7 @@ def test_adamw(shape: tuple[int, ...], foreach: bool) -> None:
         optimizer, weight, adam_moment(history, 0.8)
     )
     torch.testing.assert_close(weight.detach(), expected, rtol=SAME, atol=SAME)
-    dense = live_operator(optimizer, weight).diagonal().reshape(weight.shape)
+    dense = operator_in_use(optimizer, weight).diagonal().reshape(weight.shape)
     torch.testing.assert_close(dense, adam_denominator(history, 0.9, 1e-3) ** 2, rtol=SAME, atol=0)
 
 
@@ -115,7 +115,7 @@ def test_amsgrad_holds_the_largest_moment() -> None:
     largest = torch.stack(moments).amax(dim=0)
     assert not torch.equal(largest, moments[-1])  # the gradients shrink
     expected = ((largest / (1 - 0.5**STEPS)).sqrt() + 1e-3) ** 2
-    got = live_operator(optimizer, weight)
+    got = operator_in_use(optimizer, weight)
     torch.testing.assert_close(got.diagonal(), expected, rtol=SAME, atol=0)
     step = direction(optimizer, weight, adam_moment(history, 0.8))
     torch.testing.assert_close(weight.detach(), before - 0.1 * step, rtol=SAME, atol=SAME)
@@ -132,7 +132,7 @@ def test_nadam_divides_its_mixture(shape: tuple[int, ...]) -> None:
     mixture = (1 - mu[-2]) / (1 - product) * history[-1] + mu[-1] / (
         1 - product * mu[-1]
     ) * decayed(history, beta1)
-    got = live_operator(optimizer, weight).diagonal().reshape(shape)
+    got = operator_in_use(optimizer, weight).diagonal().reshape(shape)
     torch.testing.assert_close(got, adam_denominator(history, 0.9, 1e-3) ** 2, rtol=SAME, atol=0)
     step = direction(optimizer, weight, mixture)
     torch.testing.assert_close(weight.detach(), before - 0.1 * step, rtol=0, atol=FLOAT32_PRODUCT)
@@ -149,7 +149,7 @@ def test_rmsprop(shape: tuple[int, ...], centered: bool) -> None:
         l2=0.1,
     )
     variance = decayed(history, 0.7, 2) - (decayed(history, 0.7) ** 2 if centered else 0)
-    got = live_operator(optimizer, weight).diagonal().reshape(shape)
+    got = operator_in_use(optimizer, weight).diagonal().reshape(shape)
     torch.testing.assert_close(got, (variance.sqrt() + 1e-3) ** 2, rtol=SAME, atol=SAME)
     step = direction(optimizer, weight, history[-1])
     torch.testing.assert_close(weight.detach(), before - 0.1 * step, rtol=SAME, atol=SAME)
@@ -164,7 +164,7 @@ def test_adagrad(shape: tuple[int, ...]) -> None:
         ),
     )
     total = 0.3 + torch.stack(history).square().sum(dim=0)
-    got = live_operator(optimizer, weight).diagonal().reshape(shape)
+    got = operator_in_use(optimizer, weight).diagonal().reshape(shape)
     torch.testing.assert_close(got, (total.sqrt() + 1e-3) ** 2, rtol=SAME, atol=SAME)
     rate = 0.1 / (1 + (STEPS - 1) * 0.2)
     step = direction(optimizer, weight, history[-1])
@@ -188,7 +188,7 @@ def test_an_epsilon_that_underflows_is_not_hidden() -> None:
     optimizer.step()
     assert weight.isnan().any()
     with pytest.raises(UnsupportedError, match=r"divides by zero in 2 of 4.*raise eps"):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)
 
 
 CUBIC = (1.5, -0.5, 0.0)  # Newton-Schulz that converges
@@ -201,7 +201,7 @@ def test_muon_to_the_polar_factor() -> None:
     optimizer = torch.optim.Muon([weight], ns_coefficients=CUBIC, ns_steps=60)
     momentum = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     optimizer.state[weight]["momentum_buffer"] = momentum
-    operator = live_operator(optimizer, weight)
+    operator = operator_in_use(optimizer, weight)
     assert isinstance(operator, KroneckerOperator)
     left, right = (
         torch.from_numpy(scipy.linalg.sqrtm(gram.numpy()))
@@ -226,7 +226,7 @@ def test_muon_is_its_own_polynomial(shape: tuple[int, int], rank: int) -> None:
     for _ in range(5):
         gram = iterate @ iterate.T
         iterate = 3.4445 * iterate + (-4.7750 * gram + 2.0315 * gram @ gram) @ iterate
-    operator: Any = live_operator(optimizer, weight)
+    operator: Any = operator_in_use(optimizer, weight)
     got = operator.power(-0.5).apply(momentum)
     torch.testing.assert_close(got, iterate, rtol=0, atol=1e-10)
     assert float(torch.linalg.eigvalsh(operator.to_dense())[0]) > 0
@@ -258,7 +258,7 @@ def test_muon_without_a_polar_factor(state: dict[str, Tensor], told: str) -> Non
     optimizer = torch.optim.Muon([weight])
     optimizer.state[weight].update(state)
     with pytest.raises(UnsupportedError, match=told):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)
 
 
 def test_muon_with_a_polynomial_that_turns_the_sign() -> None:
@@ -266,7 +266,7 @@ def test_muon_with_a_polynomial_that_turns_the_sign() -> None:
     optimizer = torch.optim.Muon([weight], ns_coefficients=(1.0, -9.0, 0.0), ns_steps=1)
     optimizer.state[weight]["momentum_buffer"] = torch.eye(3)[:, :2]
     with pytest.raises(UnsupportedError, match="not positive"):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)
 
 
 def stepped_adam(**options: Any) -> tuple[torch.optim.Adam, nn.Parameter]:
@@ -294,10 +294,10 @@ def test_a_derived_class_is_known_by_its_step() -> None:
         weight.grad = torch.ones(3, 2)
         optimizer.step()
         if known:
-            assert isinstance(live_operator(optimizer, weight), DiagonalOperator)
+            assert isinstance(operator_in_use(optimizer, weight), DiagonalOperator)
         else:
             with pytest.raises(UnsupportedError, match="OwnStep has no operator"):
-                live_operator(optimizer, weight)
+                operator_in_use(optimizer, weight)
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -309,7 +309,7 @@ class Wrapper(torch.optim.Optimizer):
 def test_a_wrapper_names_what_it_wraps() -> None:
     optimizer, weight = stepped_adam()
     with pytest.raises(UnsupportedError, match=r"wraps a Adam; give that one \(its \.optim\)"):
-        live_operator(Wrapper(optimizer), weight)
+        operator_in_use(Wrapper(optimizer), weight)
 
 
 class Sharded(Tensor):
@@ -338,19 +338,19 @@ class Sharded(Tensor):
 )
 def test_a_damaged_state_is_refused(change: Callable[[dict[str, Any]], object], told: str) -> None:
     optimizer, weight = stepped_adam()
-    assert live_operator(optimizer, weight).shape == (3, 2)
+    assert operator_in_use(optimizer, weight).shape == (3, 2)
     change(optimizer.state[weight])
     with pytest.raises(UnsupportedError, match=told):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)
 
 
 def test_a_foreign_parameter_and_a_complex_one_are_refused() -> None:
     optimizer, _ = stepped_adam()
     with pytest.raises(UnsupportedError, match=r"\[3, 2\] is not a parameter of this Adam"):
-        live_operator(optimizer, nn.Parameter(torch.ones(3, 2)))
+        operator_in_use(optimizer, nn.Parameter(torch.ones(3, 2)))
     weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(UnsupportedError, match="complex64"):
-        live_operator(torch.optim.Adam([weight]), weight)
+        operator_in_use(torch.optim.Adam([weight]), weight)
 
 
 def test_a_centered_moment_below_zero_is_refused() -> None:
@@ -360,7 +360,7 @@ def test_a_centered_moment_below_zero_is_refused() -> None:
     optimizer.step()
     optimizer.state[weight]["grad_avg"].fill_(2)
     with pytest.raises(UnsupportedError, match="negative in 6 entries"):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adamax, torch.optim.RAdam])
@@ -370,4 +370,4 @@ def test_other_optimizers_are_named(kind: type[torch.optim.Optimizer]) -> None:
     weight.grad = torch.ones(3, 2)
     optimizer.step()
     with pytest.raises(UnsupportedError, match=f"{kind.__name__} has no operator.*none of"):
-        live_operator(optimizer, weight)
+        operator_in_use(optimizer, weight)

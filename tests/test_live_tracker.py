@@ -35,7 +35,7 @@ def track(make: Make, steps: int = 3) -> tuple[Any, nn.Sequential]:
         tracker.step((inputs, targets))
         optimizer.step()
     table = tracker.table
-    return table[table["approximation"] == "live"], model
+    return table[table["approximation"] == "in-use"], model
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:

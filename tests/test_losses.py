@@ -208,14 +208,14 @@ known = pytest.mark.parametrize("name", KNOWN)
 
 def share_hessians(loss: Loss, outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """The Hessian of each datum's share, [N, K, K], from that of the whole batch's loss."""
-    n_data = len(outputs)
+    n_examples = len(outputs)
     full = hessian(lambda flat: loss(flat.view(outputs.shape), targets))(outputs.reshape(-1))
-    blocks = full.view(n_data, outputs[0].numel(), n_data, -1).transpose(1, 2)
-    apart = torch.arange(n_data)
+    blocks = full.view(n_examples, outputs[0].numel(), n_examples, -1).transpose(1, 2)
+    apart = torch.arange(n_examples)
     coupled = blocks.clone()
     coupled[apart, apart] = 0
     assert float(coupled.abs().max()) <= RELATIVE * float(blocks.abs().max())
-    return blocks[apart, apart] * (n_data if reduction == "mean" else 1)
+    return blocks[apart, apart] * (n_examples if reduction == "mean" else 1)
 
 
 def share_gradients(loss: Loss, outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -280,11 +280,11 @@ def test_the_share_of_a_normalized_loss_by_hand(reduction: str, smoothing: float
 @known
 def test_sampled_gradients_have_the_hessian_as_covariance(name: str) -> None:
     loss, outputs, targets, _, reduction, _ = KNOWN[name]
-    n_data, copies = len(outputs), 6000
+    n_examples, copies = len(outputs), 6000
     many = outputs.repeat(copies, *[1] * (outputs.ndim - 1))
     again = targets.repeat(copies, *[1] * (targets.ndim - 1))
     found = resolve_loss(loss, many, again)  # the share of a datum stays as it is
-    drawn = found.sampled(many, torch.Generator().manual_seed(4)).reshape(copies, n_data, -1)
+    drawn = found.sampled(many, torch.Generator().manual_seed(4)).reshape(copies, n_examples, -1)
     expected = share_hessians(loss, outputs, targets, reduction)
     products = drawn[..., :, None] * drawn[..., None, :]
     error = products.std(0) / math.sqrt(copies) + 1e-12
@@ -354,18 +354,18 @@ def test_outputs_that_are_all_alike(constant: float) -> None:
 
 @given(
     shape=st.lists(st.integers(1, 4), max_size=3),
-    n_data=st.integers(2, 5),
+    n_examples=st.integers(2, 5),
     output_scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e3, 1e12]),
     target_scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e3, 1e12]),
     reduction=st.sampled_from(["mean", "sum"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_mse_is_recognized_at_any_scale_and_shape(
-    shape: list[int], n_data: int, output_scale: float, target_scale: float, reduction: str,
+    shape: list[int], n_examples: int, output_scale: float, target_scale: float, reduction: str,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    outputs = normal(n_data, *shape, scale=output_scale).to(dtype)
-    targets = normal(n_data, *shape, seed=1, scale=target_scale).to(dtype)
+    outputs = normal(n_examples, *shape, scale=output_scale).to(dtype)
+    targets = normal(n_examples, *shape, seed=1, scale=target_scale).to(dtype)
     loss = nn.MSELoss(reduction=reduction)
     found = resolve_loss(loss, outputs, targets)
     assert (found.kind, found.reduction) == ("mse", reduction)
@@ -376,7 +376,7 @@ def test_mse_is_recognized_at_any_scale_and_shape(
 @given(
     classes=st.integers(2, 5),
     positions=st.lists(st.integers(1, 4), max_size=2),
-    n_data=st.integers(1, 5),
+    n_examples=st.integers(1, 5),
     scale=st.sampled_from([0.0, 1e-6, 1.0, 1e3]),
     last=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.2, 1.0]),
@@ -386,16 +386,16 @@ def test_mse_is_recognized_at_any_scale_and_shape(
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_the_cross_entropy_family_is_recognized_at_any_scale_and_shape(
-    classes: int, positions: list[int], n_data: int, scale: float, last: bool, smoothing: float,
+    classes: int, positions: list[int], n_examples: int, scale: float, last: bool, smoothing: float,
     weighted: bool, ignored: bool, reduction: str, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    targets = labels(classes, n_data, *positions)
+    targets = labels(classes, n_examples, *positions)
     if ignored:
         targets.view(-1)[1:] = targets.view(-1)[1:].masked_fill(
             labels(2, targets.numel() - 1, seed=5) == 0, -100
         )
     class_dim = len(positions) + 1 if last else 1
-    outputs = normal(n_data, *positions, classes, scale=scale).to(dtype).movedim(-1, class_dim)
+    outputs = normal(n_examples, *positions, classes, scale=scale).to(dtype).movedim(-1, class_dim)
     weight = torch.linspace(0.5, 2, classes) if weighted else torch.ones(classes)
 
     def loss(o: Tensor, y: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def captured(pool: str, positions: int, reduction: str) -> Any:
         DeepLinear(pool),
         lambda out, target: F.mse_loss(out, target, reduction=reduction),
         (x, y.double()),
-        draws="ggn",
+        target="ggn",
     )
 
 

@@ -115,7 +115,7 @@ def test_custom_root_columns_and_products(name: str) -> None:
 
 
 @given(
-    n_data=st.integers(1, 6),
+    n_examples=st.integers(1, 6),
     width=st.integers(1, 4),
     power=st.sampled_from([1.5, 3.0, 4.0]),
     reduction=st.sampled_from(["mean", "sum"]),
@@ -123,11 +123,11 @@ def test_custom_root_columns_and_products(name: str) -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_powers_of_errors_have_their_closed_form(
-    n_data: int, width: int, power: float, reduction: str, scale: float, dtype: torch.dtype
+    n_examples: int, width: int, power: float, reduction: str, scale: float, dtype: torch.dtype
 ) -> None:
     """|f - y|^p has the diagonal Hessian p (p - 1) |f - y|^(p - 2)."""
-    outputs = normal(n_data, width, scale=scale).to(dtype)
-    targets = normal(n_data, width, scale=scale, seed=1).to(dtype)
+    outputs = normal(n_examples, width, scale=scale).to(dtype)
+    targets = normal(n_examples, width, scale=scale, seed=1).to(dtype)
 
     def loss(o: Tensor, y: Tensor) -> Tensor:
         total = (o - y).abs().pow(power).sum()
@@ -168,9 +168,9 @@ def test_a_custom_loss_goes_through_capture() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.model(x) / 2
 
-    for draws in ("ggn", "empirical-fisher"):
-        ours = kp.capture(model, loss, (inputs, POINTS), draws=draws)
-        theirs = kp.capture(Halved(), F.cross_entropy, (inputs, POINTS), draws=draws)
+    for target in ("ggn", "empirical-fisher"):
+        ours = kp.capture(model, loss, (inputs, POINTS), target=target)
+        theirs = kp.capture(Halved(), F.cross_entropy, (inputs, POINTS), target=target)
         for name in ours:
             one = kp.SecondMoment(ours[name])
             other = kp.SecondMoment(theirs[f"model.0.{name}"])

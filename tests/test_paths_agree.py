@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import kronecker_probe as kp
-from kronecker_probe.gradients.draws import n_columns, output_gradients
 from kronecker_probe.gradients.losses import ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.per_example.gradients import PerSampleGradients, per_sample_gradients
+from kronecker_probe.gradients.targets import n_columns, output_gradients
 from kronecker_probe.gradients.tracing.isolation import isolated
 from tests.module_registry import REGISTRY, RegisteredModel
 
@@ -20,7 +20,7 @@ from tests.module_registry import REGISTRY, RegisteredModel
 RELATIVE = 1e-10
 
 SEED = 3
-DRAWS = ("ggn", "fisher", "empirical-fisher")
+CAPTURE_TARGETS = ("ggn", "fisher", "empirical-fisher")
 
 pytestmark = [  # what torch says about models of the registry, and not about the package
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -29,7 +29,7 @@ pytestmark = [  # what torch says about models of the registry, and not about th
 ]
 
 every_model = pytest.mark.parametrize("entry", REGISTRY.values(), ids=str)
-every_draw = pytest.mark.parametrize("draws", DRAWS)
+every_draw = pytest.mark.parametrize("target", CAPTURE_TARGETS)
 
 
 @functools.cache
@@ -54,13 +54,13 @@ def resolved(entry: RegisteredModel) -> ResolvedLoss:
     return resolve_loss(entry.loss, outputs_of(entry), entry.batch()[1])
 
 
-def cotangents(entry: RegisteredModel, draws: str) -> list[Tensor]:
+def cotangents(entry: RegisteredModel, target: str) -> list[Tensor]:
     targets = entry.batch()[1]
-    found = output_gradients(draws, resolved(entry), outputs_of(entry), targets, 1, SEED)
+    found = output_gradients(target, resolved(entry), outputs_of(entry), targets, 1, SEED)
     return list(found)
 
 
-def loss_moment(entry: RegisteredModel, draws: str) -> Tensor:
+def loss_moment(entry: RegisteredModel, target: str) -> Tensor:
     """The second moment of the cotangents of each datum, ``[N, outputs, outputs]``.
 
     From the user's loss by torch.func where that defines it; the sampled labels are the package's.
@@ -71,18 +71,18 @@ def loss_moment(entry: RegisteredModel, draws: str) -> Tensor:
         return entry.loss(flat.view(1, *outputs.shape[1:]), y[None])
 
     flat = outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]
-    if draws == "ggn":
+    if target == "ggn":
         return vmap(hessian(loss))(flat, targets)
-    if draws == "fisher":
-        c = cotangents(entry, draws)[0].reshape(flat.shape)
+    if target == "fisher":
+        c = cotangents(entry, target)[0].reshape(flat.shape)
     else:
         c = vmap(grad(loss))(flat, targets)
     return c[:, :, None] * c[:, None]
 
 
-def expected_moment(entry: RegisteredModel, draws: str, name: str) -> Tensor:
+def expected_moment(entry: RegisteredModel, target: str, name: str) -> Tensor:
     J = jacobians(entry)[name]
-    return torch.einsum("iap,iab,ibq->pq", J, loss_moment(entry, draws), J) / len(J)
+    return torch.einsum("iap,iab,ibq->pq", J, loss_moment(entry, target), J) / len(J)
 
 
 def second_moment(samples: kp.GradientSamples) -> Tensor:
@@ -99,23 +99,23 @@ def assert_close(got: Tensor, expected: Tensor, name: str, zero: bool) -> None:
 
 @every_draw
 @every_model
-def test_second_moments_are_those_of_torch_func(entry: RegisteredModel, draws: str) -> None:
+def test_second_moments_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
     model = entry.model()
-    capture = kp.capture(model, entry.loss, entry.batch(), draws=draws, seed=SEED)
+    capture = kp.capture(model, entry.loss, entry.batch(), target=target, seed=SEED)
     assert dict(capture.skipped) == {}
     for name, parameter in model.named_parameters():
         samples = capture[name]
         rows = parameter.shape[0] if parameter.ndim else 1
         assert samples.shape == (rows, parameter.numel() // rows)
         assert_close(
-            second_moment(samples), expected_moment(entry, draws, name), name, name in entry.zero
+            second_moment(samples), expected_moment(entry, target, name), name, name in entry.zero
         )
 
 
 @every_model
 def test_rules_cover_the_known_modules(entry: RegisteredModel) -> None:
     model = entry.model()
-    coverage = kp.capture(model, entry.loss, entry.batch(), draws="empirical-fisher").coverage
+    coverage = kp.capture(model, entry.loss, entry.batch(), target="empirical-fisher").coverage
     names = [name for name, _ in model.named_parameters()]
     assert sorted(coverage["parameter"]) == sorted(names)  # each exactly once
     for name, status in zip(coverage["parameter"], coverage["status"], strict=True):
@@ -129,7 +129,7 @@ def test_coverage_partitions_the_parameters(entry: RegisteredModel, option: str)
     every = sorted(name for name, _ in model.named_parameters())
     given = {"joint bias": {"bias": "joint"}, "no fallback": {"fallback": False}}
     options = given.get(option, {"layers": every[-1]})
-    capture = kp.capture(model, entry.loss, entry.batch(), draws="fisher", **options)
+    capture = kp.capture(model, entry.loss, entry.batch(), target="fisher", **options)
     table = capture.coverage.set_index("parameter")["status"]
     assert sorted(part for name in table.index for part in _parts(name)) == every
     assert set(table.index[table != "skipped"]) == set(capture)
@@ -146,23 +146,23 @@ def _parts(name: str) -> list[str]:
     return [name.removesuffix("+bias"), name.replace("weight+", "")] if "+" in name else [name]
 
 
-def run(entry: RegisteredModel, draws: str, seed: int = 0) -> PerSampleGradients:
+def run(entry: RegisteredModel, target: str, seed: int = 0) -> PerSampleGradients:
     model = entry.model()
-    columns = n_columns(draws, resolved(entry), outputs_of(entry), 1)
+    columns = n_columns(target, resolved(entry), outputs_of(entry), 1)
     with isolated(model):
         return per_sample_gradients(
-            model, entry.inputs(), iter(cotangents(entry, draws)),
+            model, entry.inputs(), iter(cotangents(entry, target)),
             dict(model.named_parameters()), columns,
         )  # fmt: skip
 
 
 @every_draw
 @every_model
-def test_per_sample_gradients_are_those_of_torch_func(entry: RegisteredModel, draws: str) -> None:
-    found = run(entry, draws)
+def test_per_sample_gradients_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
+    found = run(entry, target)
     assert found.reasons == {}
     assert list(found.gradients) == list(jacobians(entry))
-    C = torch.stack([c.reshape(len(c), -1) for c in cotangents(entry, draws)], dim=1)
+    C = torch.stack([c.reshape(len(c), -1) for c in cotangents(entry, target)], dim=1)
     for name, parameter in entry.model().named_parameters():
         G = found.gradients[name]
         rows = parameter.shape[0] if parameter.ndim else 1

@@ -386,17 +386,17 @@ def test_autocast_may_end_in_single_precision() -> None:
     assert found.reasons == {}
 
 
-@pytest.mark.parametrize(("n_data", "columns"), [(1, 10), (4, 3), (8, 100), (500, 2)])
-def test_chunks_hold_no_more_rows_than_the_batch(n_data: int, columns: int) -> None:
+@pytest.mark.parametrize(("n_examples", "columns"), [(1, 10), (4, 3), (8, 100), (500, 2)])
+def test_chunks_hold_no_more_rows_than_the_batch(n_examples: int, columns: int) -> None:
     model = nn.Linear(1000, 100)
     values = {name: p.detach() for name, p in model.named_parameters()}
-    outputs = torch.zeros(n_data, 100)
+    outputs = torch.zeros(n_examples, 100)
     problem = per_sample_ways.Problem(
-        model, torch.zeros(n_data, 1000), outputs, torch.zeros(n_data, columns, 100), values, {},
-        {}, torch.zeros(n_data, columns),
+        model, torch.zeros(n_examples, 1000), outputs, torch.zeros(n_examples, columns, 100),
+        values, {}, {}, torch.zeros(n_examples, columns),
     )  # fmt: skip
     data_at_once, columns_at_once = problem.chunks()
-    assert 1 <= data_at_once * columns_at_once <= n_data
+    assert 1 <= data_at_once * columns_at_once <= n_examples
     size = sum(value.nbytes for value in values.values())
     assert data_at_once * columns_at_once * size <= per_sample_ways.CHUNK_BYTES
 

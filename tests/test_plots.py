@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from sklearn.isotonic import IsotonicRegression
 
+from kronecker_probe import plots
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.findings import headlines as told_by
 from kronecker_probe.findings.diagnose import diagnose
@@ -32,7 +33,6 @@ from kronecker_probe.findings.headlines import (
     spectrum_headline,
     training_headline,
 )
-from kronecker_probe.plots import run as plots
 from kronecker_probe.plots.panels import STYLES, apart, style
 from kronecker_probe.table.read import (
     LABELS,
@@ -91,7 +91,7 @@ def title(axes: np.ndarray) -> str:
 
 def test_conclusion_of_a_layer_in_full() -> None:
     cosines = {"optimal": 0.931, "shampoo-squared": 0.926, "kfac": 0.912, "shampoo": 0.829,
-               "eigen-corrected": 0.945, "diagonal": 0.4, "live": 0.81}  # fmt: skip
+               "eigen-corrected": 0.945, "diagonal": 0.4, "in-use": 0.81}  # fmt: skip
     table = frame(quality(0, "0.weight", {"optimal": 0.97}) + quality(40, "0.weight", cosines))
     assert conclusions(table) == [
         "0.weight: at step 40 Shampoo² comes within 0.005 of the best Kronecker product "
@@ -121,13 +121,13 @@ def test_conclusion_of_one_shot_names_no_step() -> None:
             "a: at step 7 the best Kronecker product has cosine 0.900; "
             "correcting the eigenvalues gives 0.880.",
         ),
-        ({"optimal": NAN, "live": NAN}, "a: at step 7 every cosine is undefined (H = 0)."),
+        ({"optimal": NAN, "in-use": NAN}, "a: at step 7 every cosine is undefined (H = 0)."),
     ],
 )
 def test_conclusions_of_incomplete_layers(cosines: dict[str, float], sentence: str) -> None:
     rows = quality(7, "a", cosines)
     for row in rows:
-        row["note"] = NO_LIVE if row["approximation"] == "live" else "H = 0"
+        row["note"] = NO_LIVE if row["approximation"] == "in-use" else "H = 0"
     assert conclusions(frame(rows)) == [sentence]
 
 
@@ -374,7 +374,7 @@ def test_best_scale_headline_names_the_farthest_from_one() -> None:
 
 
 def test_two_values_for_one_place_are_refused_by_place() -> None:
-    rows = quality(3, "a", {"kfac": 0.9}) + quality(3, "a", {"kfac": 0.8}, draws="fisher")
+    rows = quality(3, "a", {"kfac": 0.9}) + quality(3, "a", {"kfac": 0.8}, target="fisher")
     with pytest.raises(InvalidInputError, match="step 3, parameter a, approximation kfac"):
         scores(frame(rows))
 
@@ -434,7 +434,7 @@ def test_trajectory_draws_the_numbers_of_the_table(table: pd.DataFrame) -> None:
 
 def test_the_live_line_starts_with_its_first_value_and_is_marked_there(table: pd.DataFrame) -> None:
     ax = plots.plot_trajectory(table, ["0.weight"], figure=Figure())[0]
-    (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
+    (live,) = [line for line in ax.lines if line.get_label().startswith("in use")]
     drawn = np.isfinite(live.get_ydata())
     assert STEPS[int(np.argmax(drawn))] == 20
     assert live.get_markevery()
@@ -443,9 +443,9 @@ def test_the_live_line_starts_with_its_first_value_and_is_marked_there(table: pd
 
 def test_lines_of_late_or_rare_values_have_markers() -> None:
     rows = [row for s in range(40) for row in quality(s, "a", {"optimal": 0.9, "kfac": 0.8})]
-    rows += quality(39, "a", {"live": 0.7})
+    rows += quality(39, "a", {"in-use": 0.7})
     ax = plots.plot_trajectory(frame(rows), figure=Figure())[0]
-    (live,) = [line for line in ax.lines if line.get_label().startswith("live")]
+    (live,) = [line for line in ax.lines if line.get_label().startswith("in use")]
     assert np.isfinite(live.get_ydata()[live.get_markevery()]).any()
 
 
@@ -497,7 +497,7 @@ def test_many_layers_are_cut_and_the_title_says_so() -> None:
         [row for name in layers for row in quality(0, name, {"optimal": 0.9, "kfac": 0.8})]
     )
     axes = plots.plot_trajectory(table, figure=Figure())
-    assert len(axes) == plots.MAX_PANELS == 24
+    assert len(axes) == plots.run.MAX_PANELS == 24
     assert title(axes).endswith("(the first 24 of 30 layers are drawn)")
     asked = plots.plot_trajectory(table, layers[::-1], figure=Figure())
     assert [ax.get_title(loc="left").split()[0] for ax in asked] == layers[::-1]
@@ -858,7 +858,7 @@ def test_figures_need_no_torch() -> None:
 
 
 def test_titles_and_sentences_say_what_truncation_left_out() -> None:
-    rows = quality(0, "a", {"optimal": 0.93, "shampoo-squared": 0.928}, draws="trajectory")
+    rows = quality(0, "a", {"optimal": 0.93, "shampoo-squared": 0.928}, target="trajectory")
     whole = told_by.headline(frame(rows)), told_by.conclusions(frame(rows))[0]
     dropped = {"step": 0, "parameter": "a", "metric": "dropped_energy", "value": 0.41}
     table = frame([*rows, dropped])

@@ -22,28 +22,28 @@ LOG_SCALES = st.integers(-12, 12)  # of each factor, so G = d a^T spans 1e-24 to
 def cases(draw: st.DrawFn, positions: int | None = None) -> Case:
     """Any shape and kind; normal entries from a drawn seed, low rank, heavy tails, odd weights."""
     m, n = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    n_data = draw(st.integers(1, 12))
+    n_examples = draw(st.integers(1, 12))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_positions = draw(st.integers(1, 4)) if positions is None else positions
     left, right = 10.0 ** draw(LOG_SCALES), 10.0 ** draw(LOG_SCALES)
     weights = draw(
         st.none()
-        | st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=n_data, max_size=n_data).map(
-            np.array
-        )
+        | st.lists(
+            st.just(0.0) | st.floats(1e-3, 1e3), min_size=n_examples, max_size=n_examples
+        ).map(np.array)
     )
     assume(weights is None or weights.max() > 0)
     # each datum has a size of its own
-    tails = 10 ** (draw(st.sampled_from([0.0, 1.0])) * rng.standard_normal(n_data))
+    tails = 10 ** (draw(st.sampled_from([0.0, 1.0])) * rng.standard_normal(n_examples))
     if positions is None and draw(st.booleans()):
-        G = left * right * tails[:, None, None] * rng.standard_normal((n_data, m, n))
+        G = left * right * tails[:, None, None] * rng.standard_normal((n_examples, m, n))
         case = Case("matrices", matrices=G, given_weights=weights)
     else:
         n_columns = draw(st.integers(1, 3))
         rank_d, rank_a = draw(st.integers(1, m)), draw(st.integers(1, n))
-        d = rng.standard_normal((n_data, n_columns, n_positions, rank_d))
+        d = rng.standard_normal((n_examples, n_columns, n_positions, rank_d))
         d = d @ rng.standard_normal((rank_d, m))
-        a = rng.standard_normal((n_data, n_positions, rank_a))
+        a = rng.standard_normal((n_examples, n_positions, rank_a))
         a = a @ rng.standard_normal((rank_a, n))
         case = Case(
             f"T{n_positions}",

@@ -137,7 +137,7 @@ def test_the_page_says_what_was_run_and_what_to_conclude(page: Page, run: RunSto
     for row in (["lr", "0.01"], ["seed", "7"], ["pyarrow", run.record["versions"]["pyarrow"]]):
         assert row in page.cells
     assert ["norm.weight", "LayerNorm weights are not measured"] in page.cells
-    where = "2 times: 0.weight, 2.weight, live (held by the optimizer); step 0"
+    where = "2 times: 0.weight, 2.weight, in use (by the optimizer); step 0"
     assert f"{NO_LIVE} ({where})" in page.text
 
 
@@ -150,7 +150,7 @@ def test_the_table_holds_the_numbers_of_the_last_step(page: Page, run: RunStore)
         by_metric = chosen.set_index("metric")["value"]
         wanted = ("cosine", "relative_error", "best_scale_error", "best_scale")
         assert cells[1:5] == [f"{by_metric[metric]:.4f}" for metric in wanted]
-    live = next(cells for cells in page.cells if cells and cells[0].startswith("live"))
+    live = next(cells for cells in page.cells if cells and cells[0].startswith("in use"))
     assert live[2] == live[4] == "–"
 
 
@@ -158,14 +158,14 @@ def test_notes_that_differ_in_numbers_and_place_only_are_told_once(tmp_path: Pat
     rows = []
     for step in (0, 4, 8):
         for name in ("a", "b"):
-            rows += quality(step, name, {"optimal": 0.9, "live": math.nan if step < 8 else 0.5})
+            rows += quality(step, name, {"optimal": 0.9, "in-use": math.nan if step < 8 else 0.5})
             note = f"no preconditioner yet: {step} steps were taken (parameter '{name}')"
             if step < 8:
                 rows[-1] |= {"note": note}
     rows[0] |= {"note": "of another kind"}
     found = report(make_run(tmp_path / "run", {0: frame(rows)}))
     assert found.text.count("no preconditioner yet") == 1
-    told = "(4 times: a, b, live (held by the optimizer); steps 0 and 4, with other numbers"
+    told = "(4 times: a, b, in use (by the optimizer); steps 0 and 4, with other numbers"
     assert f"no preconditioner yet: 0 steps were taken {told} elsewhere)" in found.text
     assert "of another kind (a, optimal Kronecker; step 0)" in found.text
 
@@ -217,9 +217,9 @@ def test_markup_in_names_notes_and_options_is_escaped(tmp_path: Path) -> None:
 
 
 def test_findings_are_a_list_and_the_inside_a_table(tmp_path: Path) -> None:
-    cosines = {"optimal": 0.95, "kfac": 0.94, "live": 0.3}
-    rows = [row for name in ("a", "b") for row in quality(0, name, cosines, draws="trajectory")]
-    split = {"live_fresh": 0.1, "live_blocking": 0.5, "live_statistics": 0.31}
+    cosines = {"optimal": 0.95, "kfac": 0.94, "in-use": 0.3}
+    rows = [row for name in ("a", "b") for row in quality(0, name, cosines, target="trajectory")]
+    split = {"in_use_fresh": 0.1, "in_use_blocking": 0.5, "in_use_statistics": 0.31}
     about = {"step": 0, "parameter": "a"}
     rows += [about | {"metric": metric, "value": value} for metric, value in split.items()]
     rows += [
@@ -228,7 +228,7 @@ def test_findings_are_a_list_and_the_inside_a_table(tmp_path: Path) -> None:
         for metric, value in (("factor_rank", 9.0 + side), ("factor_amplification", 4.0 + side),
                               ("steps_since_refresh", 2.0))
     ]  # fmt: skip
-    rows.append(about | {"metric": "live_rule", "note": "live follows shampoo"})
+    rows.append(about | {"metric": "in_use_rule", "note": "live follows shampoo"})
     store = make_run(tmp_path / "run", {0: frame(rows)})
     text = write_report(store.path).report.read_text(encoding="utf-8")
     findings = diagnose(store.read()).summary(("warning", "notice", "good"))
@@ -263,7 +263,7 @@ def test_one_part_without_training_rows(tmp_path: Path) -> None:
 
 
 def test_undefined_values_are_told_with_their_reason(tmp_path: Path) -> None:
-    undefined = dict.fromkeys(("optimal", "kfac", "live"), math.nan)
+    undefined = dict.fromkeys(("optimal", "kfac", "in-use"), math.nan)
     rows = quality(0, "dead.weight", undefined, note="H = 0: no gradient reaches it")
     store = make_run(tmp_path / "run", {0: frame(rows)})
     found = report(store)

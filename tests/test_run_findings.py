@@ -17,7 +17,7 @@ COPIES = "have the same gradients as another: if they are copies of it, measure 
 
 
 def layer(name: str, top: float, stderr: float = 0.02, **more: object) -> list[Row]:
-    row = {"parameter": name, "metric": "cosine", "kind": "population", "n_data": 256,
+    row = {"parameter": name, "metric": "cosine", "kind": "population", "n_examples": 256,
            "n_eff": 200.0, "stderr": stderr, "m": 8, "n": 6}  # fmt: skip
     values = {"optimal": top, "shampoo-squared": top - 0.2}
     return [row | {"approximation": of, "value": x} | more for of, x in values.items()]
@@ -79,7 +79,7 @@ def test_what_cannot_be_judged_is_not_ranked() -> None:
     assert message.startswith("the Kronecker form fits worst at: b (")
     assert not any(name in message for name in ("v (", "few (", "plug-in ("))
     assert "worst approximated layers" not in diagnose(layer("a", 0.8))
-    exact = [row | {"draws": "trajectory"} for row in sampled]
+    exact = [row | {"target": "trajectory"} for row in sampled]
     assert "plug-in (cosine 0.300)" in diagnose(rows + exact)["worst approximated layers"].message
 
 

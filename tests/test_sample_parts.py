@@ -77,7 +77,7 @@ def test_the_moment_of_a_stack_is_the_sum_of_moments(name: str, scaled: bool):
     scales = [0.5, 2.0, 0.0][: len(parts)] if scaled else None
     stacked = kp.GradientSamples.stack(parts, scales)
     expected = sum(s * dense(p) for s, p in zip(scales or [1.0] * len(parts), parts, strict=True))
-    assert stacked.n_data == sum(len(part) for part in parts)
+    assert stacked.n_examples == sum(len(part) for part in parts)
     assert dense(stacked) == pytest.approx(expected, rel=EXACT, abs=EXACT)
     H = kp.SecondMoment(stacked)
     assert H.norm() == pytest.approx(oracle.norm(expected), rel=EXACT)

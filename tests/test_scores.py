@@ -22,7 +22,7 @@ def test_pivot_takes_plugin_or_else_the_kind_there_is() -> None:
 
 
 def test_pivot_skips_a_kind_of_rows_without_values() -> None:
-    failed = {"step": 0, "parameter": "a", "approximation": "live", "metric": "cosine",
+    failed = {"step": 0, "parameter": "a", "approximation": "in-use", "metric": "cosine",
               "kind": "plugin", "note": "not yet"}  # fmt: skip
     population = [row for row in ROWS if row["kind"] == "population"]
     table = frame([failed, *population]).drop(columns="step")

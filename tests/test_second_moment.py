@@ -37,9 +37,9 @@ on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CAS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_samples_describe_themselves(case: Case) -> None:
     samples = case.samples()
-    n_data, n_columns = case.G.shape[:2]
+    n_examples, n_columns = case.G.shape[:2]
     assert tuple(samples.shape) == case.shape
-    assert len(samples) == samples.n_data == n_data
+    assert len(samples) == samples.n_examples == n_examples
     assert samples.n_columns == n_columns
     if case.inputs is not None:
         assert samples.n_positions == (case.inputs.shape[1] if case.inputs.ndim == 3 else 1)
@@ -49,8 +49,13 @@ def test_samples_describe_themselves(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_samples_form_their_matrices(case: Case) -> None:
-    samples, n_data = case.samples(), len(case.G)
-    for start, stop in ((0, n_data), (0, 1), (n_data - 1, n_data), (n_data // 3, n_data // 2 + 1)):
+    samples, n_examples = case.samples(), len(case.G)
+    for start, stop in (
+        (0, n_examples),
+        (0, 1),
+        (n_examples - 1, n_examples),
+        (n_examples // 3, n_examples // 2 + 1),
+    ):
         block = samples.matrices(start, stop)
         assert block.dtype == torch.float64
         assert_close(as_numpy(block), case.G[start:stop], ENTRIES, scale=np.linalg.norm(case.G))

@@ -93,7 +93,7 @@ def test_the_numbers_are_those_of_the_runs(compared: tuple[Path, str]) -> None:
         of = table[(table["optimizer"] == "soap") & (table["metric"] == metric)]
         assert of.sort_values("step")["value"].to_list() == pytest.approx(expected)
         assert f"{expected[-1]:.4f}" in printed
-    live = stored[(stored["approximation"] == "live") & (stored["metric"] == "cosine")]
+    live = stored[(stored["approximation"] == "in-use") & (stored["metric"] == "cosine")]
     live = live[(live["kind"] == "plugin") & (live["step"] == 4)]["value"].iloc[0]
     rule = stored[stored["approximation"].eq("eigen-corrected") & stored["metric"].eq("cosine")]
     rule = rule[(rule["kind"] == "plugin") & (rule["step"] == 4)]["value"].iloc[0]
@@ -144,7 +144,7 @@ def test_runs_that_are_there_are_not_touched_without_a_word(copied: Path, worklo
     [
         (["--seed", "7"], "seed 0, and that of now is 7"),
         (["--steps", "9"], "steps 4, and that of now is 9"),
-        (["--draws", "empirical-fisher"], "draws 'ggn'"),
+        (["--target", "empirical-fisher"], "target 'ggn'"),
     ],
 )
 def test_runs_that_do_not_compare_are_not_put_into_one_table(

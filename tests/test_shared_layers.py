@@ -34,16 +34,16 @@ SINGLE = 1e-6
 
 GRID = [
     factors_case(
-        f"N{n_data}-C{columns}-T{positions}-{m}x{n}",
-        n_data,
+        f"N{n_examples}-C{columns}-T{positions}-{m}x{n}",
+        n_examples,
         m,
         n,
         columns=columns,
         positions=positions,
         seed=seed,
-        given_weights=np.linspace(0, 1.3, n_data) if weighted else None,
+        given_weights=np.linspace(0, 1.3, n_examples) if weighted else None,
     )
-    for seed, (n_data, columns, positions, (m, n), weighted) in enumerate(
+    for seed, (n_examples, columns, positions, (m, n), weighted) in enumerate(
         itertools.product((1, 6), (1, 3), (2, 7), ((5, 3), (2, 6)), (False, True))
     )
 ]

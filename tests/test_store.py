@@ -96,8 +96,8 @@ ROWS = st.lists(
             "metric": st.text(max_size=8),
             "value": st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True),
         }
-        | dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), whole)
-        | dict.fromkeys(("parameter", "draws", "approximation", "kind", "note"), text)
+        | dict.fromkeys(("m", "n", "n_examples", "n_columns", "n_positions", "index"), whole)
+        | dict.fromkeys(("parameter", "target", "approximation", "kind", "note"), text)
         | dict.fromkeys(ERROR_BARS, st.none() | st.floats(allow_subnormal=True))
     ),
     max_size=6,

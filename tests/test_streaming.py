@@ -78,21 +78,21 @@ def same_moment(one: kp.GradientSamples, other: kp.GradientSamples) -> None:
 
 
 @pytest.mark.parametrize("spill", [False, True])
-@pytest.mark.parametrize("draws", ["ggn", "empirical-fisher"])
+@pytest.mark.parametrize("target", ["ggn", "empirical-fisher"])
 @pytest.mark.parametrize("make", [mlp, conv])
-def test_a_loader_equals_one_shot(make, draws: str, spill: bool, tmp_path: Path):
+def test_a_loader_equals_one_shot(make, target: str, spill: bool, tmp_path: Path):
     model, inputs, targets = make()
     loss = nn.CrossEntropyLoss()
-    once = kp.capture(model, loss, (inputs, targets), draws=draws)
+    once = kp.capture(model, loss, (inputs, targets), target=target)
     found = kp.capture_loader(
-        model, loss, loader(inputs, targets), draws=draws, spill_to=tmp_path if spill else None
+        model, loss, loader(inputs, targets), target=target, spill_to=tmp_path if spill else None
     )
     assert list(found) == list(once)
     assert found.loss == pytest.approx(once.loss, rel=EXACT)
     assert found.accuracy == pytest.approx(once.accuracy, rel=EXACT)
-    assert (found.draws, dict(found.skipped)) == (draws, dict(once.skipped))
+    assert (found.target, dict(found.skipped)) == (target, dict(once.skipped))
     for name in once:
-        assert found[name].n_data == len(targets)
+        assert found[name].n_examples == len(targets)
         assert torch.equal(found[name].weights, once[name].weights)
         same_moment(found[name], once[name])
 
@@ -117,9 +117,9 @@ def test_sampled_labels_differ_from_batch_to_batch_and_come_back():
     model, inputs, targets = mlp()
     pair = inputs, targets
     loss = nn.CrossEntropyLoss()
-    found = kp.capture_loader(model, loss, [pair, pair], draws="fisher", seed=3, label_draws=2)
-    again = kp.capture_loader(model, loss, [pair, pair], draws="fisher", seed=3, label_draws=2)
-    once = kp.capture(model, loss, pair, draws="fisher", seed=3, label_draws=2)
+    found = kp.capture_loader(model, loss, [pair, pair], target="fisher", seed=3, label_draws=2)
+    again = kp.capture_loader(model, loss, [pair, pair], target="fisher", seed=3, label_draws=2)
+    once = kp.capture(model, loss, pair, target="fisher", seed=3, label_draws=2)
     for name in once:
         d = found[name].output_grads
         assert torch.equal(d, again[name].output_grads)
@@ -131,8 +131,8 @@ def test_sampled_labels_differ_from_batch_to_batch_and_come_back():
 
 def test_sequences_of_different_lengths_are_padded_without_effect():
     model, batches = per_token(), sequences(2, 4, 3)
-    found = kp.capture_loader(model, token_loss, batches, draws="ggn", layers="*.weight")
-    parts = [kp.capture(model, token_loss, batch, draws="ggn") for batch in batches]
+    found = kp.capture_loader(model, token_loss, batches, target="ggn", layers="*.weight")
+    parts = [kp.capture(model, token_loss, batch, target="ggn") for batch in batches]
     for name in found:
         assert (found[name].n_positions, found[name].n_columns) == (4, 16)
         H = sum(kp.SecondMoment(part[name]).to_dense() for part in parts) / 3
@@ -178,7 +178,7 @@ BOUNDED = """
     model = nn.Sequential(nn.Linear(800, 900), nn.ReLU(), nn.Linear(900, 4))
     data = lambda: ((torch.randn(200, 800), torch.randint(4, (200,))) for _ in range(250))
     run = lambda **more: kp.capture_loader(
-        model, nn.CrossEntropyLoss(), data(), draws="empirical-fisher", layers="*.weight", **more
+        model, nn.CrossEntropyLoss(), data(), target="empirical-fisher", layers="*.weight", **more
     )
     kp.SecondMoment(run(max_batches=1)["2.weight"], "parameter").trace()  # imports, pools
     used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status")
@@ -189,7 +189,7 @@ BOUNDED = """
     found = run(spill_to=sys.argv[1])
     held = sum(one.nbytes for one in found.values())
     assert held > 1.5 * (320 << 20), held
-    print(found["0.weight"].n_data, kp.SecondMoment(found["2.weight"], "parameter").trace())
+    print(found["0.weight"].n_examples, kp.SecondMoment(found["2.weight"], "parameter").trace())
     try:
         run()
     except RuntimeError as error:
@@ -235,10 +235,10 @@ def test_a_generator_is_read_once_and_no_further_than_asked():
 
     batches = generate()
     found = kp.capture_loader(model, nn.CrossEntropyLoss(), batches, max_batches=2)
-    assert found["0.weight"].n_data == 8
+    assert found["0.weight"].n_examples == 8
     assert taken == [0, 1]
     rest = kp.capture_loader(model, nn.CrossEntropyLoss(), batches)
-    assert rest["0.weight"].n_data == 12
+    assert rest["0.weight"].n_examples == 12
     with pytest.raises(InvalidInputError, match=r"no batches.*used up"):
         kp.capture_loader(model, nn.CrossEntropyLoss(), batches)
 
@@ -300,8 +300,8 @@ def test_bad_loaders(tmp_path: Path):
     for most in (0, -1, 1.5, True):
         with pytest.raises(InvalidInputError, match="max_batches"):
             kp.capture_loader(model, loss, [good], max_batches=most)
-    with pytest.raises(UnknownNameError, match=r"^Unknown draws"):
-        kp.capture_loader(model, loss, [good], draws="gnn")
+    with pytest.raises(UnknownNameError, match=r"^Unknown target"):
+        kp.capture_loader(model, loss, [good], target="gnn")
     with pytest.raises(UnknownNameError, match=r"option of a capture 'layer'.*mean 'layers'"):
         kp.capture_loader(model, loss, [good], layer="*")
 

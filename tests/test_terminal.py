@@ -107,10 +107,10 @@ def test_the_title_names_target_label_draws_and_data(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cosines = {"optimal": 0.9, "kfac": 0.8}
-    rows = quality(4, "a", cosines, draws="fisher", n_columns=2, n_data=200)
+    rows = quality(4, "a", cosines, target="fisher", n_columns=2, n_examples=200)
     lines = printed(frame(rows), monkeypatch, capsys)
     assert lines[0] == "Cosine to H at step 4: plug-in numbers; fisher, 2 label draws, N = 200"
-    rows += quality(4, "b", cosines, draws="fisher", n_columns=1, n_data=50)
+    rows += quality(4, "b", cosines, target="fisher", n_columns=1, n_examples=50)
     lines = printed(frame(rows), monkeypatch, capsys)
     assert " ".join(lines[0].split() + lines[1].split()).endswith(
         "; fisher, 1 to 2 label draws, N = 50 to 200"
@@ -128,15 +128,15 @@ def test_the_floor_stands_beside_plug_in_numbers_only(
 def test_what_is_undefined_in_every_layer_has_a_reason_and_no_column(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = quality(0, "a", {"optimal": 0.9, "live": math.nan})
-    rows += quality(0, "b", {"optimal": 0.8, "live": math.nan})
+    rows = quality(0, "a", {"optimal": 0.9, "in-use": math.nan})
+    rows += quality(0, "b", {"optimal": 0.8, "in-use": math.nan})
     for row in rows:
-        if row["approximation"] == "live":
+        if row["approximation"] == "in-use":
             row["note"] = "SGD holds no preconditioner"
     lines = printed(frame(rows), monkeypatch, capsys)
     assert columns(lines, "a ") == [["a", "0.900"]]
     told = [line for line in lines if "SGD holds" in line]
-    assert told == ["live: undefined in every layer: SGD holds no preconditioner"]
+    assert told == ["in use: undefined in every layer: SGD holds no preconditioner"]
     rows[-1] |= {"metric": "cosine", "value": 0.3}  # of one layer it is known
     rows = [row for row in rows if row is rows[-1] or row["parameter"] == "a"]
     lines = printed(frame(rows), monkeypatch, capsys)
@@ -166,8 +166,8 @@ def test_a_run_ends_with_at_most_five_findings(
 ) -> None:
     rows = []
     for number, held in enumerate((0.2, 0.1, 0.5)):
-        cosines = {"optimal": 0.95, "kfac": 0.94, "live": held}
-        rows += quality(0, f"layer{number}", cosines, draws="trajectory")
+        cosines = {"optimal": 0.95, "kfac": 0.94, "in-use": held}
+        rows += quality(0, f"layer{number}", cosines, target="trajectory")
     lines = printed(frame(rows), monkeypatch, capsys)
     told = lines[lines.index("Findings") + 1 :]
     assert told[0].startswith("- layer1: the optimizer's own P (live) has a cosine of 0.100")
@@ -177,12 +177,12 @@ def test_a_run_ends_with_at_most_five_findings(
         {"step": 0, "metric": "skipped", "parameter": "x", "note": "no gradient"},
         {"step": 0, "metric": "train_loss", "value": 1.0},
         {"step": 0, "parameter": "layer0", "metric": "best_scale", "approximation": "kfac",
-         "kind": "plugin", "value": 40.0, "draws": "trajectory"},
+         "kind": "plugin", "value": 40.0, "target": "trajectory"},
         {"step": 9, "metric": "train_loss", "value": 50.0},
         {"step": 0, "parameter": "layer2", "metric": "cosine", "approximation": "eigen-corrected",
-         "kind": "plugin", "value": 0.99, "draws": "trajectory"},
+         "kind": "plugin", "value": 0.99, "target": "trajectory"},
         {"step": 0, "parameter": "layer2", "metric": "cosine", "approximation": "shampoo-squared",
-         "kind": "plugin", "value": 0.6, "draws": "trajectory"},
+         "kind": "plugin", "value": 0.6, "target": "trajectory"},
     ]  # fmt: skip
     rows = [row for row in rows if row.get("metric") != "best_scale"]
     lines = printed(frame([*rows, *more]), monkeypatch, capsys)

@@ -115,10 +115,10 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("draws", ["ggn", "fisher", "empirical-fisher"])
+@pytest.mark.parametrize("target", ["ggn", "fisher", "empirical-fisher"])
 @pytest.mark.parametrize("measured", ["probe", "batch"])
 def test_training_is_the_same_to_the_bit(
-    tmp_path: Path, name: str, draws: str, measured: str
+    tmp_path: Path, name: str, target: str, measured: str
 ) -> None:
     states = []
     for tracked in (False, True):
@@ -135,7 +135,7 @@ def test_training_is_the_same_to_the_bit(
                 out=tmp_path / "run",
                 every=[0, 1, 5, 6, 17, 29],
                 probe=batch(-1) if measured == "probe" else None,
-                draws=draws,
+                target=target,
             )
         run(model, optimizer, tracker, 30)
         states.append(everything(model, optimizer))
@@ -302,7 +302,7 @@ def test_approximations_and_singular_values_as_asked_for() -> None:
 def test_sampled_labels_follow_the_seed() -> None:
     norms = []
     for seed in (0, 0, 1):
-        tracker = kp.Tracker(network(), LOSS, every=1, draws="fisher", seed=seed)
+        tracker = kp.Tracker(network(), LOSS, every=1, target="fisher", seed=seed)
         tracker.step(batch(0))
         norms.append(sampled(tracker.table).query("metric == 'norm'")["value"].tolist())
     assert norms[0] == norms[1] != norms[2]
@@ -392,7 +392,7 @@ def test_spread_needs_two_probes_and_a_step(total: int, count: int) -> None:
 
 def live(table: pd.DataFrame, step: int) -> pd.DataFrame:
     rows = sampled(table)
-    return rows[(rows["step"] == step) & (rows["approximation"] == "live")]
+    return rows[(rows["step"] == step) & (rows["approximation"] == "in-use")]
 
 
 def test_live_is_absent_before_the_first_refresh_and_then_what_the_optimizer_holds() -> None:
@@ -450,7 +450,7 @@ def test_another_optimizer_has_no_live_operator_and_the_table_says_so() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracker = kp.Tracker(model, LOSS, optimizer=optimizer, every=1, layers=LAYERS)
     run(model, optimizer, tracker, 2)
-    rows = tracker.table[tracker.table["approximation"] == "live"]
+    rows = tracker.table[tracker.table["approximation"] == "in-use"]
     assert rows["value"].isna().all()
     assert all_say(rows, r"SGD has no operator\(parameter\)")
     assert rows.groupby(["step", "parameter"]).size().tolist() == [1] * 4
@@ -504,7 +504,7 @@ def test_an_operator_that_fails_does_not_end_the_training() -> None:
     optimizer = Own(model.parameters(), lr=0.1)
     tracker = kp.Tracker(model, LOSS, optimizer=optimizer, every=1)
     run(model, optimizer, tracker, 2)
-    rows = tracker.table[tracker.table["approximation"] == "live"]
+    rows = tracker.table[tracker.table["approximation"] == "in-use"]
     assert rows["value"].isna().all()
     assert all_say(rows, "Own.operator failed: KeyError.*no state yet")
 
@@ -632,7 +632,7 @@ def test_resume_measures_only_what_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("draws", "fisher"),
+        ("target", "fisher"),
         ("layers", "0.*"),
         ("approximations", ["optimal"]),
         ("seed", 1),
@@ -651,7 +651,7 @@ def test_resume_with_another_option_is_refused_by_name(
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"draws": "ggm"}, UnknownNameError, "Did you mean 'ggn'"),
+        ({"target": "ggm"}, UnknownNameError, "Did you mean 'ggn'"),
         ({"approximations": ["kfac", "optimum"]}, UnknownNameError, "Did you mean 'optimal'"),
         ({"layers": "0.wieght"}, UnknownNameError, "Did you mean '0.weight'"),
         ({"layers": []}, InvalidInputError, "layers is empty"),

@@ -29,11 +29,11 @@ APPROXIMATIONS = ["optimal", "shampoo-squared", "shampoo"]
 SAME = 1e-12
 
 TARGETS: dict[str, dict[str, Any]] = {
-    "trajectory": {"draws": "trajectory", "window": 3},
-    "average": {"draws": "trajectory", "window": 3, "decay": 0.9},
-    "low rank": {"draws": "trajectory", "window": 3, "window_memory": 3 * 4 * (15 * 3 + 24)},
-    "batches": {"draws": "batch-gradient", "target_batch_size": 4},
-    "labels": {"draws": "fisher", "label_draws": 3},
+    "trajectory": {"target": "trajectory", "window": 3},
+    "average": {"target": "trajectory", "window": 3, "decay": 0.9},
+    "low rank": {"target": "trajectory", "window": 3, "window_memory": 3 * 4 * (15 * 3 + 24)},
+    "batches": {"target": "batch-gradient", "target_batch_size": 4},
+    "labels": {"target": "fisher", "label_draws": 3},
 }
 
 
@@ -86,7 +86,7 @@ def test_the_trajectory_is_scored_as_a_window_of_its_own(decay: float | None) ->
     model = network()
     optimizer = shampoo(model)
     tracker = tracked(
-        model, optimizer, draws="trajectory", window=3, decay=decay, window_tolerance=0.0
+        model, optimizer, target="trajectory", window=3, decay=decay, window_tolerance=0.0
     )
     window = kp.GradientWindow(model, size=3, decay=decay, layers=LAYERS)
     parameters = dict(model.named_parameters())
@@ -103,13 +103,13 @@ def test_the_trajectory_is_scored_as_a_window_of_its_own(decay: float | None) ->
                 expected[step][name, approximation] = kp.cosine_similarity(H, P)
             if step >= 2:
                 P = optimizer.operator(parameters[name])
-                expected[step][name, "live"] = kp.cosine_similarity(H, P)
+                expected[step][name, "in-use"] = kp.cosine_similarity(H, P)
 
     run(model, optimizer, score, tracker.step)
     table = tracker.table
     scored = table[(table["metric"] == "cosine") & table["value"].notna()]
     assert set(scored["step"]) == {0, 2, 5}
-    assert set(scored["draws"].dropna()) == {"trajectory"}
+    assert set(scored["target"].dropna()) == {"trajectory"}
     for step, rows in scored.groupby("step"):
         rows = rows[rows["kind"].isna() | (rows["kind"] == "plugin")]
         found = rows.set_index(["parameter", "approximation"])["value"].to_dict()
@@ -125,7 +125,7 @@ def test_the_trajectory_is_scored_as_a_window_of_its_own(decay: float | None) ->
 def test_a_tolerance_drops_no_more_than_that_and_says_how_much() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options: dict[str, Any] = {"draws": "trajectory", "window": 3, "every": [5]}
+    options: dict[str, Any] = {"target": "trajectory", "window": 3, "every": [5]}
     exact = tracked(model, optimizer, window_tolerance=0.0, **options)
     loose = tracked(model, optimizer, window_tolerance=0.3, **options)
     window = kp.GradientWindow(model, size=3, layers=LAYERS)
@@ -147,9 +147,9 @@ def test_a_tolerance_drops_no_more_than_that_and_says_how_much() -> None:
 def test_the_probe_of_a_trajectory_gives_its_loss_and_may_be_missing() -> None:
     model = network()
     optimizer = shampoo(model)
-    with_probe = tracked(model, optimizer, draws="trajectory")
-    without = tracked(model, optimizer, draws="trajectory", probe=None)
-    plain = tracked(model, optimizer, draws="ggn")
+    with_probe = tracked(model, optimizer, target="trajectory")
+    without = tracked(model, optimizer, target="trajectory", probe=None)
+    plain = tracked(model, optimizer, target="ggn")
     run(model, optimizer, with_probe.step, without.step, plain.step)
     with_probe.finish()
     without.finish()
@@ -171,10 +171,10 @@ def test_batch_gradients_are_those_of_the_probe() -> None:
     tracker = tracked(model, shampoo(model), probe=probe, **TARGETS["batches"])
     scores = tracker.step()
     assert scores is not None
-    drawn = kp.capture(model, LOSS, probe, draws="empirical-fisher", layers=LAYERS)
+    drawn = kp.capture(model, LOSS, probe, target="empirical-fisher", layers=LAYERS)
     expected = kp.compare(kp.batch_gradients(drawn, 4), APPROXIMATIONS, estimates="plugin").table
     pd.testing.assert_frame_equal(scores.table, expected)
-    assert set(scores.table["draws"].dropna()) == {"batch-gradient"}
+    assert set(scores.table["target"].dropna()) == {"batch-gradient"}
     assert scores.table["note"].str.contains("batches of 4").any()
 
 
@@ -188,7 +188,7 @@ def test_sampled_labels_are_drawn_as_often_as_asked() -> None:
 def test_what_was_not_recorded_is_skipped_with_the_reason() -> None:
     model = network()
     model[0].bias.requires_grad_(False)
-    tracker = tracked(model, shampoo(model), draws="trajectory")
+    tracker = tracked(model, shampoo(model), target="trajectory")
     run(model, torch.optim.SGD(model[0].parameters(), lr=0.1), tracker.step, steps=1)
     skipped = tracker.table.query("metric == 'skipped'").set_index("parameter")["note"].to_dict()
     assert "frozen" in skipped["0.bias"]
@@ -198,7 +198,7 @@ def test_what_was_not_recorded_is_skipped_with_the_reason() -> None:
 
 def test_a_bad_gradient_ends_the_tracking_with_its_name() -> None:
     model = network()
-    tracker = tracked(model, shampoo(model), draws="trajectory")
+    tracker = tracked(model, shampoo(model), target="trajectory")
     model[2].weight.grad = torch.full_like(model[2].weight, torch.nan)
     with pytest.raises(NonFiniteError, match=r"'2.weight'"):
         tracker.step()
@@ -208,20 +208,20 @@ def test_a_bad_gradient_ends_the_tracking_with_its_name() -> None:
     ("options", "said"),
     [
         ({"label_draws": 2}, "labels are sampled only by 'fisher'"),
-        ({"draws": "trajectory", "label_draws": 2}, "labels are sampled only by 'fisher'"),
-        ({"draws": "fisher", "label_draws": 0}, "label_draws=0"),
-        ({"draws": "batch-gradient"}, "needs it"),
-        ({"draws": "batch-gradient", "target_batch_size": 0}, "batch_size=0"),
-        ({"target_batch_size": 8}, "target_batch_size=8 with draws='ggn'"),
-        ({"window": 8}, "window=8 with draws='ggn'"),
-        ({"decay": 0.9}, "decay=0.9 with draws='ggn'"),
-        ({"window_memory": "1GB"}, "window_memory='1GB' with draws='ggn'"),
-        ({"window_tolerance": 0.1}, "window_tolerance=0.1 with draws='ggn'"),
-        ({"draws": "trajectory", "window_tolerance": 1.0}, "window_tolerance=1.0"),
-        ({"draws": "trajectory", "window": 0}, "size=0"),
-        ({"draws": "trajectory", "decay": 2.0}, "decay=2.0"),
-        ({"draws": "trajectory", "window_memory": "much"}, "memory='much'"),
-        ({"draws": "trajectories"}, "Did you mean 'trajectory'"),
+        ({"target": "trajectory", "label_draws": 2}, "labels are sampled only by 'fisher'"),
+        ({"target": "fisher", "label_draws": 0}, "label_draws=0"),
+        ({"target": "batch-gradient"}, "needs it"),
+        ({"target": "batch-gradient", "target_batch_size": 0}, "batch_size=0"),
+        ({"target_batch_size": 8}, "target_batch_size=8 with target='ggn'"),
+        ({"window": 8}, "window=8 with target='ggn'"),
+        ({"decay": 0.9}, "decay=0.9 with target='ggn'"),
+        ({"window_memory": "1GB"}, "window_memory='1GB' with target='ggn'"),
+        ({"window_tolerance": 0.1}, "window_tolerance=0.1 with target='ggn'"),
+        ({"target": "trajectory", "window_tolerance": 1.0}, "window_tolerance=1.0"),
+        ({"target": "trajectory", "window": 0}, "size=0"),
+        ({"target": "trajectory", "decay": 2.0}, "decay=2.0"),
+        ({"target": "trajectory", "window_memory": "much"}, "memory='much'"),
+        ({"target": "trajectories"}, "Did you mean 'trajectory'"),
     ],
 )
 def test_bad_options_touch_no_directory(tmp_path: Path, options: dict[str, Any], said: str) -> None:
@@ -235,7 +235,7 @@ def test_a_window_that_does_not_fit_touches_no_directory(tmp_path: Path) -> None
     model = network()
     with pytest.raises(MemoryBudgetError, match="size="):
         tracked(
-            model, shampoo(model), out=tmp_path / "run", draws="trajectory", window_memory="1kB"
+            model, shampoo(model), out=tmp_path / "run", target="trajectory", window_memory="1kB"
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +243,7 @@ def test_a_window_that_does_not_fit_touches_no_directory(tmp_path: Path) -> None
 # ---------------------------------------------------------------- runs
 
 
-TRAJECTORY = dataclasses.replace(OPTIONS, draws="trajectory", window=4, decay=0.8)
+TRAJECTORY = dataclasses.replace(OPTIONS, target="trajectory", window=4, decay=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -265,21 +265,21 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 
 
 def test_the_record_holds_the_options_that_matter(reference: RunStore, tmp_path: Path) -> None:
-    assert reference.config["draws"] == "trajectory"
+    assert reference.config["target"] == "trajectory"
     assert (reference.config["window"], reference.config["decay"]) == (4, 0.8)
     assert "target_batch_size" not in reference.config
     plain = train(tmp_path / "plain")
-    assert plain.config["draws"] == "ggn"
+    assert plain.config["target"] == "ggn"
     assert not {"label_draws", "target_batch_size", "window", "decay"} & plain.config.keys()
     batches = train(
-        tmp_path / "batches", options=dataclasses.replace(OPTIONS, draws="batch-gradient")
+        tmp_path / "batches", options=dataclasses.replace(OPTIONS, target="batch-gradient")
     )
     assert batches.config["target_batch_size"] == OPTIONS.batch_size
 
 
-@pytest.mark.parametrize("change", [{"window": 5}, {"decay": None}, {"draws": "ggn"}])
+@pytest.mark.parametrize("change", [{"window": 5}, {"decay": None}, {"target": "ggn"}])
 def test_another_window_is_another_run(reference: RunStore, change: dict[str, Any]) -> None:
-    if "draws" in change:
+    if "target" in change:
         change = change | {"window": None, "decay": None}
     with pytest.raises(RunDirectoryError, match=next(iter(change))):
         make(reference.path, dataclasses.replace(TRAJECTORY, **change), resume=True)
@@ -288,6 +288,6 @@ def test_another_window_is_another_run(reference: RunStore, change: dict[str, An
 def test_a_tracker_state_without_a_window_is_refused() -> None:
     model = network()
     plain = tracked(model, shampoo(model))
-    tracker = tracked(model, shampoo(model), draws="trajectory")
+    tracker = tracked(model, shampoo(model), target="trajectory")
     with pytest.raises(InvalidInputError, match="no window"):
         tracker.load_state_dict(plain.state_dict())

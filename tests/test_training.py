@@ -76,7 +76,7 @@ def test_a_run_holds_every_step_of_training_once(
         assert table.loc[table["metric"] == metric, "step"].tolist() == PROBED
     keys = ["step", "parameter", "approximation", "metric", "index", "kind"]
     assert not table.duplicated(keys).any()
-    scored = table[(table["metric"] == "cosine") & (table["approximation"] != "live")]
+    scored = table[(table["metric"] == "cosine") & (table["approximation"] != "in-use")]
     scored = scored[scored["kind"] == "plugin"]
     counts = scored.groupby("step").size()
     assert counts.to_dict() == dict.fromkeys(PROBED, APPROXIMATIONS * len(tiny.MEASURED))
@@ -296,7 +296,7 @@ def test_an_occupied_directory_is_refused_and_left_alone(
         ({"probe_size": 21}, "probe_size"),
         ({"settings": ("basis.frequency=3",)}, "settings"),
         ({"spacing": "early"}, "spacing"),
-        ({"draws": "fisher"}, "draws"),
+        ({"target": "fisher"}, "target"),
         ({"layers": ("0*",)}, r'layers: \["0\.weight", "4\.weight"\] in the run, \["0\*"\] now'),
     ],
 )
@@ -325,7 +325,7 @@ def test_a_diverged_run_is_failed_and_what_it_measured_is_there(tmp_path: Path) 
     table = store.read()
     measured = table[(table["metric"] == "cosine") & (table["step"] == 0)]
     measured = measured[measured["kind"] == "plugin"]
-    assert measured.loc[measured["approximation"] != "live", "value"].notna().all()
+    assert measured.loc[measured["approximation"] != "in-use", "value"].notna().all()
 
 
 def test_weights_that_break_between_probes_stop_the_run_by_name(tmp_path: Path) -> None:

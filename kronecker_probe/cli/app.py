@@ -20,8 +20,6 @@ from kronecker_probe.cli.options import (
     ApproximationsOption,
     DecayOption,
     DeviceOption,
-    Draws,
-    DrawsOption,
     EstimatesOption,
     Keep,
     LabelDrawsOption,
@@ -33,7 +31,9 @@ from kronecker_probe.cli.options import (
     SeedOption,
     SettingsOption,
     Spacing,
+    Target,
     TargetBatchSizeOption,
+    TargetOption,
     ThreadsOption,
     WindowMemoryOption,
     WindowOption,
@@ -110,7 +110,7 @@ def track(
         Spacing, typer.Option(help="Probed steps: more of them early in the run, or even.")
     ] = Spacing.EARLY,
     probe_size: ProbeSizeOption = 200,
-    draws: DrawsOption = None,
+    target: TargetOption = None,
     label_draws: LabelDrawsOption = 1,
     target_batch_size: TargetBatchSizeOption = None,
     window: WindowOption = None,
@@ -154,7 +154,7 @@ def track(
                 probes=probes,
                 spacing=spacing.value,
                 probe_size=probe_size,
-                draws=draws.value if draws is not None else loaded.draws,
+                target=target.value if target is not None else loaded.target,
                 layers=tuple(layers) if layers is not None else loaded.layers,
                 seed=seed,
                 device=device,
@@ -236,7 +236,7 @@ def measure(
         ),
     ] = None,
     probe_size: ProbeSizeOption = 200,
-    draws: DrawsOption = None,
+    target: TargetOption = None,
     label_draws: LabelDrawsOption = 1,
     target_batch_size: TargetBatchSizeOption = None,
     layers: LayersOption = None,
@@ -262,15 +262,15 @@ def measure(
             )
             from kronecker_probe.workloads import load_workload
 
-            if draws is Draws.TRAJECTORY:
+            if target is Target.TRAJECTORY:
                 raise InvalidInputError(
-                    "--draws trajectory is made of a run's own gradients; use 'track'."
+                    "--target trajectory is made of a run's own gradients; use 'track'."
                 )
             loaded = load_workload(workload, seed)
             _set_threads(threads or loaded.threads)
-            if draws is Draws.BATCH_GRADIENT and target_batch_size is None:
+            if target is Target.BATCH_GRADIENT and target_batch_size is None:
                 target_batch_size = loaded.batch_size
-            target = torch_device(device)
+            where = torch_device(device)
             step = 0
             if checkpoint is not None:
                 state = load_training_state(checkpoint)
@@ -280,11 +280,11 @@ def measure(
             if overwrite and out is None:
                 raise InvalidInputError("--overwrite needs --out.")
             tracker = Tracker(
-                loaded.model.to(target),
+                loaded.model.to(where),
                 loaded.loss_fn,
                 out=out,
-                probe=(inputs.to(target), targets.to(target)),
-                draws=draws.value if draws is not None else loaded.draws,
+                probe=(inputs.to(where), targets.to(where)),
+                target=target.value if target is not None else loaded.target,
                 layers=layers if layers is not None else loaded.layers,
                 seed=seed,
                 label_draws=label_draws,
@@ -371,9 +371,9 @@ def analyze(
 
 def _analyses() -> tuple[str, Path]:
     """The package and the folder of the analyses of an installed wheel, or of the source tree."""
-    own = Path(__file__).parent
+    own = Path(__file__).parents[1]
     if (own / "_analyses").is_dir():
-        return f"{__package__}._analyses", own / "_analyses"
+        return "kronecker_probe._analyses", own / "_analyses"
     if (own.parent / "analyses").is_dir():
         if str(own.parent) not in sys.path:  # the command's own folder is there instead
             sys.path.insert(0, str(own.parent))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-class Draws(StrEnum):
+class Target(StrEnum):
     """Which gradients the second moment is made of."""
 
     GGN = "ggn"
@@ -52,8 +52,8 @@ WorkloadName = Annotated[
         metavar="WORKLOAD", help="Built-in name (see 'workloads') or package.module:factory."
     ),
 ]
-DrawsOption = Annotated[
-    Draws | None,
+TargetOption = Annotated[
+    Target | None,
     typer.Option(
         metavar="TARGET",
         help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
@@ -63,14 +63,14 @@ DrawsOption = Annotated[
     ),
 ]
 LabelDrawsOption = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Sampled labels a datum, for --draws fisher.")
+    int, typer.Option(metavar="N", min=1, help="Sampled labels a datum, for --target fisher.")
 ]
 TargetBatchSizeOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         min=1,
-        help="Data of a batch, for --draws batch-gradient. Default: the training's batch size.",
+        help="Data of a batch, for --target batch-gradient. Default: the training's batch size.",
         show_default=False,
     ),
 ]
@@ -79,7 +79,7 @@ WindowOption = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        help="Gradients to keep, for --draws trajectory. Default: 200.",
+        help="Gradients to keep, for --target trajectory. Default: 200.",
         show_default=False,
     ),
 ]
@@ -87,7 +87,7 @@ DecayOption = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Average the gradients of --draws trajectory with this decay, the optimizer's beta2. "
+        help="Average the gradients of --target trajectory with this decay, the optimizer's beta2. "
         "Default: their sum, as in AdaGrad.",
         show_default=False,
     ),
@@ -97,7 +97,7 @@ WindowToleranceOption = Annotated[
     typer.Option(
         metavar="X",
         min=0.0,
-        help="Share of the gradients' energy that --draws trajectory may drop, to be faster; the "
+        help="Share of the gradients' energy that --target trajectory may drop, to be faster; the "
         "table says how much it is. 0 for exact. Default: 0.001.",
         show_default=False,
     ),
@@ -106,7 +106,7 @@ WindowMemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What the window of --draws trajectory may take; beyond, it keeps low-rank factors "
+        help="What the window of --target trajectory may take; beyond, it keeps low-rank factors "
         "and says what they drop. Default: 1GB.",
         show_default=False,
     ),

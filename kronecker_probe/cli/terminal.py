@@ -273,12 +273,12 @@ def _defined(rows: pd.DataFrame, names: list[str]) -> tuple[list[str], list[str]
 
 def _data_told(rows: pd.DataFrame) -> str:
     """The target, its label draws and the number of data: "; fisher, 2 label draws, N = 200"."""
-    draws = [str(one) for one in rows["draws"].dropna().unique()] if "draws" in rows else []
-    parts = [", ".join(draws)] if draws else []
-    if "fisher" in draws and "n_columns" in rows:
+    targets = [str(one) for one in rows["target"].dropna().unique()] if "target" in rows else []
+    parts = [", ".join(targets)] if targets else []
+    if "fisher" in targets and "n_columns" in rows:
         parts += [f"{n} label draw{'s' * (n != 1)}" for n in _range(rows["n_columns"])]
-    if "n_data" in rows:
-        parts += [f"N = {n}" for n in _range(rows["n_data"])]
+    if "n_examples" in rows:
+        parts += [f"N = {n}" for n in _range(rows["n_examples"])]
     return f"; {', '.join(parts)}" if parts else ""
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kronecker_probe.findings.fit import LayerFindings
 
 FRESH, BLOCKING, STATISTICS, DAMPING, STALENESS = (
-    f"live_{name}" for name in ("fresh", "blocking", "statistics", "damping", "staleness")
+    f"in_use_{name}" for name in ("fresh", "blocking", "statistics", "damping", "staleness")
 )
 # In the words of a sentence, in the order of the chain.
 CAUSES = {
@@ -142,7 +142,7 @@ def advice(cause: str, layer: LayerFindings, rule: str, own: float) -> str:
     if cause == FRESH:
         return _another_rule(layer, rule, own)
     if cause == STATISTICS:
-        return _other_statistics(layer.draws, rule)
+        return _other_statistics(layer.target, rule)
     return {
         BLOCKING: "raise shapes.block_size, or leave the layer whole without it",
         DAMPING: f"lower spectrum.epsilon{_in_force(layer)} (one value per parameter group), as "
@@ -169,7 +169,7 @@ def _other_statistics(draws: str, rule: str) -> str:
         means.append("optimizer.sampling() takes sampled labels in place of the training ones")
     if draws == "trajectory":
         return listed(means)
-    means.append("draws='trajectory' scores it against the gradients that it saw")
+    means.append("target='trajectory' scores it against the gradients that it saw")
     return f"they average batches at earlier weights with training labels: {', '.join(means)}"
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kronecker_probe.findings.advice import no_worse_directions
 from kronecker_probe.findings.finding import Finding
-from kronecker_probe.findings.optimizer_state import LIVE, live_finding
+from kronecker_probe.findings.optimizer_state import LIVE, in_use_finding
 from kronecker_probe.findings.staleness import STALE, followed_rule
 from kronecker_probe.table.numbers import (
     CLOSE,
@@ -59,15 +59,15 @@ class LayerFindings:
         self.last = int(quality["step"].max()) if self.stepwise else 0
         now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.now = now
-        self.draws = _first(now, "draws")
-        self.exact = self.draws in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
+        self.target = _first(now, "target")
+        self.exact = self.target in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
         self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         self.dropped = dropped_energy(self.at)
         self.noise = max(self._sampling_noise(), self.dropped)
         self.cosines = numbers(now, "cosine", self.noise)
         # K-FAC may count fewer draws of its factors than there are of H
         self.n_eff = float(_column(now, "n_eff").max())
-        self.n_data = float(_column(now, "n_data").min())
+        self.n_examples = float(_column(now, "n_examples").min())
         self.is_vector = any(_column(now, side).min() == 1 for side in ("m", "n"))
 
     def findings(self) -> list[Finding]:
@@ -85,7 +85,7 @@ class LayerFindings:
     @cached_property
     def live(self) -> Finding | None:
         """That the optimizer's own operator is clearly worse than it could be."""
-        return None if self.dropped > TRUNCATED else live_finding(self)
+        return None if self.dropped > TRUNCATED else in_use_finding(self)
 
     @property
     def products(self) -> list[str]:
@@ -152,15 +152,15 @@ class LayerFindings:
         return self._finding(
             "abstained",
             "too few draws",
-            f"the {self.n_data:.0f} data count as {self.n_eff:.3g} independent draws, and under "
-            f"{FEWEST_DRAWS} no quality number means anything",
+            f"the {self.n_examples:.0f} examples count as {self.n_eff:.3g} independent draws, and "
+            f"under {FEWEST_DRAWS} no quality number means anything",
             f"measure at least {self._more(factor)} data",
             n_eff=self.n_eff,
         )
 
     def _more(self, factor: float) -> int:
         """So many times the data, in tens, and not just a few more than there are."""
-        return math.ceil(self.n_data * max(factor, WORTHWHILE) / 10) * 10
+        return math.ceil(self.n_examples * max(factor, WORTHWHILE) / 10) * 10
 
     def _distance(self) -> list[Finding]:
         """How far the closest rules are from the best Kronecker product.
@@ -238,7 +238,7 @@ class LayerFindings:
                     "samples with refits=8 gives one"
                 )
             return "refits=8 in kp.compare gives a standard error in place of the bracket"
-        if gap.kind == "plugin" or not math.isfinite(gap.stderr) or math.isnan(self.n_data):
+        if gap.kind == "plugin" or not math.isfinite(gap.stderr) or math.isnan(self.n_examples):
             return self._population()
         reach, margin = 2 * gap.stderr, abs(gap.value - CLOSE)
         if reach > CLOSE:  # where the difference comes to lie is not known yet

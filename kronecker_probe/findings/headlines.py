@@ -212,9 +212,9 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
             (above,) = differences(now, "eigen-corrected", "optimal").values()
             beyond = ", beyond any Kronecker product" if above.low > _EQUAL else ""
             clauses.append(f"correcting the eigenvalues gives {texts['eigen-corrected']}{beyond}")
-        if "live" in last:
-            held = f"the optimizer's live preconditioner is at {texts['live']}"
-            (below,) = differences(now, "optimal", "live").values()
+        if "in-use" in last:
+            held = f"the optimizer's live preconditioner is at {texts['in-use']}"
+            (below,) = differences(now, "optimal", "in-use").values()
             clauses.append(f"{held}, far below the best product" if below.low > FAR else held)
     if undefined:
         clauses.append(f"{place} {why}")
@@ -324,7 +324,7 @@ def _why(table: pd.DataFrame, parameter: str, steps: list[int]) -> str:
         rows = rows[rows["step"].isin(steps)]
     if "note" in rows:
         told = rows[rows["value"].isna() & rows["note"].notna()]
-        preferred = told[told["approximation"] != "live"]
+        preferred = told[told["approximation"] != "in-use"]
         for notes in (preferred["note"], told["note"]):
             if len(notes):
                 return str(notes.iloc[-1])

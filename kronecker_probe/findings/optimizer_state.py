@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 UNMISTAKABLE = 0.25
 # Parts of the squared error that are worth a word.
 WORTH = 0.02
-LIVE = "live"
+LIVE = "in-use"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Shortfall:
         return self.live.value < self.better.value / 2
 
 
-def live_finding(layer: LayerFindings) -> Finding | None:
+def in_use_finding(layer: LayerFindings) -> Finding | None:
     """What is clearly below the best product, or below its own rule, with the dominant cause.
 
     Args:
@@ -72,7 +72,7 @@ def live_finding(layer: LayerFindings) -> Finding | None:
     rule = followed_rule(layer.at)
     if layer.stepwise and not split.parts:
         stale = Staleness(layer.name, layer.rows, layer.last, layer.dropped)
-        if lag := stale.findings(layer.draws):
+        if lag := stale.findings(layer.target):
             return lag[0]
     short = _below_a_product(layer)
     if short is None:
@@ -114,7 +114,7 @@ def _finding(layer: LayerFindings, short: Shortfall, split: Split, rule: str) ->
         return Finding(level, layer.name, subject(BLOCKING), message, remedy, evidence)
     message += "; what its rule, batches, labels, averaging, damping and age cost each is not known"
     remedy = (
-        "" if layer.draws == "trajectory" else "draws='trajectory' leaves out batches and labels"
+        "" if layer.target == "trajectory" else "target='trajectory' leaves out batches and labels"
     )
     return Finding(level, layer.name, subject(""), message, remedy, evidence)
 

@@ -24,7 +24,7 @@ def followed_rule(rows: pd.DataFrame) -> str:
     """
     if "note" not in rows:
         return ""
-    notes = [str(note) for note in rows.loc[rows["metric"] == "live_rule", "note"].dropna()]
+    notes = [str(note) for note in rows.loc[rows["metric"] == "in_use_rule", "note"].dropna()]
     match = _RULE.match(notes[-1]) if notes else None
     return match[1] if match else ""
 
@@ -78,7 +78,7 @@ class Staleness:
             f"the live factors are {last:.2f} from fresh {label(rule)} of this target since step "
             f"{since}: batches, labels, averaging, damping and age together"
         )
-        advice = "draws='trajectory' shows age and damping alone"
+        advice = "target='trajectory' shows age and damping alone"
         return [Finding("notice", self.parameter, "live factors", message, advice, evidence)]
 
     def _lag(self, rule: str) -> pd.Series[Any]:
@@ -86,6 +86,6 @@ class Staleness:
         rows = self.rows[(self.rows["metric"] == "cosine") & self.rows["value"].notna()]
         if "kind" in rows:  # the live operator is scored on the sample, so both are plug-in
             rows = rows[rows["kind"].isin(["plugin"])]
-        live = rows[rows["approximation"] == "live"].set_index("step")["value"]
+        live = rows[rows["approximation"] == "in-use"].set_index("step")["value"]
         fresh = rows[rows["approximation"] == rule].set_index("step")["value"]
         return (fresh - live).dropna().sort_index()

@@ -24,7 +24,7 @@ _SLACK = 1.2
 class Extent:
     """Sizes that all blocks of a capture share."""
 
-    n_data: int
+    n_examples: int
     columns: int
 
 
@@ -110,14 +110,14 @@ class _PositionBlock(Block):
         self.block: Tensor | None = None
 
     def _write(self, column: int, gradients: Mapping[Call, Tensor], width: int) -> None:
-        n_data, columns = self.extent.n_data, self.extent.columns
+        n_examples, columns = self.extent.n_examples, self.extent.columns
         if columns == 1 and len(self.uses) == 1 and not self.partial:
             call, role = self.uses[0]
             self.block = _own(call.outputs(role, gradients[call])[:, None])
             return
         if self.block is None:
             device = self.uses[0][0].x.device
-            shape = (n_data, columns, self.total, width)
+            shape = (n_examples, columns, self.total, width)
             make = torch.zeros if self.partial else torch.empty
             self.block = make(shape, dtype=self.dtype(), device=device)
         start = 0
@@ -139,7 +139,7 @@ class FactorBlock(_PositionBlock):
         m, n = self.shape
         d = self.extent.columns * self.total * m * self.dtype().itemsize
         a = self.total * (n + self.bias) * self._input_dtype().itemsize
-        return self.extent.n_data * (d + a)
+        return self.extent.n_examples * (d + a)
 
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
         self._write(column, gradients, self.shape[0])
@@ -158,7 +158,7 @@ class FactorBlock(_PositionBlock):
         calls = [call for call, _ in self.uses]
         if len(calls) == 1 and not self.bias:
             return _own(calls[0].inputs())
-        shape = (self.extent.n_data, self.total, self.shape[1] + self.bias)
+        shape = (self.extent.n_examples, self.total, self.shape[1] + self.bias)
         a = torch.ones(shape, dtype=self._input_dtype(), device=calls[0].x.device)
         start = 0
         for call, length in zip(calls, self.lengths, strict=True):
@@ -176,7 +176,7 @@ class TokenBlock(_PositionBlock):
     @property
     def nbytes(self) -> int:
         d = self.extent.columns * self.shape[1] * self.dtype().itemsize
-        return self.extent.n_data * self.total * (d + torch.int64.itemsize)
+        return self.extent.n_examples * self.total * (d + torch.int64.itemsize)
 
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
         self._write(column, gradients, self.shape[1])
@@ -204,11 +204,11 @@ class VectorBlock(Block):
     @property
     def nbytes(self) -> int:
         size = self.extent.columns * self.shape[0] + 1
-        return self.extent.n_data * size * self.dtype(torch.float32).itemsize
+        return self.extent.n_examples * size * self.dtype(torch.float32).itemsize
 
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
         if self.block is None:
-            shape = (self.extent.n_data, self.extent.columns, 1, self.shape[0])
+            shape = (self.extent.n_examples, self.extent.columns, 1, self.shape[0])
             device = self.uses[0][0].x.device
             self.block = torch.zeros(shape, dtype=self.dtype(torch.float32), device=device)
         for call, role in self.uses:
@@ -230,7 +230,7 @@ class SameVectorBlock(Block):
 
     @property
     def nbytes(self) -> int:
-        return self.extent.n_data * self.dtype().itemsize
+        return self.extent.n_examples * self.dtype().itemsize
 
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
         pass
@@ -251,7 +251,7 @@ class MatrixBlock(Block):
 
     @property
     def nbytes(self) -> int:
-        size = self.extent.n_data * self.extent.columns * math.prod(self.shape)
+        size = self.extent.n_examples * self.extent.columns * math.prod(self.shape)
         return size * self.dtype(torch.float32).itemsize
 
     @property
@@ -261,7 +261,7 @@ class MatrixBlock(Block):
 
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
         if self.block is None:
-            shape = (self.extent.n_data, self.extent.columns, *self.shape)
+            shape = (self.extent.n_examples, self.extent.columns, *self.shape)
             device = self.uses[0][0].x.device
             self.block = torch.zeros(shape, dtype=self.dtype(torch.float32), device=device)
             self.inputs = {call: call.inputs() for call, _ in self.uses}

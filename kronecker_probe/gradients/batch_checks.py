@@ -58,7 +58,7 @@ def check_batch(batch: object) -> Pair:
     return inputs, targets
 
 
-def check_outputs(outputs: object, n_data: int) -> Tensor:
+def check_outputs(outputs: object, n_examples: int) -> Tensor:
     """What the model returned, if it can be measured.
 
     Raises:
@@ -69,9 +69,9 @@ def check_outputs(outputs: object, n_data: int) -> Tensor:
             f"The model returned a {type(outputs).__name__}; wrap it so that it returns the "
             "tensor of outputs (logits) alone."
         )
-    if outputs.ndim == 0 or outputs.shape[0] != n_data:
+    if outputs.ndim == 0 or outputs.shape[0] != n_examples:
         raise InvalidInputError(
-            f"The model returned {list(outputs.shape)} for {n_data} data; the first dimension "
+            f"The model returned {list(outputs.shape)} for {n_examples} data; the first dimension "
             "must be the batch (do not flatten positions into it)."
         )
     if not outputs.requires_grad:

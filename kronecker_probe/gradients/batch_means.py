@@ -96,7 +96,7 @@ def batch_gradients(
         if samples.n_columns > 1:
             raise UnsupportedError(
                 f"The samples have {samples.n_columns} columns a datum, which are no gradients of "
-                "a label; give one column, or the whole result of kp.capture(draws='fisher')."
+                "a label; give one column, or the whole result of kp.capture(target='fisher')."
             )
         return _of(samples, _Batches(samples, batch_size, batches, seed, replacement), False)
     if not isinstance(samples, Capture):
@@ -104,21 +104,21 @@ def batch_gradients(
             f"batch_gradients got a {type(samples).__name__}; give GradientSamples or the result "
             "of kp.capture."
         )
-    if samples.draws not in ("fisher", "empirical-fisher"):
+    if samples.target not in ("fisher", "empirical-fisher"):
         raise UnsupportedError(
-            f"batch_gradients needs gradients of single data, and draws={samples.draws!r} are "
-            "none; capture with draws='empirical-fisher' (true labels) or 'fisher' (sampled ones)."
+            f"batch_gradients needs gradients of single data, and target={samples.target!r} are "
+            "none; capture with target='empirical-fisher' (true labels) or 'fisher' (sampled ones)."
         )
     drawn: _Batches | None = None
     found: dict[str, GradientSamples] = {}
     for name, one in samples.items():
         drawn = drawn or _Batches(one, batch_size, batches, seed, replacement)
-        found[name] = _of(one, drawn, samples.draws == "fisher")
+        found[name] = _of(one, drawn, samples.target == "fisher")
     how = "with" if replacement else "without"
     which = "exact expectation" if batches is None else f"{batches} batches"
-    note = f"batches of {batch_size} {how} replacement from {samples.draws} draws, {which}"
+    note = f"batches of {batch_size} {how} replacement from {samples.target} draws, {which}"
     note = f"{samples.note}; {note}" if samples.note else note
-    return dataclasses.replace(samples, samples=found, draws=BATCH_GRADIENT, note=note)
+    return dataclasses.replace(samples, samples=found, target=BATCH_GRADIENT, note=note)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Batches:
         seed: int,
         replacement: bool,
     ) -> None:
-        weights, count = samples.weights.cpu(), samples.n_data
+        weights, count = samples.weights.cpu(), samples.n_examples
         if not samples.independent:
             raise UnsupportedError(
                 "batch_gradients needs independent draws of single data; these are a closed form "
@@ -189,7 +189,7 @@ def _of(samples: GradientSamples, batches: _Batches, zero_mean: bool) -> Gradien
     if zero_mean:
         weights = shares / (batches.size * samples.n_columns)
         return samples.with_tensors(samples.tensors, weights)
-    first = torch.zeros(samples.n_data, dtype=torch.long, device=samples.device)
+    first = torch.zeros(samples.n_examples, dtype=torch.long, device=samples.device)
     mean = _as_samples(_weighted_sum(samples, shares, first), samples)
     of_data = samples.with_tensors(samples.tensors, batches.noise_share * shares)
     found = GradientSamples.stack([of_data, mean], [1.0, 1.0 - batches.noise_share])
@@ -204,8 +204,8 @@ def _weighted_sum(samples: GradientSamples, shares: Tensor, columns: Tensor) -> 
     factored = isinstance(samples, FactoredSamples)
     width = (samples.n_positions or 0) * (m + n) if factored else samples.n_columns * m * n
     step = chunk_rows(width)
-    for start in range(0, samples.n_data, step):
-        part = slice(start, min(start + step, samples.n_data))
+    for start in range(0, samples.n_examples, step):
+        part = slice(start, min(start + step, samples.n_examples))
         places = torch.arange(part.start, part.stop, device=samples.device)
         if isinstance(samples, FactoredSamples):
             d = samples.output_grads[places, columns[part]].double()

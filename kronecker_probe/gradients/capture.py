@@ -28,7 +28,6 @@ from kronecker_probe.gradients.batch_checks import (
     several_pairs,
 )
 from kronecker_probe.gradients.coverage import Capture
-from kronecker_probe.gradients.draws import check_draws, n_columns, output_gradients
 from kronecker_probe.gradients.layers.base import Call, all_finite, half_range
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.per_example.gradients import per_sample_gradients
@@ -36,6 +35,7 @@ from kronecker_probe.gradients.samples.base import GradientSamples, MatrixSample
 from kronecker_probe.gradients.samples.checks import check_seed
 from kronecker_probe.gradients.samples.ownership import owned
 from kronecker_probe.gradients.selection import pairs, select
+from kronecker_probe.gradients.targets import check_target, n_columns, output_gradients
 from kronecker_probe.gradients.tracing.batch_dimension import separate
 from kronecker_probe.gradients.tracing.graph import account, pull_back
 from kronecker_probe.gradients.tracing.isolation import isolated
@@ -55,7 +55,7 @@ def capture(
     model: nn.Module,
     loss_fn: LossFunction,
     data: Pair | Iterable[Pair],
-    draws: str = "ggn",
+    target: str = "ggn",
     layers: str | Sequence[str] = "*",
     seed: int = 0,
     label_draws: int = 1,
@@ -84,7 +84,7 @@ def capture(
             values and gradient, so a lambda will do.
         data: (inputs, targets), data in the first dimension of both; or an iterable of such
             pairs (a DataLoader), see ``gradients.streaming.capture_loader``.
-        draws: "ggn" (exact Gauss-Newton: columns of the loss-Hessian root pulled back),
+        target: "ggn" (exact Gauss-Newton: columns of the loss-Hessian root pulled back),
             "fisher" (labels sampled from the model) or "empirical-fisher" (the given labels).
         layers: Glob, or several, of parameter names.
         seed: Of the sampled labels.
@@ -104,10 +104,10 @@ def capture(
         NonFiniteError: NaN or infinity in parameters, loss, outputs, activations or gradients;
             the layer is named.
         UnsupportedError: The loss is none of the supported ones.
-        UnknownNameError: Unknown ``draws`` or ``bias``, or a glob that matches nothing.
+        UnknownNameError: Unknown ``target`` or ``bias``, or a glob that matches nothing.
         MemoryBudgetError: The samples would not fit; the message says the GB.
     """
-    check_draws(draws, label_draws)
+    check_target(target, label_draws)
     seed = check_seed(seed)
     if bias not in BIAS:
         raise unknown_name("bias", bias, BIAS)
@@ -122,7 +122,7 @@ def capture(
         from kronecker_probe.gradients.loader import capture_loader
 
         return capture_loader(
-            model, loss_fn, data, draws=draws, layers=layers, seed=seed,
+            model, loss_fn, data, target=target, layers=layers, seed=seed,
             label_draws=label_draws, bias=bias, fallback=fallback,
         )  # fmt: skip
     inputs, targets = check_batch(data)
@@ -130,7 +130,7 @@ def capture(
     parameters = dict(model.named_parameters())
     if broken := not_finite({name: p for name, p in parameters.items() if p.requires_grad}):
         raise NonFiniteError(broken)
-    request = _Request(draws, label_draws, seed, bias == "joint", fallback)
+    request = _Request(target, label_draws, seed, bias == "joint", fallback)
     note = mode_note(model)
     with isolated(model):
         # Copies, because a model may write into its inputs, and inference tensors have no graph.
@@ -150,7 +150,7 @@ def capture(
     if not samples:
         raise InvalidInputError(f"No parameter can be measured. {_reasons(ordered)}")
     return Capture(
-        samples, ordered, draws, loss.value, accuracy, note, loss.reduction, found.fallback
+        samples, ordered, target, loss.value, accuracy, note, loss.reduction, found.fallback
     )
 
 
@@ -158,7 +158,7 @@ def capture(
 class _Request:
     """The options of a capture."""
 
-    draws: str
+    target: str
     label_draws: int
     seed: int
     joint: bool
@@ -176,18 +176,18 @@ class _Batch:
     loss: ResolvedLoss
 
     def columns(self, request: _Request) -> int:
-        return n_columns(request.draws, self.loss, self.outputs, request.label_draws)
+        return n_columns(request.target, self.loss, self.outputs, request.label_draws)
 
     def cotangents(self, request: _Request) -> Iterable[Tensor]:
         return output_gradients(
-            request.draws, self.loss, self.outputs.detach(), self.targets, request.label_draws,
+            request.target, self.loss, self.outputs.detach(), self.targets, request.label_draws,
             request.seed,
         )  # fmt: skip
 
     def weights(self, request: _Request) -> Tensor:
-        n_data = self.outputs.shape[0]
-        weight = 1.0 / (n_data * (request.label_draws if request.draws == "fisher" else 1))
-        return torch.full((n_data,), weight, dtype=torch.float64, device=self.outputs.device)
+        n_examples = self.outputs.shape[0]
+        weight = 1.0 / (n_examples * (request.label_draws if request.target == "fisher" else 1))
+        return torch.full((n_examples,), weight, dtype=torch.float64, device=self.outputs.device)
 
 
 @dataclass
@@ -205,7 +205,7 @@ def _measure(
     """From layer inputs and output gradients what is exact, the rest by per-sample gradients."""
     accounting = account(batch.outputs, record, chosen)
     exact, inexact, skipped = accounting.exact, accounting.unaccounted, accounting.absent
-    n_data = batch.outputs.shape[0]
+    n_examples = batch.outputs.shape[0]
     separation = separate(
         batch.model, batch.inputs, batch.outputs, exact, chosen, once=record.wrote
     )
@@ -214,9 +214,9 @@ def _measure(
     inexact |= {
         name: problem
         for name, uses in exact.items()
-        if (problem := separation.problem(uses, n_data))
+        if (problem := separation.problem(uses, n_examples))
     }
-    extent = Extent(n_data, batch.columns(request))
+    extent = Extent(n_examples, batch.columns(request))
     blocks = {
         name: block_for(uses, matrix_shape(chosen[name]), extent)
         for name, uses in exact.items()
@@ -296,7 +296,9 @@ def _require(
     device: torch.device,
 ) -> None:
     sizes = {name: float(block.nbytes + block.workspace) for name, block in blocks.items()}
-    sizes |= {name: float(extent.n_data * extent.columns * p.nbytes) for name, p in rest.items()}
+    sizes |= {
+        name: float(extent.n_examples * extent.columns * p.nbytes) for name, p in rest.items()
+    }
     if sizes:
         largest = max(sizes, key=lambda name: sizes[name])
         what = (
@@ -317,10 +319,10 @@ def _pull_back(
     if not calls:
         return
     columns = batch.columns(request)
-    if request.draws == "ggn" and columns > MANY_COLUMNS:
+    if request.target == "ggn" and columns > MANY_COLUMNS:
         warnings.warn(
-            f"draws='ggn' takes {columns} backward passes here, one for each output of a datum; "
-            "draws='fisher' takes one a label draw.",
+            f"target='ggn' takes {columns} backward passes here, one for each output of a datum; "
+            "target='fisher' takes one a label draw.",
             UserWarning,
             stacklevel=4,
         )

@@ -24,7 +24,7 @@ class Capture(Mapping[str, GradientSamples]):
     Attributes:
         samples: Parameter name to its samples; "<module>.weight+bias" for a joint [W b].
         skipped: Parameter name to the reason why it is not measured.
-        draws: "ggn", "fisher" or "empirical-fisher"; "batch-gradient" or "trajectory" of samples
+        target: "ggn", "fisher" or "empirical-fisher"; "batch-gradient" or "trajectory" of samples
             made from those, or along a run.
         loss: The loss of the batch.
         accuracy: Share of correct labels; None for regression.
@@ -36,7 +36,7 @@ class Capture(Mapping[str, GradientSamples]):
 
     samples: Mapping[str, GradientSamples]
     skipped: Mapping[str, str]
-    draws: str
+    target: str
     loss: float
     accuracy: float | None
     note: str
@@ -65,7 +65,7 @@ class Capture(Mapping[str, GradientSamples]):
         rows = [
             {"parameter": name, "status": "fallback" if name in self.fallback else "measured",
              "shape": f"{s.shape[0]} x {s.shape[1]}",
-             "n_data": s.n_data, "n_columns": s.n_columns, "n_positions": s.n_positions,
+             "n_examples": s.n_examples, "n_columns": s.n_columns, "n_positions": s.n_positions,
              "reason": "; ".join(filter(None, (self.fallback.get(name), self.note)))}
             for name, s in self.samples.items()
         ]  # fmt: skip
@@ -73,7 +73,7 @@ class Capture(Mapping[str, GradientSamples]):
             {"parameter": name, "status": "skipped", "reason": reason}
             for name, reason in self.skipped.items()
         ]
-        counts = ("n_data", "n_columns", "n_positions")
+        counts = ("n_examples", "n_columns", "n_positions")
         return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
 
     def __str__(self) -> str:

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.gradients.batch_checks import check_batch, check_outputs, not_finite
-from kronecker_probe.gradients.draws import DRAWS, check_draws, output_gradients
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.selection import select
+from kronecker_probe.gradients.targets import CAPTURE_TARGETS, check_target, output_gradients
 from kronecker_probe.gradients.tracing.isolation import isolated
 
-KINDS = (*DRAWS, "hessian")
+KINDS = (*CAPTURE_TARGETS, "hessian")
 
 Tensors = dict[str, Tensor]
 OutputMap = Callable[[Tensor], Tensor]
@@ -132,7 +132,7 @@ def curvature_operator(
             differentiated this way.
         UnknownNameError: Unknown ``kind``, or a glob that matches nothing.
     """
-    check_draws(kind, label_draws, "kind", KINDS)
+    check_target(kind, label_draws, "kind", KINDS)
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     inputs, targets = check_batch(batch)
@@ -171,15 +171,17 @@ def _output_map(
     kind: str, loss: ResolvedLoss, outputs: Tensor, targets: Tensor, label_draws: int, seed: int
 ) -> OutputMap:
     """u_i -> M_i u_i / N for all data."""
-    n_data = len(outputs)
+    n_examples = len(outputs)
     if kind == "ggn":
-        return lambda u: loss.hessian_product(outputs, u) / n_data
+        return lambda u: loss.hessian_product(outputs, u) / n_examples
     drawn = output_gradients(kind, loss, outputs, targets, label_draws, seed)
-    columns = torch.stack([column.reshape(n_data, -1) for column in drawn], dim=1)  # [N, K, ...]
+    columns = torch.stack(
+        [column.reshape(n_examples, -1) for column in drawn], dim=1
+    )  # [N, K, ...]
 
     def outer(u: Tensor) -> Tensor:
-        along = columns @ u.reshape(n_data, -1, 1).to(columns.dtype)
-        return (columns.mT @ along).view(outputs.shape) / (n_data * columns.shape[1])
+        along = columns @ u.reshape(n_examples, -1, 1).to(columns.dtype)
+        return (columns.mT @ along).view(outputs.shape) / (n_examples * columns.shape[1])
 
     return outer
 

@@ -113,7 +113,7 @@ def capture_loader(
                 skipped.setdefault(name, reason)
             fallback |= part.fallback
             held.add(index, {n: s for n, s in part.items() if n in first and n not in skipped})
-            sizes.append(next(iter(part.values())).n_data)
+            sizes.append(next(iter(part.values())).n_examples)
             losses.append(part.loss)
             accuracies.append(part.accuracy)
         if first is None:

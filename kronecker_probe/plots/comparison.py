@@ -49,7 +49,7 @@ def plot_comparison(
     losses = table[table["metric"].isin(["probe_loss", "train_loss"])]
     if losses.empty:
         raise InvalidInputError("The table has no losses along steps; there is nothing to draw.")
-    live = table[table["metric"] == "live_cosine"]
+    live = table[table["metric"] == "in_use_cosine"]
     whole = _matrices(live)
     if live["parameter"].nunique() > _PANELS and len(whole):
         live = whole

@@ -55,7 +55,7 @@ STYLES = {
     "shampoo": Style("#d55e00", "^", (0, (3, 1, 1, 1))),
     "eigen-corrected": Style("#cc79a7", "D", (0, (1, 1))),
     "diagonal": Style("#e69f00", "X", (0, (2, 2))),
-    "live": Style("#56b4e9", "*", (0, (6, 1, 1, 1, 1, 1))),
+    "in-use": Style("#56b4e9", "*", (0, (6, 1, 1, 1, 1, 1))),
     "shampoo-squared-sequential": Style("#0072b2", "v", (0, (4, 1))),
     "kfac-reduce": Style("#009e73", "h", (0, (1, 2))),
     "tkfac": Style("#009e73", "p", (0, (8, 2))),

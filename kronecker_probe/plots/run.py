@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.findings import headlines as conclusions
-from kronecker_probe.plots.gap import plot_gap as plot_gap  # noqa: PLC0414
 from kronecker_probe.plots.panels import (
     GREY,
     SHADE,
@@ -34,7 +33,6 @@ from kronecker_probe.plots.panels import (
     set_step_axis,
     style,
 )
-from kronecker_probe.plots.training import plot_training as plot_training  # noqa: PLC0414
 from kronecker_probe.table.numbers import Number
 from kronecker_probe.table.optimum_gaps import RULES
 from kronecker_probe.table.read import (

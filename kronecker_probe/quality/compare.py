@@ -108,7 +108,7 @@ def compare(
     layers = _layers(samples)
     extra = {} if extra is None else extra
     _check_extra(extra, layers)
-    draws = samples.draws if isinstance(samples, Capture) else None
+    draws = samples.target if isinstance(samples, Capture) else None
     note = samples.note if isinstance(samples, Capture) else ""
     rows: list[Row] = []
     for parameter, one in layers.items():

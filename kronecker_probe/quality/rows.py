@@ -12,12 +12,12 @@ from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.quality.estimates.estimate import SQUARED, Estimate
 
 COLUMNS = (
-    "parameter", "m", "n", "n_data", "n_columns", "n_positions", "draws", "approximation",
+    "parameter", "m", "n", "n_examples", "n_columns", "n_positions", "target", "approximation",
     "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note",
 )  # fmt: skip
 
 _DTYPES: dict[str, Any] = {
-    **dict.fromkeys(("m", "n", "n_data", "n_columns", "n_positions", "index"), "Int64"),
+    **dict.fromkeys(("m", "n", "n_examples", "n_columns", "n_positions", "index"), "Int64"),
     **dict.fromkeys(("value", "stderr", "low", "high", "n_eff"), "float64"),
     "step": "int64",
 }
@@ -83,8 +83,8 @@ def description(parameter: str, samples: GradientSamples, draws: str | None, not
     """What all rows of one set of samples say."""
     m, n = samples.shape
     return {
-        "parameter": parameter, "m": m, "n": n, "n_data": samples.n_data,
-        "n_columns": samples.n_columns, "n_positions": samples.n_positions, "draws": draws,
+        "parameter": parameter, "m": m, "n": n, "n_examples": samples.n_examples,
+        "n_columns": samples.n_columns, "n_positions": samples.n_positions, "target": draws,
         "note": note or None,
     }  # fmt: skip
 

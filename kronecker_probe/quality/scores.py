@@ -20,7 +20,7 @@ class Scores:
     """Quality numbers of one set of samples.
 
     Attributes:
-        table: One row a number; columns parameter, m, n, n_data, n_columns, n_positions, draws,
+        table: One row a number; columns parameter, m, n, n_examples, n_columns, n_positions, draws,
             approximation, metric, index, kind ("plugin", "held-out", "population"), value,
             stderr, low and high (the 95 % interval), n_eff (effective draws), note. Rows without
             an approximation describe the target: "norm", "trace", "singular_value" with its

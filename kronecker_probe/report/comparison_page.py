@@ -123,7 +123,7 @@ class Comparison:
 
         Returns:
             The columns of :data:`COLUMNS`: optimizer, its learning rate and settings as text, step,
-            parameter, its shape m and n, metric and value. "live_cosine" is that of what the
+            parameter, its shape m and n, metric and value. "in_use_cosine" is that of what the
             optimizer holds, "rule_cosine" that of the rule that it follows, fresh, undamped and
             whole, "optimal_cosine" that of the best Kronecker product. Cosines are those of the
             sample.
@@ -154,9 +154,9 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
     cosines = table[(table["metric"] == "cosine") & (table["kind"] == "plugin")]
     live, optimal = (
         cosines[cosines["approximation"] == name].assign(metric=f"{name}_cosine")
-        for name in ("live", "optimal")
+        for name in ("in-use", "optimal")
     )
-    rule = table[table["metric"] == "live_fresh"]
+    rule = table[table["metric"] == "in_use_fresh"]
     # 1 - cos^2 of a rule whose factors are positive, as its cosine with H is
     fresh = (1.0 - rule["value"]).clip(lower=0.0).pow(0.5)
     rule = rule.assign(metric="rule_cosine", value=fresh)
@@ -199,7 +199,7 @@ HEAD = (
     "run",
     "settings",
 )
-LAYER_HEAD = ("optimizer", "live", "rule", "optimal")
+LAYER_HEAD = ("optimizer", "in-use", "rule", "optimal")
 
 
 def summarize(comparison: Comparison) -> Summary:

@@ -68,7 +68,7 @@ def _some(cells: dict[str, dict[str, str]], column: str) -> bool:
 
 def _row(rows: pd.DataFrame) -> dict[str, str]:
     """The cells of one parameter."""
-    found = {"live": _cosine(rows), "its rule on H": _rule(rows)}
+    found = {"in-use": _cosine(rows), "its rule on H": _rule(rows)}
     for metric, cause in CAUSES.items():
         found[f"{cause} costs"] = _shown(_values(rows, metric), max, digits)
     for metric, (column, worst, text) in _FACTORS.items():
@@ -78,7 +78,7 @@ def _row(rows: pd.DataFrame) -> dict[str, str]:
 
 def _cosine(rows: pd.DataFrame) -> str:
     """Of what is held, on the sample, as the split is."""
-    of = rows[(rows["approximation"] == "live") & (rows["metric"] == "cosine")]
+    of = rows[(rows["approximation"] == "in-use") & (rows["metric"] == "cosine")]
     of = of[of["kind"].isin(["plugin"]) | of["kind"].isna()]
     return _shown(of["value"].dropna().tolist(), max, digits)
 

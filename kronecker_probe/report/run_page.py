@@ -15,10 +15,10 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kronecker_probe import plots
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.findings.diagnose import diagnose
 from kronecker_probe.findings.headlines import conclusions, headline
-from kronecker_probe.plots import run as plots
 from kronecker_probe.report.optimizer_table import inside_table
 from kronecker_probe.table.read import (
     KIND_NAMES,
@@ -193,7 +193,7 @@ def _render(
         findings=found.summary(("warning", "notice", "good")),
         abstained=found.summary(("abstained",)),
         conclusions=conclusions(table),
-        targets=[_TARGETS.get(draws, draws) for draws in table["draws"].dropna().unique()],
+        targets=[_TARGETS.get(draws, draws) for draws in table["target"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
         step=last_step(table),
         metrics=[METRICS.get(metric, metric) for metric in _metrics(table)],
@@ -268,7 +268,7 @@ def _cell(row: dict[Any, Any]) -> str:
 def _sizes(rows: pd.DataFrame) -> str:
     """What was measured: "512 data, 10 gradient columns a datum, 49 shared positions"."""
     meanings = {
-        "n_data": "data",
+        "n_examples": "data",
         "n_columns": "gradient columns a datum",
         "n_positions": "shared positions",
     }
@@ -290,7 +290,7 @@ def _notes(table: pd.DataFrame) -> list[dict[str, Any]]:
     With how often there is one, for how many parameters and steps that is, and which.
     """
     # parameters that were skipped have a table of their own, and a rule's name is no remark
-    noted = table[table["note"].notna() & ~table["metric"].isin(["skipped", "live_rule"])]
+    noted = table[table["note"].notna() & ~table["metric"].isin(["skipped", "in_use_rule"])]
     noted = noted.assign(text=noted["note"].str.replace(_OF_PARAMETER, "", regex=True))
     probed = table.loc[table["note"].notna() | table["approximation"].notna(), "step"].unique()
     notes = []

@@ -28,7 +28,7 @@ LABELS = {
     "left-only": "left only",
     "right-only": "right only",
     "identity": "identity",
-    "live": "live (held by the optimizer)",
+    "in-use": "in use (by the optimizer)",
 }
 # Share of a target's energy that truncation may drop without a word.
 NEGLIGIBLE = 1e-3
@@ -200,7 +200,7 @@ def of_best_kind(table: pd.DataFrame, metric: str = "cosine") -> pd.DataFrame:
     if "kind" not in rows:
         return rows
     chosen = rows["parameter"].map(wanted)
-    # in a table of plug-in numbers, what has no estimates at all ("live" before the first
+    # in a table of plug-in numbers, what has no estimates at all ("in-use" before the first
     # refresh) keeps its note, and so do estimates that all abstain beside no plug-in number
     sample = rows["kind"].isin(["plugin"]) | rows["kind"].isna()
     plain = sample if sample.any() else rows["kind"] == rows["kind"].min()

@@ -15,9 +15,9 @@ from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.gradients.batch_means import BATCH_GRADIENT, batch_gradients
 from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.coverage import Capture
-from kronecker_probe.gradients.draws import DRAWS, check_draws
 from kronecker_probe.gradients.losses import LossFunction, resolve_loss
 from kronecker_probe.gradients.samples.checks import check_count
+from kronecker_probe.gradients.targets import CAPTURE_TARGETS, check_target
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.gradients.trajectory.truncation import truncate
 from kronecker_probe.gradients.trajectory.window import GradientWindow
@@ -25,7 +25,7 @@ from kronecker_probe.gradients.trajectory.window import GradientWindow
 Pair = tuple[Tensor, Tensor]
 
 TRAJECTORY = "trajectory"
-TARGETS = (*DRAWS, BATCH_GRADIENT, TRAJECTORY)
+TARGETS = (*CAPTURE_TARGETS, BATCH_GRADIENT, TRAJECTORY)
 DEFAULT_WINDOW = 200
 DEFAULT_TOLERANCE = 1e-3
 
@@ -36,7 +36,7 @@ class TargetOptions:
     """Which target, and the options that belong to it alone.
 
     Attributes:
-        draws: One of :data:`TARGETS`.
+        target: One of :data:`TARGETS`.
         label_draws: Sampled labels a datum, for "fisher".
         target_batch_size: Data of a batch, for "batch-gradient".
         window: Gradients to keep, for "trajectory"; None for 200.
@@ -46,7 +46,7 @@ class TargetOptions:
             "trajectory"; None for 1e-3, which moves cosines by less than that; 0 for exact.
     """
 
-    draws: str = "ggn"
+    target: str = "ggn"
     label_draws: int = 1
     target_batch_size: int | None = None
     window: int | None = None
@@ -61,21 +61,23 @@ class TargetOptions:
             UnknownNameError: No such target.
             InvalidInputError: An option is missing, out of range or without effect.
         """
-        if self.draws not in TARGETS:
-            raise unknown_name("draws", self.draws, TARGETS)
-        check_draws(self.draws if self.draws in DRAWS else DRAWS[0], self.label_draws)
-        if (self.target_batch_size is not None) != (self.draws == BATCH_GRADIENT):
+        if self.target not in TARGETS:
+            raise unknown_name("target", self.target, TARGETS)
+        check_target(
+            self.target if self.target in CAPTURE_TARGETS else CAPTURE_TARGETS[0], self.label_draws
+        )
+        if (self.target_batch_size is not None) != (self.target == BATCH_GRADIENT):
             raise InvalidInputError(
-                f"target_batch_size={self.target_batch_size} with draws={self.draws!r}: "
+                f"target_batch_size={self.target_batch_size} with target={self.target!r}: "
                 f"{BATCH_GRADIENT!r} needs it, and nothing else takes it."
             )
         if self.target_batch_size is not None:
             check_count("target_batch_size", self.target_batch_size)
         for option in ("window", "decay", "window_memory", "window_tolerance"):
             value = getattr(self, option)
-            if value is not None and self.draws != TRAJECTORY:
+            if value is not None and self.target != TRAJECTORY:
                 raise InvalidInputError(
-                    f"{option}={value!r} with draws={self.draws!r}: only {TRAJECTORY!r} takes it."
+                    f"{option}={value!r} with target={self.target!r}: only {TRAJECTORY!r} takes it."
                 )
         if self.window_tolerance is not None and not 0 <= self.window_tolerance < 1:
             raise InvalidInputError(
@@ -86,7 +88,7 @@ class TargetOptions:
         """What run.json keeps: the draws, and every option that differs from its default."""
         plain = TargetOptions()
         changed = {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
-        return {"draws": self.draws, **changed}
+        return {"target": self.target, **changed}
 
 
 class Target(abc.ABC):
@@ -153,7 +155,7 @@ class DrawnTarget(Target):
             self.model,
             self.loss_fn,
             data,
-            draws="empirical-fisher" if size else self.options.draws,
+            target="empirical-fisher" if size else self.options.target,
             layers=self.layers,
             seed=self.seed,
             label_draws=self.options.label_draws,
@@ -224,7 +226,7 @@ class TrajectoryTarget(Target):
             "dropped_energy": dict.fromkeys(sorted(whole), 0.0),
         }
         return [
-            {"parameter": name, "draws": TRAJECTORY, "metric": metric, "value": value}
+            {"parameter": name, "target": TRAJECTORY, "metric": metric, "value": value}
             for metric, values in left_out.items()
             for name, value in values.items()
         ]
@@ -249,6 +251,6 @@ def make_target(
     seed: int,
 ) -> Target:
     """The target that ``options`` name."""
-    if options.draws == TRAJECTORY:
+    if options.target == TRAJECTORY:
         return TrajectoryTarget(model, loss_fn, layers, options)
     return DrawnTarget(model, loss_fn, layers, options, seed)

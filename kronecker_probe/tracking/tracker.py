@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.gradients.coverage import Capture
-from kronecker_probe.gradients.draws import DRAWS
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.selection import select
+from kronecker_probe.gradients.targets import CAPTURE_TARGETS
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.quality.compare import (
     Row,
@@ -30,8 +30,8 @@ from kronecker_probe.quality.compare import (
 from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.table.schema import conform, empty_table
 from kronecker_probe.tracking.optimizer_state.factors import inside_rows
-from kronecker_probe.tracking.optimizer_state.followed_rule import followed_rule, live_rule_row
-from kronecker_probe.tracking.optimizer_state.operator import live_operator
+from kronecker_probe.tracking.optimizer_state.followed_rule import followed_rule, in_use_rule_row
+from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
 from kronecker_probe.tracking.run_directory.record import FILE
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
@@ -50,7 +50,7 @@ class Tracker:
     Args:
         model: The model being trained.
         loss_fn: As for ``kp.capture``.
-        optimizer: If given, what it holds is scored too, as the approximation "live". Of several,
+        optimizer: If given, what it holds is scored too, as the approximation "in-use". Of several,
             each parameter's own counts, as with Muon on hidden matrices and AdamW on the rest.
         out: Run directory; None keeps the numbers in memory only.
         every: Interval in steps, a collection of steps, or a predicate on the step. An optimizer
@@ -58,7 +58,7 @@ class Tracker:
             an interval that has no common divisor with its own.
         probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
             noise; None measures the batch given to :meth:`step` or :meth:`finish`.
-        draws: The target: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
+        target: The target: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
             moment of mean gradients of batches at the true labels, ``kp.batch_gradients``); or
             "trajectory" (the run's own gradients, ``kp.GradientWindow``, which are what the
             optimizer's factors stand for; data then only give the probe's loss).
@@ -101,7 +101,7 @@ class Tracker:
         out: str | Path | None = None,
         every: int | Collection[int] | Schedule = 20,
         probe: tuple[Tensor, Tensor] | None = None,
-        draws: str = "ggn",
+        target: str = "ggn",
         layers: str | Sequence[str] = "*weight",
         approximations: str | Sequence[str] | None = None,
         metrics: str | Sequence[str] | None = None,
@@ -119,13 +119,13 @@ class Tracker:
         overwrite: bool = False,
         start: int = 0,
     ) -> None:
-        target = TargetOptions(
-            draws, label_draws, target_batch_size, window, decay, window_memory, window_tolerance
+        options = TargetOptions(
+            target, label_draws, target_batch_size, window, decay, window_memory, window_tolerance
         )
-        target.check()
+        options.check()
         names = approximation_names(approximations)
         chosen_metrics(metrics)
-        kinds = _default_kinds(draws) if estimates is None else check_kinds(estimates)
+        kinds = _default_kinds(target) if estimates is None else check_kinds(estimates)
         if not any(map(is_lazy, model.parameters())):
             select(model, layers)  # before the run directory is touched
         if out is None and (resume or overwrite):
@@ -133,7 +133,7 @@ class Tracker:
         if resume and overwrite:
             raise InvalidInputError("resume=True with overwrite=True; choose one.")
         if singular_values is None:
-            singular_values = 1 if draws == TRAJECTORY else 8
+            singular_values = 1 if target == TRAJECTORY else 8
         for option, value in (("singular_values", singular_values), ("start", start)):
             if value < 0:
                 raise InvalidInputError(f"{option}={value}; give 0 or more.")
@@ -141,7 +141,7 @@ class Tracker:
         self.loss_fn = loss_fn
         self.optimizers = _optimizers(optimizer)
         self.probe = probe
-        self.target = make_target(model, loss_fn, layers, target, seed)
+        self.target = make_target(model, loss_fn, layers, options, seed)
         self.layers = layers
         self.approximations = names
         self.metrics = metrics
@@ -156,11 +156,11 @@ class Tracker:
         self.store = None
         # like the target's, only what differs from the default: older runs can be resumed
         asked: dict[str, Any] = {} if metrics is None else {"metrics": _plain(metrics)}
-        if kinds != _default_kinds(draws):
+        if kinds != _default_kinds(target):
             asked["estimates"] = _plain(kinds)
         if out is not None:
             self.store = self._open(
-                Path(out), {**target.record(), **asked, **(config or {})}, resume, overwrite
+                Path(out), {**options.record(), **asked, **(config or {})}, resume, overwrite
             )
 
     def _open(
@@ -301,19 +301,19 @@ class Tracker:
         for name, one in samples.items():
             optimizer = _holder(self.optimizers, parameters[name])
             if optimizer is None:
-                beside.append(absent_row(name, "live", "no optimizer of the tracker's holds it"))
+                beside.append(absent_row(name, "in-use", "no optimizer of the tracker's holds it"))
                 continue
             try:
-                operator = live_operator(optimizer, parameters[name])
+                operator = operator_in_use(optimizer, parameters[name])
                 if operator.shape != one.shape:
                     raise UnsupportedError(
                         f"the optimizer sees {operator.shape}, the layer is {one.shape}"
                     )
-                found[name] = {"live": operator}
+                found[name] = {"in-use": operator}
                 if rule := followed_rule(optimizer, parameters[name]):
-                    beside.append(live_rule_row(name, rule))
+                    beside.append(in_use_rule_row(name, rule))
             except UnsupportedError as error:
-                beside.append(absent_row(name, "live", str(error)))
+                beside.append(absent_row(name, "in-use", str(error)))
             beside += inside_rows(optimizer, name, parameters[name], one)
         return found, beside
 
@@ -336,9 +336,9 @@ class Tracker:
         self._pending.clear()
 
 
-def _default_kinds(draws: str) -> tuple[str, ...]:
+def _default_kinds(target: str) -> tuple[str, ...]:
     """Closed forms and gradients along a run are no independent draws: the matrix itself."""
-    return ("plugin", "population") if draws in DRAWS else ("plugin",)
+    return ("plugin", "population") if target in CAPTURE_TARGETS else ("plugin",)
 
 
 def _plain(names: str | Sequence[str]) -> str | list[str]:

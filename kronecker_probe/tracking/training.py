@@ -16,7 +16,7 @@ from torch import Tensor
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
 from kronecker_probe.gradients.batch_means import BATCH_GRADIENT
 from kronecker_probe.gradients.capture import capture
-from kronecker_probe.gradients.draws import DRAWS
+from kronecker_probe.gradients.targets import CAPTURE_TARGETS
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.optim.build import build_optimizer, learning_rates
 from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
@@ -44,7 +44,7 @@ class TrainingOptions:
         probes: Number of probed steps, both ends included.
         spacing: "even", or "early" for more of them at the start.
         probe_size: Data of the fixed probe set.
-        draws: The target, as for :class:`Tracker`, which says more on the next options too.
+        target: The target, as for :class:`Tracker`, which says more on the next options too.
         layers: Globs of parameter names.
         seed: Of the model, the batches, the probe set and the sampled labels.
         device: Torch device.
@@ -67,7 +67,7 @@ class TrainingOptions:
     probes: int = 21
     spacing: str = "even"
     probe_size: int = 200
-    draws: str = "ggn"
+    target: str = "ggn"
     layers: tuple[str, ...] = ("*weight",)
     seed: int = 0
     device: str = "cpu"
@@ -147,7 +147,7 @@ class Training:
             out=out,
             every=self.probed,
             probe=_to(workload.probe(options.probe_size, options.seed), device),
-            draws=options.draws,
+            target=options.target,
             layers=options.layers,
             seed=options.seed,
             label_draws=options.label_draws,
@@ -186,7 +186,9 @@ class Training:
             self.model,
             self.workload.loss_fn,
             (inputs, targets),
-            draws=self.options.draws if self.options.draws in DRAWS else "empirical-fisher",
+            target=self.options.target
+            if self.options.target in CAPTURE_TARGETS
+            else "empirical-fisher",
             layers=self.options.layers,
         )
         if self.workload.test is None:
@@ -381,7 +383,7 @@ def _json(options: TrainingOptions) -> dict[str, Any]:
 
 
 def _target_batch_size(options: TrainingOptions) -> int | None:
-    if options.draws == BATCH_GRADIENT and options.target_batch_size is None:
+    if options.target == BATCH_GRADIENT and options.target_batch_size is None:
         return options.batch_size
     return options.target_batch_size
 

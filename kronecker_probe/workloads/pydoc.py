@@ -34,7 +34,7 @@ def pydoc_gpt(seed: int) -> Workload:
         description=f"GPT of {BLOCKS} blocks, width {WIDTH}, on the bytes of Python's help texts "
         f"({len(train[0])} windows of {CONTEXT})",
         threads=1,
-        draws="fisher",
+        target="fisher",
         layers=("*weight",),
     )
 

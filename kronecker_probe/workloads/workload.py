@@ -30,7 +30,7 @@ class Workload:
         description: One line for ``kronecker-probe workloads``.
         threads: CPU threads of torch that suit it; None leaves torch's own choice. Matrices of a
             few hundred rows gain nothing from more than one, and lose much on a busy machine.
-        draws: The gradients that suit it, as for ``kp.capture``; "fisher" where an exact
+        target: The gradients that suit it, as for ``kp.capture``; "fisher" where an exact
             Gauss-Newton would take thousands of backward passes.
         layers: Globs of the parameters to measure by default.
     """
@@ -44,7 +44,7 @@ class Workload:
     lr: float = 1e-3
     description: str = ""
     threads: int | None = None
-    draws: str = "ggn"
+    target: str = "ggn"
     layers: tuple[str, ...] = ("*weight",)
 
     def __post_init__(self) -> None:

@@ -35,15 +35,15 @@ class Layout:
     before: int
     after: int
 
-    def fits(self, size: int, n_data: int) -> bool:
-        """Whether leading dimensions of ``size`` entries hold ``n_data`` data this way."""
-        return self.before * n_data * self.after == size
+    def fits(self, size: int, n_examples: int) -> bool:
+        """Whether leading dimensions of ``size`` entries hold ``n_examples`` data this way."""
+        return self.before * n_examples * self.after == size
 
     def split(self, tensor: Tensor, n_lead: int) -> Tensor:
         """[before, N, after, ...] from [*lead, ...]."""
         size = math.prod(tensor.shape[:n_lead])
-        n_data = size // (self.before * self.after)
-        return tensor.reshape(self.before, n_data, self.after, *tensor.shape[n_lead:])
+        n_examples = size // (self.before * self.after)
+        return tensor.reshape(self.before, n_examples, self.after, *tensor.shape[n_lead:])
 
     def arrange(self, tensor: Tensor, n_lead: int) -> Tensor:
         """[N, T, k] from [*lead, ..., k]: all dimensions between are positions."""
@@ -51,17 +51,17 @@ class Layout:
         return split.reshape(split.shape[0], -1, tensor.shape[-1])
 
 
-def layouts(lead: tuple[int, ...], n_data: int) -> list[Layout]:
-    """All ways in which ``n_data`` data can lie in ``lead``, batch first before others."""
+def layouts(lead: tuple[int, ...], n_examples: int) -> list[Layout]:
+    """All ways in which ``n_examples`` data can lie in ``lead``, batch first before others."""
     whole, split = [], []
     for k, size in enumerate(lead):
         before, after = math.prod(lead[:k]), math.prod(lead[k + 1 :])
-        if size == n_data:
+        if size == n_examples:
             whole.append(Layout(before, after))
-        elif size % n_data == 0 and size:
-            count = size // n_data
+        elif size % n_examples == 0 and size:
+            count = size // n_examples
             split += [Layout(before, count * after), Layout(before * count, after)]
-    if n_data == 1 and not lead:
+    if n_examples == 1 and not lead:
         whole.append(Layout(1, 1))
     return list(dict.fromkeys(whole + split))
 

@@ -73,10 +73,10 @@ class ConvolutionRule(ProductRule):
         groups = call.options.get("groups", 1)
         if groups == 1:
             return super().matrices(call, d, a)
-        n_data, positions, m = d.shape
-        d = d.reshape(n_data, positions, groups, m // groups).transpose(1, 2)
-        a = a.reshape(n_data, positions, groups, -1).transpose(1, 2).to(d.dtype)
-        return (d.mT @ a).reshape(n_data, m, -1)
+        n_examples, positions, m = d.shape
+        d = d.reshape(n_examples, positions, groups, m // groups).transpose(1, 2)
+        a = a.reshape(n_examples, positions, groups, -1).transpose(1, 2).to(d.dtype)
+        return (d.mT @ a).reshape(n_examples, m, -1)
 
 
 def _tuple(value: int | Sequence[int], count: int) -> tuple[int, ...]:

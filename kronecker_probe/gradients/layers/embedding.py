@@ -50,9 +50,9 @@ class EmbeddingRule(ProductRule):
         return call.x[..., None]
 
     def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
-        n_data, _, width = d.shape
+        n_examples, _, width = d.shape
         vocabulary = call.weight_shape[0]
-        first = torch.arange(n_data, device=d.device)[:, None] * vocabulary
+        first = torch.arange(n_examples, device=d.device)[:, None] * vocabulary
         rows = (a[..., 0].long() + first).flatten()
-        table = d.new_zeros(n_data * vocabulary, width)
-        return table.index_add_(0, rows, d.flatten(0, 1)).view(n_data, vocabulary, width)
+        table = d.new_zeros(n_examples * vocabulary, width)
+        return table.index_add_(0, rows, d.flatten(0, 1)).view(n_examples, vocabulary, width)

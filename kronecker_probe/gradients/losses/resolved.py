@@ -224,20 +224,20 @@ class CustomLoss(ResolvedLoss):
 
     def _hessians(self, outputs: Tensor) -> Tensor:
         """The Hessian of each l_i, float64 [N, K, K]."""
-        n_data, size = outputs.shape[0], outputs[0].numel()
+        n_examples, size = outputs.shape[0], outputs[0].numel()
         require_memory(
-            4 * 8 * n_data * size**2,  # the Hessians, their eigenvectors, and scratch
-            f"The Hessian of loss_fn in {size} outputs of each of {n_data} data "
+            4 * 8 * n_examples * size**2,  # the Hessians, their eigenvectors, and scratch
+            f"The Hessian of loss_fn in {size} outputs of each of {n_examples} data "
             "('empirical-fisher' takes none)",
             outputs.device,
         )
         leaf, gradient = self._twice(outputs)
-        rows = outputs.new_empty((n_data, size, size), dtype=torch.float64)
+        rows = outputs.new_empty((n_examples, size, size), dtype=torch.float64)
         for k in range(size):
-            direction = torch.zeros_like(leaf).reshape(n_data, size)
+            direction = torch.zeros_like(leaf).reshape(n_examples, size)
             direction[:, k] = self.factor
             product = self._product(leaf, gradient, direction.view(leaf.shape))
-            rows[:, k] = product.reshape(n_data, size)
+            rows[:, k] = product.reshape(n_examples, size)
         return rows
 
     def _twice(self, outputs: Tensor) -> tuple[Tensor, Tensor]:

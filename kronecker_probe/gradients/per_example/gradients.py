@@ -115,10 +115,12 @@ def _require_memory(outputs: Tensor, parameters: Mapping[str, Tensor], columns: 
     require_memory(size, what, outputs.device)
 
 
-def _mixture(n_data: int, n_columns: int, device: torch.device) -> Tensor:
+def _mixture(n_examples: int, n_columns: int, device: torch.device) -> Tensor:
     """Random weights of the columns: sums of Gauss-Newton columns may vanish by symmetry."""
     generator = torch.Generator("cpu").manual_seed(0)
-    drawn = torch.randn(n_data, n_columns, generator=generator, device="cpu", dtype=torch.float64)
+    drawn = torch.randn(
+        n_examples, n_columns, generator=generator, device="cpu", dtype=torch.float64
+    )
     return drawn.to(device)
 
 

@@ -50,7 +50,7 @@ class Problem:
         return replace(self, parameters=chosen)
 
     @property
-    def n_data(self) -> int:
+    def n_examples(self) -> int:
         return self.cotangents.shape[0]
 
     @property
@@ -79,7 +79,7 @@ class Problem:
     @cached_property
     def norms(self) -> Tensor:
         """Of each datum's outputs, [N]."""
-        outputs = self.outputs.double().reshape(self.n_data, -1)
+        outputs = self.outputs.double().reshape(self.n_examples, -1)
         norms: Tensor = torch.linalg.vector_norm(outputs, dim=1)
         return norms
 
@@ -106,8 +106,8 @@ class Problem:
         """
         matrix = sum(value.nbytes for value in self.parameters.values())
         fit = max(1, CHUNK_BYTES // max(matrix, 1))
-        columns = min(self.n_columns, self.n_data, fit)
-        return max(1, min(self.n_data, fit) // columns), columns
+        columns = min(self.n_columns, self.n_examples, fit)
+        return max(1, min(self.n_examples, fit) // columns), columns
 
 
 def run(model: nn.Module, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def by_vmap(problem: Problem) -> dict[str, Tensor]:
     # Each datum draws random numbers of its own, as it does within the batch.
     batched = vmap(one, in_dims=(0, 0), randomness="different")
     with isolated(problem.model), torch.no_grad():
-        for start in range(0, problem.n_data, size):
+        for start in range(0, problem.n_examples, size):
             part = slice(start, start + size)
             # Batches of one datum, [k, 1, ...], because models count on a batch dimension.
             outputs, gradients = batched(
@@ -167,7 +167,7 @@ def by_loop(problem: Problem) -> dict[str, Tensor]:
     leaves = {name: leaves[name] for name in problem.parameters}
     _, size = problem.chunks()
     result = _allocate(problem)
-    for i in range(problem.n_data):
+    for i in range(problem.n_examples):
         one = slice(i, i + 1)
         outputs = problem.run_one(problem.stand_ins, problem.inputs[one])
         _check_outputs(problem, one, outputs.detach())
@@ -206,7 +206,7 @@ def _pull_back(
 
 
 def _allocate(problem: Problem) -> dict[str, Tensor]:
-    shape = problem.n_data, problem.n_columns
+    shape = problem.n_examples, problem.n_columns
     return {
         name: value.new_empty(*shape, value.shape[0] if value.ndim else 1, _width(value))
         for name, value in problem.parameters.items()

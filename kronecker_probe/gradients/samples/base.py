@@ -244,7 +244,7 @@ class GradientSamples(abc.ABC):
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def n_data(self) -> int:
+    def n_examples(self) -> int:
         """N, the independent draws."""
         return self.weights.shape[0]
 
@@ -254,14 +254,14 @@ class GradientSamples(abc.ABC):
         return self.weights.device
 
     def __len__(self) -> int:
-        return self.n_data
+        return self.n_examples
 
     def __repr__(self) -> str:
         m, n = self.shape
         shared = "" if self.n_positions is None else f", T={self.n_positions}"
         dropped = f", {self.dropped_energy:.2g} dropped" if self.dropped_energy > 0 else ""
         return (
-            f"{type(self).__name__}({m} x {n}, N={self.n_data}, C={self.n_columns}{shared}, "
+            f"{type(self).__name__}({m} x {n}, N={self.n_examples}, C={self.n_columns}{shared}, "
             f"{self.nbytes / 1e6:.1f} MB{dropped})"
         )
 
@@ -391,7 +391,7 @@ def _as_matrices(samples: GradientSamples) -> MatrixSamples:
     if isinstance(samples, MatrixSamples):
         return samples
     m, n = samples.shape
-    size = 8 * samples.n_data * samples.n_columns * m * n
+    size = 8 * samples.n_examples * samples.n_columns * m * n
     require_memory(size, f"The matrices of {samples!r}", samples.device)
     return MatrixSamples(
         samples.matrices(), samples.weights, samples.independent, samples.dropped_energy

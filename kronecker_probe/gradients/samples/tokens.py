@@ -80,12 +80,12 @@ class EmbeddingSamples(GradientSamples):
 
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         d = self.output_grads[start:stop].double()
-        n_data, columns, _, width = d.shape
-        first = torch.arange(n_data * columns, device=d.device).view(n_data, columns, 1)
+        n_examples, columns, _, width = d.shape
+        first = torch.arange(n_examples * columns, device=d.device).view(n_examples, columns, 1)
         rows = self.tokens[start:stop, None] + first * self.vocabulary
-        g = d.new_zeros(n_data * columns * self.vocabulary, width)
+        g = d.new_zeros(n_examples * columns * self.vocabulary, width)
         g.index_add_(0, rows.flatten(), d.reshape(-1, width))
-        return g.view(n_data, columns, self.vocabulary, width)
+        return g.view(n_examples, columns, self.vocabulary, width)
 
     def block(self, rows: slice, columns: slice) -> EmbeddingSamples:
         v, width = self.shape

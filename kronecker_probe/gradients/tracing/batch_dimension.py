@@ -34,15 +34,15 @@ class Separation:
 
     layouts: Mapping[Call, Layout]
 
-    def problem(self, uses: Uses, n_data: int) -> str:
+    def problem(self, uses: Uses, n_examples: int) -> str:
         """Why the data are not apart in a parameter's calls; empty if they are."""
         for call, _ in uses:
             if call in self.layouts:
                 continue
-            if not layouts(call.lead, n_data):
+            if not layouts(call.lead, n_examples):
                 return (
-                    f"layer {call.name!r} gives {list(call.output_shape)} for a batch of {n_data} "
-                    "data: no dimension is the batch"
+                    f"layer {call.name!r} gives {list(call.output_shape)} for a batch of "
+                    f"{n_examples} examples: no dimension is the batch"
                 )
             return (
                 f"gradients of different data mix in layer {call.name!r}: no dimension is the "
@@ -80,13 +80,13 @@ def separate(
             tensors of its own: then the whole batch is tested.
     """
     calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
-    n_data = outputs.shape[0]
-    if n_data == 1:
+    n_examples = outputs.shape[0]
+    if n_examples == 1:
         # a call without rows, as of an expert without data, has no datum
         whole = {call: math.prod(call.lead) for call in calls}
         return Separation({call: Layout(1, rows) for call, rows in whole.items() if rows})
-    possible = [layouts(call.lead, n_data) for call in calls]
-    if n_data > 2 * SMALLEST_PART and not once:
+    possible = [layouts(call.lead, n_examples) for call in calls]
+    if n_examples > 2 * SMALLEST_PART and not once:
         found = _by_a_part(model, inputs, outputs, exact, parameters, possible)
         if found is not None:
             return Separation(_first(calls, found))
@@ -225,10 +225,10 @@ def _gradients(outputs: Tensor, cotangent: Tensor, calls: Sequence[Call]) -> lis
     return gradients
 
 
-def _draw(n_data: int, size: int, device: torch.device) -> Tensor:
+def _draw(n_examples: int, size: int, device: torch.device) -> Tensor:
     """A random part of the batch, in its order."""
     generator = torch.Generator("cpu").manual_seed(1)
-    shuffled = torch.randperm(n_data, generator=generator, device="cpu")
+    shuffled = torch.randperm(n_examples, generator=generator, device="cpu")
     return shuffled[:size].sort().values.to(device)
 
 

@@ -32,7 +32,10 @@ Consumers = Mapping[tuple[Any, int], list[tuple[Any, int]]]
 
 
 def spread(
-    record: Recording, parameters: Mapping[str, nn.Parameter], nodes: Collection[Any], n_data: int
+    record: Recording,
+    parameters: Mapping[str, nn.Parameter],
+    nodes: Collection[Any],
+    n_examples: int,
 ) -> None:
     """Let the record see where what has no batch gets one.
 
@@ -43,26 +46,26 @@ def spread(
         record: Of one forward pass; changed in place.
         parameters: Those that are measured, by name.
         nodes: Below the outputs.
-        n_data: N.
+        n_examples: N.
     """
-    if n_data == 1:
+    if n_examples == 1:
         return
-    open_ = [k for k, call in enumerate(record.calls) if call.edge and _may_lack(call, n_data)]
+    open_ = [k for k, call in enumerate(record.calls) if call.edge and _may_lack(call, n_examples)]
     seen = {read.parameter for call in record.calls for read in call.reads.values()}
     tables = {name: p for name, p in parameters.items() if name not in seen}
     if not open_ and not tables:
         return
     consumers = _consumers(nodes)
     for k in open_:
-        record.calls[k] = _expanded(record.calls[k], consumers, n_data)
+        record.calls[k] = _expanded(record.calls[k], consumers, n_examples)
     if tables:
-        record.calls += _reads(tables, nodes, consumers, n_data)
+        record.calls += _reads(tables, nodes, consumers, n_examples)
 
 
-def _may_lack(call: Call, n_data: int) -> bool:
+def _may_lack(call: Call, n_examples: int) -> bool:
     """Whether the output may be the same for all data, as [T, D] or [1, T, D]."""
     lead = call.lead
-    return len(lead) == len(call.output_shape) - 1 and (len(lead) == 1 or lead[0] != n_data)
+    return len(lead) == len(call.output_shape) - 1 and (len(lead) == 1 or lead[0] != n_examples)
 
 
 def _consumers(nodes: Collection[Any]) -> Consumers:
@@ -92,7 +95,7 @@ class _Place:
 
 
 def _place(
-    source: tuple[Any, int], reader: tuple[Any, int], consumers: Consumers, n_data: int
+    source: tuple[Any, int], reader: tuple[Any, int], consumers: Consumers, n_examples: int
 ) -> _Place | None:
     """Follow the only readers from a node's output until it is broadcast; None if it is not."""
     views: list[Any] = []
@@ -110,17 +113,17 @@ def _place(
     before, after = source[0]._input_metadata[source[1]], node._input_metadata[0]
     operand, shape = before.shape, after.shape
     wider = len(operand) < len(shape) or operand[0] == 1
-    if before.dtype != after.dtype or not shape or shape[0] != n_data or not wider:
+    if before.dtype != after.dtype or not shape or shape[0] != n_examples or not wider:
         return None
     return _Place(node, shape, operand, tuple(views))
 
 
-def _expanded(call: Call, consumers: Consumers, n_data: int) -> Call:
+def _expanded(call: Call, consumers: Consumers, n_examples: int) -> Call:
     """The call as if its inputs had been expanded over the data; as it is where they are."""
     assert call.edge is not None
     source = (call.edge.node, call.edge.output_nr)
     readers = consumers.get(source, [])
-    place = _place(source, readers[0], consumers, n_data) if len(readers) == 1 else None
+    place = _place(source, readers[0], consumers, n_examples) if len(readers) == 1 else None
     if place is None or any(view.name() != "UnsqueezeBackward0" for view in place.views):
         return call
     rest = call.x.shape[len(call.lead) :]
@@ -136,7 +139,7 @@ def _reads(
     tables: Mapping[str, nn.Parameter],
     nodes: Collection[Any],
     consumers: Consumers,
-    n_data: int,
+    n_examples: int,
 ) -> list[Call]:
     """A call for each time that a parameter is broadcast."""
     names = {id(parameter): name for name, parameter in tables.items()}
@@ -147,7 +150,7 @@ def _reads(
         if parameter is None or name is None:
             continue
         for reader in consumers.get((node, 0), []):
-            place = _place((node, 0), reader, consumers, n_data)
+            place = _place((node, 0), reader, consumers, n_examples)
             if place is not None:
                 found.append(_read(name, parameter, place))
     return found

@@ -2,7 +2,8 @@
 
 Functions are watched, and not modules: nn.Linear, attention's projections, a tied output layer
 written as F.linear(h, table.weight) and a module with a forward of its own all end in the same
-few functions. What else reads a parameter is found by :mod:`kronecker_probe.gradients.tracing.graph`.
+few functions. What else reads a parameter is found by
+:mod:`kronecker_probe.gradients.tracing.graph`.
 """
 
 from __future__ import annotations

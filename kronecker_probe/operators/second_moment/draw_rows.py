@@ -35,11 +35,11 @@ class DrawSpace:
     @property
     def count(self) -> int:
         """K."""
-        return self.samples.n_data * self.samples.n_columns
+        return self.samples.n_examples * self.samples.n_columns
 
     def coefficients(self, x: Tensor) -> Tensor:
         """X vec(x) of float64 ``x`` [b, m, n], as [b, K]."""
-        out = x.new_empty(len(x), self.samples.n_data, self.samples.n_columns)
+        out = x.new_empty(len(x), self.samples.n_examples, self.samples.n_columns)
         for part, data in self._reader.chunks():
             for k, one in enumerate(x):
                 out[k, part] = self._reader.coefficients(data, one)
@@ -75,7 +75,7 @@ class DrawSpace:
     def transformed(self, transform: Transform) -> Tensor:
         """The rows after a linear map of matrices [k, m, n], float64 [K, mn]; held as a whole."""
         m, n = self.shape
-        out = self.roots.new_empty(self.samples.n_data, self.samples.n_columns, m * n)
+        out = self.roots.new_empty(self.samples.n_examples, self.samples.n_columns, m * n)
         for part, (g,) in MatrixReader(self.samples).chunks():
             image = transform(g.flatten(0, 1)).view(*g.shape[:2], m * n)
             out[part] = image * self.roots[part, None, None]

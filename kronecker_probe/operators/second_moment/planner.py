@@ -139,7 +139,7 @@ def _sample(s: GradientSamples) -> RouteCost:
         reason = f"sample space holds only factored samples with T = 1, these are {seen}"
         return RouteCost("sample", math.inf, math.inf, reason)
     machine = machine_of(s.device)
-    (m, n), count, columns = s.shape, s.n_data, s.n_columns
+    (m, n), count, columns = s.shape, s.n_examples, s.n_columns
     rows = count * columns
     # sum_cd <x_ic, x_jd>^2 from all products, or from packed outer products where m is small
     products, packed = rows**2 * m, count**2 * m * (m + 1)
@@ -175,7 +175,7 @@ def _parameter(s: GradientSamples) -> RouteCost:
     vectors = TYPICAL_ROUNDS * (m * m + n * n) / 2  # packed
     seconds = job.seconds(machine) + 8 * 4 * TYPICAL_ROUNDS * vectors / machine.stream
     seconds += _eigen_seconds(machine, m) + _eigen_seconds(machine, n)
-    peak = 8.0 * (vectors + 6 * (m * m + n * n) + m * n + s.n_data**2) + costs.nbytes
+    peak = 8.0 * (vectors + 6 * (m * m + n * n) + m * n + s.n_examples**2) + costs.nbytes
     ways = ways_of(kernels)
     steps = tuple(
         Step(name, ways[name], getattr(costs, name).seconds(machine)) for name in OPERATIONS
@@ -186,7 +186,7 @@ def _parameter(s: GradientSamples) -> RouteCost:
 
 def _dense(s: GradientSamples) -> RouteCost:
     machine = machine_of(s.device)
-    (m, n), count, columns = s.shape, s.n_data, s.n_columns
+    (m, n), count, columns = s.shape, s.n_examples, s.n_columns
     entries = float(m * n) ** 2
     unshared = s.n_positions == 1
     forming = 2 * entries * count * (1 if unshared else columns)

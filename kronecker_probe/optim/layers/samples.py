@@ -51,14 +51,14 @@ class Call:
         return all(bool(norm.square().isfinite()) for norm in norms)
 
     @property
-    def n_data(self) -> int:
+    def n_examples(self) -> int:
         """Data in the call."""
         return len(self.inputs) if self.has_batch else 1
 
     @property
     def n_positions(self) -> int:
         """Positions that a datum shares the layer at."""
-        return self.outputs.numel() // max(1, self.n_data * len(self.layer.weight))
+        return self.outputs.numel() // max(1, self.n_examples * len(self.layer.weight))
 
     def output_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """d of some data, [c, T, m]."""
@@ -93,7 +93,7 @@ class Pass:
         Raises:
             UnsupportedError: It cannot be told which of them belong together.
         """
-        counts = sorted({call.n_data for call in self.calls})
+        counts = sorted({call.n_examples for call in self.calls})
         if len(counts) > 1:
             raise UnsupportedError(
                 f"The layer of {name} was called with {counts} data in one backward pass, so that "
@@ -102,9 +102,9 @@ class Pass:
             )
 
     @property
-    def n_data(self) -> int:
+    def n_examples(self) -> int:
         """Data in each of the calls."""
-        return self.calls[0].n_data
+        return self.calls[0].n_examples
 
     @property
     def is_finite(self) -> bool:
@@ -130,8 +130,8 @@ class LayerSamples:
     def __init__(self, passes: Sequence[Pass], is_bias: bool, reduction: str) -> None:
         self._passes = passes
         self._is_bias = is_bias
-        self._total = sum(one.n_data for one in passes)
-        self._positions = sum(c.n_data * c.n_positions for one in passes for c in one.calls)
+        self._total = sum(one.n_examples for one in passes)
+        self._positions = sum(c.n_examples * c.n_positions for one in passes for c in one.calls)
         # of a square of recorded d in a mean of squares of own ones
         self._scale = float(self._total) if reduction == "mean" else 1.0 / max(1, self._total)
 
@@ -182,7 +182,7 @@ class LayerSamples:
             entries = sum(call.n_positions for call in one.calls) * (len(weight) + n)
             entries += len(weight) * n if only is None else 0
             size = max(1, _CHUNK // max(1, entries))
-            for start in range(0, one.n_data, size):
+            for start in range(0, one.n_examples, size):
                 part = slice(start, start + size)
                 blank = first.outputs.new_empty(0, 0, 0)
                 d = blank if only == 1 else _joined([c.output_rows(part, dtype) for c in one.calls])

@@ -54,7 +54,7 @@ def diagonal_pairs(target: SecondMoment, weights: Tensor) -> tuple[Tensor, Tenso
         return ((d @ mean) * a).sum(dim=1), d.square().sum(dim=1) * a.square().sum(dim=1)
     m, n = target.shape
     step = chunk_rows(samples.n_columns * m * n)
-    for start in range(0, samples.n_data, step):
+    for start in range(0, samples.n_examples, step):
         squares = samples.matrices(start, start + step).square().sum(dim=1)
         mean += (squares * weights[start : start + step, None, None]).sum(dim=0)
     norms = _over_matrices(target, lambda g: g.square().sum(dim=1).square().sum(dim=(1, 2)))
@@ -125,5 +125,5 @@ def _over_matrices(target: SecondMoment, form: Callable[[Tensor], Tensor]) -> Te
     samples = target.samples
     m, n = target.shape
     step = chunk_rows(samples.n_columns * m * n)
-    starts = range(0, samples.n_data, step)
+    starts = range(0, samples.n_examples, step)
     return torch.cat([form(samples.matrices(start, start + step)) for start in starts])

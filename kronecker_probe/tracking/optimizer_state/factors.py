@@ -21,7 +21,7 @@ from kronecker_probe.quality.metrics.factor_health import factor_health
 from kronecker_probe.quality.metrics.gap import Link, follow
 from kronecker_probe.quality.rows import Row
 
-IN_STATISTICS = "it is within live_statistics: second moments are known in the held basis only"
+IN_STATISTICS = "it is within in_use_statistics: second moments are known in the held basis only"
 # How each number of a factor is taken over the blocks of a parameter: as the worst, or the mean.
 _OVER_BLOCKS: dict[str, Callable[[list[float]], float]] = {
     "factor_rank": min,
@@ -122,10 +122,10 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
 def _split(found: Inspection, samples: GradientSamples) -> list[Row]:
     """The squared error 1 - cos^2 of what is held, cause by cause.
 
-    Along a chain in which one thing changes at a time: the rule on the draws of H (live_fresh),
-    cut into the optimizer's blocks (live_blocking), on its own statistics (live_statistics),
-    damped (live_damping), as old as it is (live_staleness). The contributions add up to the error
-    of "live".
+    Along a chain in which one thing changes at a time: the rule on the draws of H (in_use_fresh),
+    cut into the optimizer's blocks (in_use_blocking), on its own statistics (in_use_statistics),
+    damped (in_use_damping), as old as it is (in_use_staleness). The contributions add up to the
+    error of "in-use".
     """
     rule, size = found.rule, found.block_size
     if rule is None:
@@ -133,25 +133,25 @@ def _split(found: Inspection, samples: GradientSamples) -> list[Row]:
     try:
         held = found.held()
     except UnsupportedError:
-        return []  # the row of "live" says why
+        return []  # the row of "in-use" says why
     target = SecondMoment(samples)
     if held.shape != target.shape:
         return []
-    links: list[Link] = [("live_fresh", lambda: approximate(target, rule))]
+    links: list[Link] = [("in_use_fresh", lambda: approximate(target, rule))]
     if size is not None:
         cut = f"{rule}{',' if ':' in rule else ':'}block_size={size}"
-        links.append(("live_blocking", lambda: approximate(target, cut)))
+        links.append(("in_use_blocking", lambda: approximate(target, cut)))
     absent: list[Row] = []
     try:
-        links.append(("live_statistics", _made(found.fresh(damped=False))))
-        links.append(("live_damping", _made(found.fresh(damped=True))))
-        links.append(("live_staleness", _made(held)))
+        links.append(("in_use_statistics", _made(found.fresh(damped=False))))
+        links.append(("in_use_damping", _made(found.fresh(damped=True))))
+        links.append(("in_use_staleness", _made(held)))
     except UnsupportedError:
-        links.append(("live_statistics", found.undamped))
-        links.append(("live_damping", _made(held)))
-        absent = [{"metric": "live_staleness", "value": math.nan, "note": IN_STATISTICS}]
+        links.append(("in_use_statistics", found.undamped))
+        links.append(("in_use_damping", _made(held)))
+        absent = [{"metric": "in_use_staleness", "value": math.nan, "note": IN_STATISTICS}]
     except NonFiniteError as error:
-        return [{"metric": "live_statistics", "value": math.nan, "note": str(error)}]
+        return [{"metric": "in_use_statistics", "value": math.nan, "note": str(error)}]
     rows: list[Row] = [
         {"metric": row["component"], "value": row["contribution"], "note": row["note"]}
         for row in follow(target, links)

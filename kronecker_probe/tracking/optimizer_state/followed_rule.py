@@ -20,9 +20,9 @@ def followed_rule(optimizer: Optimizer, parameter: Tensor) -> str | None:
     return optimizer.rule(parameter) if isinstance(optimizer, KroneckerOptimizer) else None
 
 
-def live_rule_row(parameter: str, rule: str) -> Row:
+def in_use_rule_row(parameter: str, rule: str) -> Row:
     """The row that names it."""
     return {
-        "parameter": parameter, "metric": "live_rule", "value": math.nan,
+        "parameter": parameter, "metric": "in_use_rule", "value": math.nan,
         "note": f"live follows {rule}",
     }  # fmt: skip

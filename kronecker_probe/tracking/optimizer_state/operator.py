@@ -26,7 +26,7 @@ _READERS: dict[str, _Reader] = {
 }
 
 
-def live_operator(optimizer: Optimizer, parameter: Tensor) -> Operator:
+def operator_in_use(optimizer: Optimizer, parameter: Tensor) -> Operator:
     """The P of direction = P^(-1/2) M that the optimizer holds now: stale, damped, bias-corrected.
 
     It is that of the last step taken. M is what the step preconditions (the first moment,

@@ -65,7 +65,7 @@ class Kernels(abc.ABC):
 
     def pair_products(self) -> Tensor:
         """K_ij = sum_cd <G_ic, G_jd>^2, float64 [N, N]; one triangle is computed."""
-        count = self.samples.n_data
+        count = self.samples.n_examples
         out = torch.empty(count, count, dtype=torch.float64, device=self.weights.device)
         wide, narrow = self.pair_steps()
         for i in range(0, count, wide):
@@ -80,7 +80,7 @@ class Kernels(abc.ABC):
 
     def cross_products(self, other: Kernels) -> Tensor:
         """sum_cd <G_ic, G'_jd>^2 with the data of ``other``, float64 [N, N']."""
-        count, others = self.samples.n_data, other.samples.n_data
+        count, others = self.samples.n_examples, other.samples.n_examples
         out = torch.empty(count, others, dtype=torch.float64, device=self.weights.device)
         wide, narrow = self.pair_steps()[0], other.pair_steps()[1]
         for i in range(0, count, wide):

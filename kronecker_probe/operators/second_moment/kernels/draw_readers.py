@@ -64,7 +64,7 @@ class DrawReader(abc.ABC, Generic[S]):
 
     def ranges(self, step: int) -> Iterator[slice]:
         """Consecutive ranges of the data."""
-        count = self.samples.n_data
+        count = self.samples.n_examples
         return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 

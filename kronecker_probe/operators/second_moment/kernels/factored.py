@@ -44,7 +44,7 @@ class FactorKernels(Kernels):
         """(w [k, 1, 1], d [k, C, T, m], a [k, T, n]), with room for ``extra`` elements a datum."""
         s = self.samples
         step = chunk_rows((self._datum + extra) * (CACHED if dtype == torch.float64 else 1))
-        for i in range(0, s.n_data, step):
+        for i in range(0, s.n_examples, step):
             part = slice(i, i + step)
             weights = self.weights[part, None, None].to(dtype)
             yield weights, s.output_grads[part].to(dtype), s.inputs[part].to(dtype)
@@ -121,9 +121,11 @@ class FactorKernels(Kernels):
         (m, n), s = self.shape, self.samples
         c, t = s.n_columns, s.n_positions
         pairs = t * (t + 1) // 2
-        elements = s.n_data * pairs * (c * m + n)
-        paired = Work(2.0 * s.n_data * pairs * m * n, stream=8.0 * 3 * elements)
-        formed = product(m, t, n, s.n_data * c) + Work(stream=8.0 * 3 * s.n_data * c * m * n)
+        elements = s.n_examples * pairs * (c * m + n)
+        paired = Work(2.0 * s.n_examples * pairs * m * n, stream=8.0 * 3 * elements)
+        formed = product(m, t, n, s.n_examples * c) + Work(
+            stream=8.0 * 3 * s.n_examples * c * m * n
+        )
         return paired, formed
 
     def apply(self, x: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ class FactorKernels(Kernels):
 
     def costs(self) -> Costs:
         (m, n), s = self.shape, self.samples
-        count, c, t = float(s.n_data), s.n_columns, s.n_positions
+        count, c, t = float(s.n_examples), s.n_columns, s.n_positions
         chunks = count / chunk_rows(CACHED * self._datum)
         # the factors and their images, read and written a few times
         moved = 8 * 4 * count * (c * t * m + t * n)

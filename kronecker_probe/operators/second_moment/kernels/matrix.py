@@ -36,12 +36,12 @@ class MatrixKernels(Kernels):
         m, n = samples.shape
         self._datum = samples.n_columns * m * n
         self._formed = not isinstance(samples, MatrixSamples)
-        self._holds = self._formed and 8 * self._datum * samples.n_data <= HELD_BYTES
+        self._holds = self._formed and 8 * self._datum * samples.n_examples <= HELD_BYTES
         self._block: tuple[slice, Tensor] | None = None
 
     @cached_property
     def _held(self) -> Tensor:
-        count = self.samples.n_data
+        count = self.samples.n_examples
         shape = (count, self.samples.n_columns, *self.shape)
         out = torch.empty(shape, dtype=torch.float64, device=self.weights.device)
         step = chunk_rows(self._datum)
@@ -55,8 +55,8 @@ class MatrixKernels(Kernels):
     def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
         """(w [k], G [k, C, m, n])."""
         step = chunk_rows(2 * self._datum)
-        for start in range(0, self.samples.n_data, step):
-            part = slice(start, min(start + step, self.samples.n_data))
+        for start in range(0, self.samples.n_examples, step):
+            part = slice(start, min(start + step, self.samples.n_examples))
             yield self.weights[part].to(dtype), self._matrices(part).to(dtype)
 
     def left_step(self, right: Tensor | None, sign: int = 1) -> Tensor:
@@ -112,7 +112,7 @@ class MatrixKernels(Kernels):
     def pair_steps(self) -> tuple[int, int]:
         step = chunk_rows(self._datum)
         if self._holds or self._given_in_float64:
-            return self.samples.n_data, max(step, -(-self.samples.n_data // 8))
+            return self.samples.n_examples, max(step, -(-self.samples.n_examples // 8))
         return WIDE * step, step
 
     @property
@@ -145,7 +145,7 @@ class MatrixKernels(Kernels):
         return found
 
     def costs(self) -> Costs:
-        (m, n), count = self.shape, self.samples.n_data
+        (m, n), count = self.shape, self.samples.n_examples
         data = float(count * self.samples.n_columns)
         entries = data * m * n
         chunks = count / chunk_rows(2 * self._datum)

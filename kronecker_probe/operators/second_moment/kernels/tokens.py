@@ -35,7 +35,7 @@ class EmbeddingKernels(Kernels):
         """(w [k], tokens [k, U], d [k, C, U, D]) with the U distinct tokens of each datum."""
         s = self.samples
         step = chunk_rows(self._datum)
-        for i in range(0, s.n_data, step):
+        for i in range(0, s.n_examples, step):
             part = slice(i, i + step)
             tokens, d = _distinct(s.tokens[part], s.output_grads[part].to(dtype))
             yield self.weights[part].to(dtype), tokens, d
@@ -121,7 +121,7 @@ class EmbeddingKernels(Kernels):
 
     def costs(self) -> Costs:
         (v, width), s = self.shape, self.samples
-        count, (c, t) = float(s.n_data), s.output_grads.shape[1:3]
+        count, (c, t) = float(s.n_examples), s.output_grads.shape[1:3]
         chunks = count / chunk_rows(self._datum)
         passes = Work(stream=8 * 8 * count * c * t * width, calls=30 * (chunks + 1))
         looked_up = Work(stream=8 * 6 * count * t * t)

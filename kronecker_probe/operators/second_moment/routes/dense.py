@@ -32,7 +32,7 @@ class DenseSpace(Route):
             return self._from_factors(self.samples)
         out = torch.zeros(m * n, m * n, dtype=torch.float64, device=self.weights.device)
         step = chunk_rows(self.samples.n_columns * m * n)
-        for i in range(0, self.samples.n_data, step):
+        for i in range(0, self.samples.n_examples, step):
             g = self.samples.matrices(i, i + step).flatten(2)
             weighted = (g * self.weights[i : i + step, None, None]).flatten(0, 1)
             out.addmm_(g.flatten(0, 1).T, weighted)
@@ -43,7 +43,7 @@ class DenseSpace(Route):
         m, n = self.shape
         out = torch.zeros(m * m, n * n, dtype=torch.float64, device=self.weights.device)
         step = chunk_rows(m * m + n * n)
-        for i in range(0, samples.n_data, step):
+        for i in range(0, samples.n_examples, step):
             d = samples.output_grads[i : i + step, :, 0].double()
             a = samples.inputs[i : i + step, 0].double()
             left = (d.mT @ d * self.weights[i : i + step, None, None]).flatten(1)
@@ -87,7 +87,7 @@ class DenseSpace(Route):
     def spectrum(self, k: int | None) -> Tensor:
         values: Tensor = torch.linalg.svdvals(self.rearranged)
         if self.samples.n_positions == 1:  # the rank of R(H) is at most N
-            values = values[: self.samples.n_data]
+            values = values[: self.samples.n_examples]
         return values.cpu()[:k]
 
 

@@ -98,7 +98,9 @@ def one_sided_bytes(samples: GradientSamples) -> float:
     """Predicted memory above the samples."""
     m, n = samples.shape
     pairs = kernels_for(samples).pair_steps()
-    return 8.0 * (8 * min(m, n) ** 2 + 4 * m * n + samples.n_data**2 + pairs[0] * pairs[1]) + 1e8
+    return (
+        8.0 * (8 * min(m, n) ** 2 + 4 * m * n + samples.n_examples**2 + pairs[0] * pairs[1]) + 1e8
+    )
 
 
 def _is_identity(factor: Factor | None) -> bool:

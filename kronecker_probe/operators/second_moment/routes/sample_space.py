@@ -150,7 +150,7 @@ class SampleSpace(Route):
         )
 
     def spectrum(self, k: int | None) -> Tensor:
-        if k is not None and 4 * k < self.samples.n_data:
+        if k is not None and 4 * k < self.samples.n_examples:
             return self._leading_values(k)
         b = self.balanced
         values: Tensor = torch.linalg.svdvals(_root(b.kd) @ _root(b.ka).T) * b.scale

@@ -11,7 +11,7 @@ from kronecker_probe.errors import InvalidInputError, UnknownNameError, unknown_
 from kronecker_probe.gradients.losses import ResolvedLoss
 from kronecker_probe.gradients.samples.checks import check_count
 
-DRAWS = ("ggn", "fisher", "empirical-fisher")
+CAPTURE_TARGETS = ("ggn", "fisher", "empirical-fisher")
 # Kinds that are made otherwise, and by what.
 MADE_OTHERWISE = {
     "batch-gradient": "kp.batch_gradients(samples, batch_size) of an 'empirical-fisher' capture",
@@ -19,46 +19,46 @@ MADE_OTHERWISE = {
 }
 
 
-def check_draws(
-    draws: str, label_draws: int, option: str = "draws", known: Sequence[str] = DRAWS
+def check_target(
+    target: str, label_draws: int, option: str = "target", known: Sequence[str] = CAPTURE_TARGETS
 ) -> None:
     """Refuse an unknown kind, and label draws where no labels are drawn.
 
     Args:
-        draws: The kind.
+        target: The kind.
         label_draws: Sampled labels a datum.
         option: What the caller's argument is called.
         known: Kinds that the caller knows.
 
     Raises:
-        UnknownNameError: No such kind of draws.
+        UnknownNameError: No such target.
         InvalidInputError: ``label_draws`` is no positive whole number, or not 1 without sampled
             labels.
     """
-    if draws not in known and draws in MADE_OTHERWISE:
+    if target not in known and target in MADE_OTHERWISE:
         raise UnknownNameError(
-            f"{option}={draws!r} is drawn by no backward pass over data: it is made by "
-            f"{MADE_OTHERWISE[draws]}. Known: {', '.join(known)}."
+            f"{option}={target!r} is drawn by no backward pass over data: it is made by "
+            f"{MADE_OTHERWISE[target]}. Known: {', '.join(known)}."
         )
-    if draws not in known:
-        raise unknown_name(option, draws, known)
+    if target not in known:
+        raise unknown_name(option, target, known)
     check_count("label_draws", label_draws)
-    if draws != "fisher" and label_draws != 1:
+    if target != "fisher" and label_draws != 1:
         raise InvalidInputError(
-            f"label_draws={label_draws} with {option}={draws!r}: labels are sampled only by "
+            f"label_draws={label_draws} with {option}={target!r}: labels are sampled only by "
             "'fisher'."
         )
 
 
-def n_columns(draws: str, loss: ResolvedLoss, outputs: Tensor, label_draws: int) -> int:
+def n_columns(target: str, loss: ResolvedLoss, outputs: Tensor, label_draws: int) -> int:
     """C, the gradient columns of a datum."""
-    if draws == "ggn":
+    if target == "ggn":
         return loss.n_columns(outputs)
-    return label_draws if draws == "fisher" else 1
+    return label_draws if target == "fisher" else 1
 
 
 def output_gradients(
-    draws: str,
+    target: str,
     loss: ResolvedLoss,
     outputs: Tensor,
     targets: Tensor,
@@ -66,9 +66,9 @@ def output_gradients(
     seed: int,
 ) -> Iterator[Tensor]:
     """The C cotangents of the outputs, of their shape, at least float32; all data at once."""
-    if draws == "ggn":
+    if target == "ggn":
         yield from loss.root_columns(outputs)
-    elif draws == "fisher":
+    elif target == "fisher":
         generator = torch.Generator(device=outputs.device).manual_seed(seed)
         for _ in range(label_draws):
             yield loss.sampled(outputs, generator)
