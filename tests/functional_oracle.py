@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn.functional import one_hot
 
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+    MatrixSamples,
+)
 
 # float64 sums of a few hundred products each, in another order.
 RELATIVE = 1e-10

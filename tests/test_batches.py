@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
-from kronecker_probe.gradients.samples.base import FactoredSamples, MatrixSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples, embedding_samples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+    MatrixSamples,
+)
 from tests import oracle
 
 # Sums of a few hundred float64 products, relative to the norm of the result.
@@ -32,7 +36,7 @@ def samples_of(form: str, count: int, rng: np.random.Generator) -> Case:
     if form == "tokens":
         tokens = torch.from_numpy(rng.integers(0, m, (count, 4)))
         d = torch.from_numpy(rng.standard_normal((count, 4, n)) + 0.5)
-        samples = embedding_samples(tokens, d, m, None)
+        samples = GradientSamples.from_embedding(tokens, d, m, None)
         onehot = np.eye(m)[tokens.numpy()]
         return samples, np.einsum("itv,itd->ivd", onehot, d.numpy())
     if form == "matrices":
@@ -151,7 +155,7 @@ def test_factors_and_matrices_hold_the_same_batches(rng: np.random.Generator):
 def test_tokens_stay_tokens_where_that_is_smaller(rng: np.random.Generator):
     tokens = torch.from_numpy(rng.integers(0, 50, (6, 2)))
     d = torch.from_numpy(rng.standard_normal((6, 2, 8)))
-    samples = embedding_samples(tokens, d, 50, None)
+    samples = GradientSamples.from_embedding(tokens, d, 50, None)
     drawn = kp.batch_gradients(samples, 3, batches=20, seed=4)
     assert isinstance(drawn, EmbeddingSamples)
     as_matrices = kp.GradientSamples.from_matrices(samples.matrices())

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kronecker_probe as kp
-from kronecker_probe.gradients.samples.base import FactoredSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import EmbeddingSamples, FactoredSamples
 from tests import functional_oracle as oracle
 from tests.functional_oracle import assert_close
 from tests.small_modules import CLASSES, Lambda

@@ -12,7 +12,7 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.factors.identity_factor import IdentityFactor
+from kronecker_probe.operators.factors.factor import IdentityFactor
 from kronecker_probe.operators.structures.kronecker_sum import SkewTerm
 from tests import oracle
 from tests.cases import as_numpy, assert_close, dense, factors_case, matrices_case

@@ -10,7 +10,7 @@ from torch import Tensor
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError
 from kronecker_probe.gradients.samples import base as module
-from kronecker_probe.gradients.samples.tokens import embedding_samples
+from kronecker_probe.gradients.samples.base import GradientSamples
 from tests import oracle
 
 # The same float64 products and sums in another order.
@@ -37,7 +37,7 @@ def embedding(count: int, columns: int, positions: int, seed: int) -> kp.Gradien
     d = torch.randn(count, columns, positions, N, generator=draw, dtype=torch.float64)
     tokens = torch.randint(M, (count, positions), generator=draw)
     weights = torch.rand(count, generator=draw, dtype=torch.float64)
-    return embedding_samples(tokens, d, M, weights)
+    return GradientSamples.from_embedding(tokens, d, M, weights)
 
 
 def dense(samples: kp.GradientSamples) -> np.ndarray:

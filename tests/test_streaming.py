@@ -69,7 +69,7 @@ def loader(inputs: Tensor, targets: Tensor, size: int = 5) -> DataLoader[Pair]:
 
 def same_moment(one: kp.GradientSamples, other: kp.GradientSamples) -> None:
     H, K = kp.SecondMoment(one), kp.SecondMoment(other)
-    difference = H.norm() ** 2 - 2 * H.cross_inner(K) + K.norm() ** 2
+    difference = H.norm() ** 2 - 2 * H.inner(K) + K.norm() ** 2
     assert abs(difference) <= EXACT * H.norm() ** 2
     assert torch.allclose(H.left_factor.matrix, K.left_factor.matrix, rtol=EXACT, atol=EXACT)
     assert torch.allclose(H.right_factor.matrix, K.right_factor.matrix, rtol=EXACT, atol=EXACT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronecker_probe.operators.factors.identity_factor import IdentityFactor
+from kronecker_probe.operators.factors.factor import IdentityFactor
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 

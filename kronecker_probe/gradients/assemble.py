@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.gradients.layers.base import Call, Form, ProductRule
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+    MatrixSamples,
+)
 from kronecker_probe.gradients.tracing.graph import Uses
 
 # A view of more than this share of foreign memory is copied, so that samples hold only their own.

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, UnsupportedError
 from kronecker_probe.gradients.coverage import Capture
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+    MatrixSamples,
+)
 from kronecker_probe.gradients.samples.checks import check_count, check_seed
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 

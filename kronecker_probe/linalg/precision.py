@@ -1,4 +1,4 @@
-"""Matrix products of the statistics in their own precision."""
+"""The precision of statistics, and of the matrix products with them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def _highest_matmul_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(held)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's statistics: its own, but at least float32."""
+    return torch.promote_types(dtype, torch.float32)

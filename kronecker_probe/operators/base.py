@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,23 +12,24 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.linalg.memory import require_memory
+from kronecker_probe.operators.factors.factor import Eigenbasis, Factor
 
 
 class Operator(abc.ABC):
     """A symmetric PSD linear map on m x n matrices, an mn x mn matrix in row-major vec.
 
     Every number is float64 inside, whatever the dtype of the samples.
+
+    Attributes:
+        shape: (m, n) of the matrices that it acts on.
+        device: Where it lives.
+        inner_rank: Of two operators, the one of lower rank computes their inner product, because
+            its structure makes that cheaper.
     """
 
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the matrices that it acts on."""
-
-    @property
-    @abc.abstractmethod
-    def device(self) -> torch.device:
-        """Where it lives."""
+    shape: tuple[int, int]
+    device: torch.device
+    inner_rank: ClassVar[int] = 5
 
     @abc.abstractmethod
     def norm(self) -> float:
@@ -85,10 +87,36 @@ class Operator(abc.ABC):
         return self._apply(flat).reshape(x.shape).to(x.dtype)
 
     def inner(self, other: Operator) -> float:
-        """<P, Q> = tr(P Q), between any two operators of one shape."""
-        from kronecker_probe.operators.inner import inner
+        """<P, Q> = tr(P Q), between any two operators of one shape.
 
-        return inner(self, other)
+        Raises:
+            InvalidInputError: The shapes differ, or ``other`` is no operator.
+        """
+        if not isinstance(other, Operator):
+            raise InvalidInputError(
+                f"Inner product with a {type(other).__name__}; give an operator (a matrix "
+                "[mn, mn] becomes one by kp.DenseOperator)."
+            )
+        if self.shape != other.shape:
+            raise InvalidInputError(
+                f"Inner product of operators on {self.shape[0]} x {self.shape[1]} and "
+                f"{other.shape[0]} x {other.shape[1]} matrices; both must have one shape."
+            )
+        if other.inner_rank < self.inner_rank:
+            return other._inner(self)
+        return self._inner(other)
+
+    def _inner(self, other: Operator) -> float:
+        """<P, Q> with an operator of the same or a higher :attr:`inner_rank`."""
+        return float((self.to_dense() * other.to_dense()).sum())
+
+    def factor_inner(self, left: Factor, right: Factor) -> float:
+        """<P, left kron right> of two factors."""
+        return self.kronecker_inner(left.matrix, right.matrix)
+
+    def eigen_diagonal(self, left: Eigenbasis, right: Eigenbasis) -> Tensor:
+        """diag((Q_L kron Q_R)^T P (Q_L kron Q_R)) of two bases, float64 [r, s]."""
+        return self.projected_diagonal(left.vectors, right.vectors)
 
     def diagonal(self) -> Tensor:
         """The diagonal of the mn x mn matrix, as float64 [m, n]."""

@@ -115,9 +115,7 @@ class KroneckerForm(SpectralForm):
         return self.left.vectors @ inside @ self.right.vectors.T
 
     def diagonal_of(self, other: Operator) -> Tensor:
-        if isinstance(other, SecondMoment):
-            return other.eigen_diagonal(self.left, self.right).reshape(-1)
-        return other.projected_diagonal(self.left.vectors, self.right.vectors).reshape(-1)
+        return other.eigen_diagonal(self.left, self.right).reshape(-1)
 
 
 @final

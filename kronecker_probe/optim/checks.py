@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.linalg.state_dtype import state_dtype
+from kronecker_probe.linalg.precision import state_dtype
 
 
 def check_parameter(param: Tensor, name: str) -> None:

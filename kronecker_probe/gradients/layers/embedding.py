@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kronecker_probe.gradients.layers.base import Call, Form, ProductRule
+from kronecker_probe.linalg.rearrangement import one_hot_products
 
 
 @final
@@ -50,9 +50,4 @@ class EmbeddingRule(ProductRule):
         return call.x[..., None]
 
     def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
-        n_examples, _, width = d.shape
-        vocabulary = call.weight_shape[0]
-        first = torch.arange(n_examples, device=d.device)[:, None] * vocabulary
-        rows = (a[..., 0].long() + first).flatten()
-        table = d.new_zeros(n_examples * vocabulary, width)
-        return table.index_add_(0, rows, d.flatten(0, 1)).view(n_examples, vocabulary, width)
+        return one_hot_products(a[..., 0].long(), d, call.weight_shape[0])

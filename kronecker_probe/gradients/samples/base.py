@@ -1,62 +1,54 @@
-"""Weighted draws of a layer's gradient matrix, factored or dense."""
+"""Weighted gradient samples of a layer, m x n, kept as factors, as tokens or as matrices."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.gradients.samples.checks import (
-    check_alike,
-    check_range,
-    check_scales,
-    check_tensors,
-    check_values,
-    check_weights,
-    dims,
-)
+from kronecker_probe.gradients.samples import checks
 from kronecker_probe.linalg.memory import require_memory
-
-if TYPE_CHECKING:
-    from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.linalg.rearrangement import one_hot_products
 
 
 class GradientSamples(abc.ABC):
-    """N weighted draws of an m x n gradient matrix, C columns each.
+    """N weighted samples of an m x n gradient matrix, C columns each.
 
-    A *datum* i contributes the C matrices G_ic with the same weight w_i, so that the second
-    moment is H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T. One label draw or one mini-batch
-    gradient has C = 1; the exact Gauss-Newton has one column a class.
+    Example i contributes the C matrices G_ic with the same weight w_i, so that the second moment is
+    H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T. The gradient for one sampled label, or of one
+    mini-batch, has C = 1; the exact Gauss-Newton has one column per class.
 
-    Build one with :meth:`from_factors` or :meth:`from_matrices`, or by ``kp.capture``.
+    Build them with :meth:`from_factors`, :meth:`from_matrices` or ``kp.capture``.
 
     Attributes:
         weights: float64 [N], used as given, never renormalized.
-        independent: Whether the data are independent draws of one distribution, which error bars
-            need. False for the closed form of ``kp.batch_gradients`` and for gradients along a
-            run: there the weighted sum is the target itself, without sampling error.
-        dropped_energy: Share of Tr H that truncation left out of these draws, as that of a
-            window of gradients at low rank; parts of them, and stacks, keep the largest.
+        independent: Whether the examples are independent draws from one distribution, which error
+            bars need. False for the closed form of ``kp.batch_gradients`` and for gradients along
+            a run: there the weighted sum is the target itself, without sampling error.
+        dropped_energy: Share of Tr H that truncation to a low rank left out of these samples. A
+            subset keeps it, and a stack keeps the largest.
     """
 
     weights: Tensor
     independent: bool
-    dropped_energy: float = 0.0
+    dropped_energy: float
+    # attributes that hold the gradients, tensors with N in front: name, dimensions of C and of T
+    _held: ClassVar[tuple[tuple[str, int | None, int | None], ...]]
 
     @staticmethod
     def from_factors(
         output_grads: Tensor, inputs: Tensor, weights: Tensor | Sequence[float] | None = None
     ) -> FactoredSamples:
-        """Draws G_i = sum_t d_it a_it^T of a linear layer, kept as factors.
+        """Samples G_i = sum_t d_it a_it^T of a linear layer, kept as factors.
 
         Args:
             output_grads: d, [N, m], or [N, T, m] with T shared positions, or [N, C, T, m] with
-                C columns that share a datum's inputs.
+                C columns that share the inputs of their example.
             inputs: a, [N, n] or [N, T, n].
             weights: [N], nonnegative, used as given; None means 1/N each.
 
@@ -67,40 +59,16 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shapes do not fit, or a dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
-        check_tensors(output_grads=output_grads, inputs=inputs)
-        forms = {(2, 2), (3, 3), (4, 3)}
-        if (output_grads.ndim, inputs.ndim) not in forms:
-            raise InvalidInputError(
-                f"from_factors got output_grads {dims(output_grads)} and inputs {dims(inputs)}; "
-                "give [N, m] with [N, n], [N, T, m] with [N, T, n], or [N, C, T, m] with [N, T, n]."
-            )
-        d = output_grads
-        if d.ndim == 2:
-            d, inputs = d[:, None], inputs[:, None]
-        if d.ndim == 3:
-            d = d[:, None]
-        if d.shape[0] != inputs.shape[0] or d.shape[2] != inputs.shape[1]:
-            raise InvalidInputError(
-                f"from_factors got output_grads {dims(output_grads)} and inputs {dims(inputs)}: "
-                "they must agree in N (data) and T (shared positions)."
-            )
-        check_values("output_grads", d)
-        check_values("inputs", inputs)
-        if d.device != inputs.device:
-            raise InvalidInputError(
-                f"output_grads are on {d.device} and inputs on {inputs.device}; move one."
-            )
-        checked = check_weights(weights, d.shape[0], d.device)
-        return FactoredSamples(d.detach(), inputs.detach(), checked)
+        return FactoredSamples(*checks.check_factors(output_grads, inputs, weights))
 
     @staticmethod
     def from_matrices(
         matrices: Tensor, weights: Tensor | Sequence[float] | None = None
     ) -> MatrixSamples:
-        """Draws given as matrices.
+        """Samples given as matrices.
 
         Args:
-            matrices: G, [N, m, n], or [N, C, m, n] with C columns a datum.
+            matrices: G, [N, m, n], or [N, C, m, n] with C columns per example.
             weights: [N], nonnegative, used as given; None means 1/N each.
 
         Returns:
@@ -110,15 +78,7 @@ class GradientSamples(abc.ABC):
             InvalidInputError: The shape does not fit, or the dtype is not floating point.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
-        check_tensors(matrices=matrices)
-        if matrices.ndim not in (3, 4):
-            raise InvalidInputError(
-                f"from_matrices got a tensor {dims(matrices)}; give [N, m, n] or [N, C, m, n]."
-            )
-        values = matrices if matrices.ndim == 4 else matrices[:, None]
-        check_values("matrices", values)
-        checked = check_weights(weights, values.shape[0], values.device)
-        return MatrixSamples(values.detach(), checked)
+        return MatrixSamples(*checks.check_matrices(matrices, weights))
 
     @staticmethod
     def from_embedding(
@@ -127,11 +87,11 @@ class GradientSamples(abc.ABC):
         vocabulary: int,
         weights: Tensor | Sequence[float] | None = None,
     ) -> EmbeddingSamples:
-        """Draws G_i = sum_t e_k(i,t) d_it^T of a table look-up, V x D; e is never formed.
+        """Samples G_i = sum_t e_k(i,t) d_it^T of a table look-up, V x D; e is never formed.
 
         Args:
             tokens: k, [N, T], indices below ``vocabulary``.
-            output_grads: d, [N, T, D], or [N, C, T, D] with C columns a datum.
+            output_grads: d, [N, T, D], or [N, C, T, D] with C columns per example.
             vocabulary: V, the rows of the table.
             weights: [N], nonnegative, used as given; None means 1/N each.
 
@@ -139,9 +99,8 @@ class GradientSamples(abc.ABC):
             InvalidInputError: Shapes that do not fit, a wrong dtype, or a token out of range.
             NonFiniteError: A NaN or an infinity in a tensor or weight.
         """
-        from kronecker_probe.gradients.samples.tokens import embedding_samples
-
-        return embedding_samples(tokens, output_grads, vocabulary, weights)
+        k, d, checked = checks.check_embedding(tokens, output_grads, vocabulary, weights)
+        return EmbeddingSamples(k, d, vocabulary, checked)
 
     @property
     @abc.abstractmethod
@@ -149,27 +108,27 @@ class GradientSamples(abc.ABC):
         """(m, n): outputs and inputs."""
 
     @property
-    @abc.abstractmethod
     def n_columns(self) -> int:
-        """C, the gradient columns of one datum."""
+        """C, the gradient columns of one example."""
+        found = (getattr(self, name).shape[dim] for name, dim, _ in self._held if dim)
+        return int(next(found))
 
     @property
-    @abc.abstractmethod
     def n_positions(self) -> int | None:
-        """T, the shared positions; None for draws without factors."""
+        """T, the shared positions; None for samples without vectors d and a."""
+        return None
 
     @property
     def n_slots(self) -> int | None:
-        """T of the tensors, whatever a position holds; None for draws kept as matrices."""
+        """T of the tensors, whatever a position holds; None for samples kept as matrices."""
         return self.n_positions
 
     @abc.abstractmethod
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """G of data ``start`` to ``stop`` as float64 [k, C, m, n]."""
+        """G of the examples ``start`` to ``stop`` as float64 [k, C, m, n]."""
 
-    @abc.abstractmethod
-    def block(self, rows: slice, columns: slice) -> GradientSamples:
-        """The draws of a sub-matrix, G[rows, columns], with the same weights; views where possible.
+    def block(self, rows: slice, columns: slice) -> Self:
+        """The samples of a sub-matrix, G[rows, columns], with the same weights; views if possible.
 
         Args:
             rows: Of the m outputs, in steps of 1.
@@ -178,42 +137,58 @@ class GradientSamples(abc.ABC):
         Raises:
             InvalidInputError: An empty range, or another step.
         """
+        m, n = self.shape
+        return self._block(
+            checks.check_range("rows", rows, m), checks.check_range("columns", columns, n)
+        )
+
+    @abc.abstractmethod
+    def _block(self, rows: slice, columns: slice) -> Self: ...
 
     @property
-    @abc.abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the draws are held in, each with N in front; without the weights."""
+        """What the gradients are held in, each with N in front; without the weights."""
+        return tuple(getattr(self, name) for name, *_ in self._held)
 
-    @abc.abstractmethod
     def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> Self:
         """The same kind of samples, held in other :attr:`tensors`."""
+        held = {name: tensor for (name, *_), tensor in zip(self._held, tensors, strict=True)}
+        return replace(self, **held, weights=weights)  # type: ignore[type-var]
 
-    @abc.abstractmethod
     def padded(self, columns: int, positions: int | None) -> Self:
-        """The same draws with zeros up to C = ``columns`` and T = ``positions``, an exact change.
+        """The same samples with zeros up to C = ``columns`` and T = ``positions``: H is unchanged.
 
         Only the scale of K-FAC's E[a a^T], a mean over positions, sees the added ones.
         """
+        more = columns - self.n_columns, (positions or 0) - (self.n_slots or 0)
+        tensors = []
+        for name, *dims in self._held:
+            tensor = getattr(self, name)
+            for extra, dim in zip(more, dims, strict=True):
+                if dim is not None and extra > 0:
+                    tensor = F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, extra])
+            tensors.append(tensor)
+        return self.with_tensors(tensors, self.weights)
 
     @staticmethod
     def stack(
         parts: Sequence[GradientSamples], scales: Sequence[float] | None = None
     ) -> GradientSamples:
-        """All draws of several samples of one m x n matrix, one after the other.
+        """All examples of several samples of one m x n matrix, one after the other.
 
         Parts of different C or T are padded with zeros; parts of different kinds become matrices.
 
         Args:
             parts: At least one.
             scales: Part k's weights are multiplied by scales[k], so that H = sum_k scales[k] H_k:
-                n_k / N for data loaded in batches, say. None keeps the weights.
+                n_k / N for examples loaded in batches, say. None keeps the weights.
 
         Raises:
-            InvalidInputError: No parts, other shapes or devices, or not one scale >= 0 a part.
+            InvalidInputError: No parts, other shapes or devices, or not one scale >= 0 per part.
             MemoryBudgetError: The result would not fit.
         """
-        _check_parts(parts)
-        factors = check_scales(scales, len(parts))
+        checks.check_parts(parts, GradientSamples)
+        factors = checks.check_scales(scales, len(parts))
         if len({type(part) for part in parts}) > 1:
             parts = [_as_matrices(part) for part in parts]
         columns = max(part.n_columns for part in parts)
@@ -231,7 +206,7 @@ class GradientSamples(abc.ABC):
         return stacked
 
     def subset(self, index: slice | Tensor | Sequence[int]) -> Self:
-        """The data at ``index``, with their weights as they are."""
+        """The examples at ``index``, with their weights as they are."""
         return self.with_tensors([tensor[index] for tensor in self.tensors], self.weights[index])
 
     def to(self, device: torch.device | str) -> Self:
@@ -240,17 +215,17 @@ class GradientSamples(abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the draws hold."""
+        """Bytes that the gradients take."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def n_examples(self) -> int:
-        """N, the independent draws."""
+        """N."""
         return self.weights.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the draws live."""
+        """Where the samples live."""
         return self.weights.device
 
     def __len__(self) -> int:
@@ -267,6 +242,7 @@ class GradientSamples(abc.ABC):
 
 
 @final
+@dataclass(eq=False, repr=False)
 class FactoredSamples(GradientSamples):
     """G_ic = sum_t d_ict a_it^T, kept as (d, a).
 
@@ -276,56 +252,33 @@ class FactoredSamples(GradientSamples):
         weights: float64 [N].
     """
 
-    def __init__(
-        self, output_grads: Tensor, inputs: Tensor, weights: Tensor, independent: bool = True,
-        dropped_energy: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.output_grads = output_grads
-        self.inputs = inputs
-        self.weights = weights
-        self.independent = independent
-        self.dropped_energy = dropped_energy
+    output_grads: Tensor
+    inputs: Tensor
+    weights: Tensor
+    independent: bool = True
+    dropped_energy: float = 0.0
+    _held = (("output_grads", 1, 2), ("inputs", None, 1))
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.output_grads.shape[3], self.inputs.shape[2]
 
     @property
-    def n_columns(self) -> int:
-        return self.output_grads.shape[1]
-
-    @property
     def n_positions(self) -> int:
         return self.output_grads.shape[2]
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.output_grads, self.inputs
-
-    def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> FactoredSamples:
-        output_grads, inputs = tensors
-        return FactoredSamples(output_grads, inputs, weights, self.independent, self.dropped_energy)
-
-    def padded(self, columns: int, positions: int | None) -> FactoredSamples:
-        more = (positions or self.n_positions) - self.n_positions
-        if more == 0 and columns == self.n_columns:
-            return self
-        d = F.pad(self.output_grads, (0, 0, 0, more, 0, columns - self.n_columns))
-        return self.with_tensors((d, F.pad(self.inputs, (0, 0, 0, more))), self.weights)
 
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         d = self.output_grads[start:stop].double()
         a = self.inputs[start:stop].double()
         return d.mT @ a[:, None]
 
-    def block(self, rows: slice, columns: slice) -> FactoredSamples:
-        m, n = self.shape
-        rows, columns = check_range("rows", rows, m), check_range("columns", columns, n)
+    def _block(self, rows: slice, columns: slice) -> FactoredSamples:
         parts = self.output_grads[..., rows], self.inputs[..., columns]
         return self.with_tensors(parts, self.weights)
 
 
 @final
+@dataclass(eq=False, repr=False)
 class MatrixSamples(GradientSamples):
     """G_ic kept as matrices.
 
@@ -334,57 +287,64 @@ class MatrixSamples(GradientSamples):
         weights: float64 [N].
     """
 
-    def __init__(
-        self, values: Tensor, weights: Tensor, independent: bool = True,
-        dropped_energy: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.values = values
-        self.weights = weights
-        self.independent = independent
-        self.dropped_energy = dropped_energy
+    values: Tensor
+    weights: Tensor
+    independent: bool = True
+    dropped_energy: float = 0.0
+    _held = (("values", 1, None),)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[2], self.values.shape[3]
 
-    @property
-    def n_columns(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def n_positions(self) -> None:
-        return None
-
-    @property
-    def tensors(self) -> tuple[Tensor]:
-        return (self.values,)
-
-    def with_tensors(self, tensors: Sequence[Tensor], weights: Tensor) -> MatrixSamples:
-        (values,) = tensors
-        return MatrixSamples(values, weights, self.independent, self.dropped_energy)
-
-    def padded(self, columns: int, positions: int | None) -> MatrixSamples:
-        if columns == self.n_columns:
-            return self
-        more = columns - self.n_columns
-        return self.with_tensors((F.pad(self.values, (0, 0, 0, 0, 0, more)),), self.weights)
-
     def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.values[start:stop].double()
 
-    def block(self, rows: slice, columns: slice) -> MatrixSamples:
-        m, n = self.shape
-        rows, columns = check_range("rows", rows, m), check_range("columns", columns, n)
+    def _block(self, rows: slice, columns: slice) -> MatrixSamples:
         return self.with_tensors((self.values[..., rows, columns],), self.weights)
 
 
-def _check_parts(parts: Sequence[GradientSamples]) -> None:
-    for part in parts:
-        if not isinstance(part, GradientSamples):
-            raise InvalidInputError(f"stack got a {type(part).__name__}; give GradientSamples.")
-    if not parts:
-        raise InvalidInputError("stack got no samples; give at least one set.")
-    check_alike({part.shape for part in parts}, {str(part.device) for part in parts})
+@final
+@dataclass(eq=False, repr=False)
+class EmbeddingSamples(GradientSamples):
+    """G_ic = sum_t e_k(i,t) d_ict^T, V x D, kept as (k, d): the one-hot e is never formed.
+
+    They have no ``n_positions``, because their inputs are the tokens and not vectors.
+
+    Attributes:
+        tokens: k, int64 [N, T].
+        output_grads: d, [N, C, T, D].
+        vocabulary: V.
+        weights: float64 [N].
+    """
+
+    tokens: Tensor
+    output_grads: Tensor
+    vocabulary: int
+    weights: Tensor
+    independent: bool = True
+    dropped_energy: float = 0.0
+    _held = (("tokens", None, 1), ("output_grads", 1, 2))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.vocabulary, self.output_grads.shape[3]
+
+    @property
+    def n_slots(self) -> int:
+        return self.tokens.shape[1]
+
+    def matrices(self, start: int = 0, stop: int | None = None) -> Tensor:
+        d = self.output_grads[start:stop].double()
+        g = one_hot_products(self.tokens[start:stop, None].expand(d.shape[:3]), d, self.vocabulary)
+        return g.view(*d.shape[:2], self.vocabulary, d.shape[3])
+
+    def _block(self, rows: slice, columns: slice) -> EmbeddingSamples:
+        inside = (self.tokens >= rows.start) & (self.tokens < rows.stop)
+        tokens = torch.where(inside, self.tokens - rows.start, 0)
+        d = self.output_grads[..., columns] * inside[:, None, :, None]
+        part = self.with_tensors((tokens, d), self.weights)
+        return replace(part, vocabulary=rows.stop - rows.start)
 
 
 def _as_matrices(samples: GradientSamples) -> MatrixSamples:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,15 +119,88 @@ def check_weights(
     return given
 
 
-def check_alike(shapes: Collection[tuple[int, int]], devices: Collection[str]) -> None:
-    """Refuse to stack samples of more than one shape or device.
+def check_factors(
+    output_grads: Tensor, inputs: Tensor, weights: Tensor | Sequence[float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d [N, C, T, m], a [N, T, n] and the weights; see ``GradientSamples.from_factors``."""
+    check_tensors(output_grads=output_grads, inputs=inputs)
+    got = f"from_factors got output_grads {dims(output_grads)} and inputs {dims(inputs)}"
+    if (output_grads.ndim, inputs.ndim) not in {(2, 2), (3, 3), (4, 3)}:
+        raise InvalidInputError(
+            f"{got}; give [N, m] with [N, n], [N, T, m] with [N, T, n], or [N, C, T, m] with "
+            "[N, T, n]."
+        )
+    d = output_grads
+    if d.ndim == 2:
+        d, inputs = d[:, None], inputs[:, None]
+    if d.ndim == 3:
+        d = d[:, None]
+    if d.shape[0] != inputs.shape[0] or d.shape[2] != inputs.shape[1]:
+        raise InvalidInputError(f"{got}: they must agree in N (examples) and T (shared positions).")
+    check_values("output_grads", d)
+    check_values("inputs", inputs)
+    if d.device != inputs.device:
+        raise InvalidInputError(
+            f"output_grads are on {d.device} and inputs on {inputs.device}; move one."
+        )
+    return d.detach(), inputs.detach(), check_weights(weights, d.shape[0], d.device)
+
+
+def check_matrices(
+    matrices: Tensor, weights: Tensor | Sequence[float] | None
+) -> tuple[Tensor, Tensor]:
+    """G [N, C, m, n] and the weights; see ``GradientSamples.from_matrices``."""
+    check_tensors(matrices=matrices)
+    if matrices.ndim not in (3, 4):
+        raise InvalidInputError(
+            f"from_matrices got a tensor {dims(matrices)}; give [N, m, n] or [N, C, m, n]."
+        )
+    values = matrices if matrices.ndim == 4 else matrices[:, None]
+    check_values("matrices", values)
+    return values.detach(), check_weights(weights, values.shape[0], values.device)
+
+
+def check_embedding(
+    tokens: Tensor, output_grads: Tensor, vocabulary: int, weights: Tensor | Sequence[float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k [N, T], d [N, C, T, D] and the weights; see ``GradientSamples.from_embedding``."""
+    check_tensors(tokens=tokens, output_grads=output_grads)
+    d = output_grads[:, None] if output_grads.ndim == 3 else output_grads
+    if tokens.ndim != 2 or d.ndim != 4 or (d.shape[0], d.shape[2]) != tuple(tokens.shape):
+        raise InvalidInputError(
+            f"from_embedding got tokens {dims(tokens)} and output_grads {dims(output_grads)}; "
+            "give [N, T] with [N, T, D] or [N, C, T, D]."
+        )
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise InvalidInputError(f"tokens have dtype {tokens.dtype}; give int64 indices.")
+    check_values("output_grads", d)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise InvalidInputError(
+            f"tokens range over {int(tokens.min())}..{int(tokens.max())}, and vocabulary="
+            f"{vocabulary}; every token must be in 0..{vocabulary - 1}."
+        )
+    if tokens.device != d.device:
+        raise InvalidInputError(f"tokens are on {tokens.device} and output_grads on {d.device}.")
+    return tokens.long(), d.detach(), check_weights(weights, len(tokens), d.device)
+
+
+def check_parts(parts: Sequence[Any], kind: type) -> None:
+    """Refuse to stack nothing, or samples of more than one shape or device.
 
     Raises:
-        InvalidInputError: Names them.
+        InvalidInputError: Names what it got.
     """
+    for part in parts:
+        if not isinstance(part, kind):
+            raise InvalidInputError(f"stack got a {type(part).__name__}; give GradientSamples.")
+    if not parts:
+        raise InvalidInputError("stack got no samples; give at least one set.")
+    shapes = sorted({f"{part.shape[0]} x {part.shape[1]}" for part in parts})
     if len(shapes) > 1:
-        told = " and ".join(sorted(f"{m} x {n}" for m, n in shapes))
-        raise InvalidInputError(f"stack got samples of {told} matrices; all must have one shape.")
+        raise InvalidInputError(
+            f"stack got samples of {' and '.join(shapes)} matrices; all must have one shape."
+        )
+    devices = {str(part.device) for part in parts}
     if len(devices) > 1:
         raise InvalidInputError(
             f"stack got samples on {' and '.join(sorted(devices))}; move them to one with "

@@ -27,22 +27,20 @@ ROOT_CUTOFF = 1e-4
 
 
 class Eigenbasis(abc.ABC):
-    """Orthonormal columns Q [k, r] of one side, formed only when asked for."""
+    """Orthonormal columns Q [k, r] of one side, formed only when asked for.
+
+    Attributes:
+        size: k.
+        rank: r.
+    """
+
+    size: int
+    rank: int
 
     @staticmethod
     def of(vectors: Tensor) -> Eigenbasis:
         """The basis with the columns of ``vectors`` [k, r]."""
         return VectorBasis(vectors.detach().double())
-
-    @property
-    @abc.abstractmethod
-    def size(self) -> int:
-        """k."""
-
-    @property
-    @abc.abstractmethod
-    def rank(self) -> int:
-        """r."""
 
     @property
     @abc.abstractmethod
@@ -59,16 +57,9 @@ class VectorBasis(Eigenbasis):
     """A basis given by its vectors."""
 
     def __init__(self, vectors: Tensor) -> None:
+        self.size, self.rank = vectors.shape
         self._vectors = vectors
         self._last: tuple[Rows, Tensor] | None = None
-
-    @property
-    def size(self) -> int:
-        return self._vectors.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self._vectors.shape[1]
 
     @property
     def vectors(self) -> Tensor:
@@ -91,17 +82,10 @@ class SampleBasis(Eigenbasis):
     """
 
     def __init__(self, rows: Rows, coefficients: Tensor, projection: Tensor | None = None) -> None:
+        self.size, self.rank = rows.size, coefficients.shape[1]
         self._rows = rows
         self._coefficients = coefficients
         self._projection = projection
-
-    @property
-    def size(self) -> int:
-        return self._rows.size
-
-    @property
-    def rank(self) -> int:
-        return self._coefficients.shape[1]
 
     @cached_property
     def vectors(self) -> Tensor:
@@ -128,17 +112,15 @@ class Eigen:
 
 
 class Factor(abc.ABC):
-    """A symmetric PSD k x k matrix, one side of a Kronecker product."""
+    """A symmetric PSD k x k matrix, one side of a Kronecker product.
 
-    @property
-    @abc.abstractmethod
-    def size(self) -> int:
-        """k."""
+    Attributes:
+        size: k.
+        device: Where it lives.
+    """
 
-    @property
-    @abc.abstractmethod
-    def device(self) -> torch.device:
-        """Where it lives."""
+    size: int
+    device: torch.device
 
     @property
     @abc.abstractmethod
@@ -186,15 +168,8 @@ class MatrixFactor(Factor):
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"A factor must be square; got {list(matrix.shape)}.")
+        self.size, self.device = matrix.shape[0], matrix.device
         self._matrix = matrix.detach().double()
-
-    @property
-    def size(self) -> int:
-        return self._matrix.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._matrix.device
 
     @property
     def matrix(self) -> Tensor:
@@ -224,16 +199,9 @@ class SampleFactor(Factor):
     """
 
     def __init__(self, rows: Rows, weights: Tensor) -> None:
+        self.size, self.device = rows.size, weights.device
         self.rows = rows
         self.weights = weights
-
-    @property
-    def size(self) -> int:
-        return self.rows.size
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -283,16 +251,9 @@ class SpectralFactor(Factor):
     """F = Q diag(f) Q^T: a matrix function of another factor, in that factor's eigenbasis."""
 
     def __init__(self, basis: Eigenbasis, values: Tensor) -> None:
+        self.size, self.device = basis.size, values.device
         self.basis = basis
         self.values = values
-
-    @property
-    def size(self) -> int:
-        return self.basis.size
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -319,6 +280,45 @@ class SpectralFactor(Factor):
     def eigen(self) -> Eigen:
         order = torch.argsort(self.values, descending=True)
         return Eigen(self.values[order], VectorBasis(self.basis.vectors[:, order]))
+
+
+@final
+class IdentityFactor(Factor):
+    """The identity, [k, k], formed only when asked for.
+
+    Args:
+        size: k.
+        device: Where it counts as living.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        return torch.eye(self.size, dtype=torch.float64, device=self.device)
+
+    def trace(self) -> float:
+        return float(self.size)
+
+    def norm(self) -> float:
+        return math.sqrt(self.size)
+
+    def quadratic_forms(self, rows: Rows) -> Tensor:
+        return rows.squared_norms
+
+    def inner(self, other: Factor) -> float:
+        return other.trace()
+
+    def diagonal(self) -> Tensor:
+        return torch.ones(self.size, dtype=torch.float64, device=self.device)
+
+    def eigen(self) -> Eigen:
+        ones = torch.ones(self.size, dtype=torch.float64, device=self.device)
+        return Eigen(ones, Eigenbasis.of(self.matrix))
+
+    def power(self, p: float) -> Factor:
+        return self
 
 
 def spectrum_power(values: Tensor, p: float, size: int) -> Tensor:

@@ -54,6 +54,8 @@ class SecondMoment(Operator):
         MemoryBudgetError: No route, or not the one asked for, fits in memory.
     """
 
+    inner_rank = 6
+
     def __init__(self, samples: GradientSamples, route: str = "auto") -> None:
         if not isinstance(samples, GradientSamples):
             raise InvalidInputError(
@@ -61,20 +63,13 @@ class SecondMoment(Operator):
                 "kp.capture(...), or GradientSamples.from_matrices / from_factors."
             )
         self.samples = samples
+        self.shape, self.device = samples.shape, samples.device
         self._plan = make_plan(samples, route)
         self._known_pairs: Tensor | None = None
 
     @cached_property
     def _route(self) -> Route:
         return _ROUTES[self._plan.route](self.samples)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.samples.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.samples.device
 
     def plan(self) -> Plan:
         """The routes with their predicted seconds and bytes, and the one taken; printable."""
@@ -259,8 +254,8 @@ class SecondMoment(Operator):
             return float((self._route.kernels.left_step(right, -1) * left).sum())
         return self.factor_inner(MatrixFactor(left), MatrixFactor(right))
 
-    def cross_inner(self, other: SecondMoment) -> float:
-        """<H, H'> of two sets of samples."""
+    def _inner(self, other: Operator) -> float:
+        assert isinstance(other, SecondMoment)
         if other.samples is self.samples:
             return self.norm() ** 2
         pairs = cross_products(self.samples, other.samples)

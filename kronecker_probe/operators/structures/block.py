@@ -31,6 +31,8 @@ class BlockOperator(Operator):
         InvalidInputError: The grid is empty or ragged, or its shapes do not line up.
     """
 
+    inner_rank = 2
+
     def __init__(self, grid: Sequence[Sequence[Operator]]) -> None:
         if not grid or not grid[0]:
             raise InvalidInputError("A block operator got no blocks; give a grid of operators.")
@@ -46,6 +48,7 @@ class BlockOperator(Operator):
         self.rows = _ranges(rows)
         self.columns = _ranges(columns)
         self.grid = tuple(tuple(row) for row in grid)
+        self.shape, self.device = (sum(rows), sum(columns)), grid[0][0].device
 
     @property
     def blocks(self) -> list[tuple[slice, slice, Operator]]:
@@ -65,19 +68,14 @@ class BlockOperator(Operator):
                 found[key] = max(value, found.get(key, value))
         return found
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows[-1].stop, self.columns[-1].stop
-
-    @property
-    def device(self) -> torch.device:
-        return self.grid[0][0].device
-
     def norm(self) -> float:
         return math.hypot(*(one.norm() for _, _, one in self.blocks))
 
     def trace(self) -> float:
         return math.fsum(one.trace() for _, _, one in self.blocks)
+
+    def _inner(self, other: Operator) -> float:
+        return math.fsum(one.inner(other.block(r, c)) for r, c, one in self.blocks)
 
     def power(self, p: float) -> BlockOperator:
         """P^p, block by block; for p <= 0 the pseudo-inverse power.

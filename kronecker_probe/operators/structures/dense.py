@@ -9,20 +9,9 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.linalg.eigenbasis import eigh_descending
+from kronecker_probe.linalg.rearrangement import project_rearranged, rearrange
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.factors.factor import spectrum_power
-
-
-def rearrange(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
-    """R(H), [m^2, n^2], of H [mn, mn]: R(A kron C) = vec(A) vec(C)^T (Van Loan, Pitsianis)."""
-    m, n = shape
-    return matrix.view(m, n, m, n).permute(0, 2, 1, 3).reshape(m * m, n * n)
-
-
-def restore(rearranged: Tensor, shape: tuple[int, int]) -> Tensor:
-    """H [mn, mn] from R(H) [m^2, n^2]; the inverse of :func:`rearrange`."""
-    m, n = shape
-    return rearranged.view(m, m, n, n).permute(0, 2, 1, 3).reshape(m * n, m * n)
 
 
 @final
@@ -42,15 +31,7 @@ class DenseOperator(Operator):
                 f"got {list(matrix.shape)}."
             )
         self.matrix = matrix.detach().double()
-        self._shape = (shape[0], shape[1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
+        self.shape, self.device = (shape[0], shape[1]), matrix.device
 
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.matrix))
@@ -62,20 +43,20 @@ class DenseOperator(Operator):
         """P^p; for p <= 0 the pseudo-inverse power, null on the null space of P."""
         values, vectors = eigh_descending(self.matrix)
         powered = spectrum_power(values, p, len(values))
-        return DenseOperator((vectors * powered) @ vectors.T, self._shape)
+        return DenseOperator((vectors * powered) @ vectors.T, self.shape)
 
     def projected_diagonal(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
-        return project_rearranged(rearrange(self.matrix, self._shape), left_basis, right_basis)
+        return project_rearranged(rearrange(self.matrix, self.shape), left_basis, right_basis)
 
     def diagonal(self) -> Tensor:
-        return self.matrix.diagonal().view(self._shape)
+        return self.matrix.diagonal().view(self.shape)
 
     def kronecker_inner(self, left: Tensor, right: Tensor) -> float:
-        rearranged = rearrange(self.matrix, self._shape)
+        rearranged = rearrange(self.matrix, self.shape)
         return float(left.reshape(-1) @ (rearranged @ right.reshape(-1)))
 
     def block(self, rows: slice, columns: slice) -> DenseOperator:
-        part = self.matrix.view(2 * self._shape)[rows, columns, rows, columns]
+        part = self.matrix.view(2 * self.shape)[rows, columns, rows, columns]
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         size = shape[0] * shape[1]
         return DenseOperator(part.reshape(size, size), shape)
@@ -87,13 +68,4 @@ class DenseOperator(Operator):
         return self.matrix
 
     def __repr__(self) -> str:
-        return f"DenseOperator({self._shape[0]} x {self._shape[1]})"
-
-
-def project_rearranged(rearranged: Tensor, left_basis: Tensor, right_basis: Tensor) -> Tensor:
-    """diag((Q_L kron Q_R)^T H (Q_L kron Q_R)), [r, s], from R(H) [m^2, n^2]."""
-    m, n = left_basis.shape[0], right_basis.shape[0]
-    # column i of a Khatri-Rao square is vec(q_i q_i^T)
-    left = (left_basis[:, None] * left_basis[None]).reshape(m * m, -1)
-    right = (right_basis[:, None] * right_basis[None]).reshape(n * n, -1)
-    return left.T @ (rearranged @ right)
+        return f"DenseOperator({self.shape[0]} x {self.shape[1]})"

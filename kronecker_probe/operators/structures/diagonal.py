@@ -20,25 +20,23 @@ class DiagonalOperator(Operator):
         values: D, [m, n], nonnegative.
     """
 
+    inner_rank = 0
+
     def __init__(self, values: Tensor) -> None:
         if values.ndim != 2:
             raise InvalidInputError(f"A diagonal has shape [m, n]; got {list(values.shape)}.")
+        self.shape, self.device = (values.shape[0], values.shape[1]), values.device
         self.values = values.detach().double()
         check_nonnegative("values", self.values)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.values))
 
     def trace(self) -> float:
         return float(self.values.sum())
+
+    def _inner(self, other: Operator) -> float:
+        return float((self.values * other.diagonal()).sum())
 
     def power(self, p: float) -> DiagonalOperator:
         """P^p entrywise; for p <= 0 zero entries stay zero."""

@@ -26,6 +26,8 @@ class EigenOperator(Operator):
             zeros are null. Else entries below the rounding of a decomposition are.
     """
 
+    inner_rank = 1
+
     def __init__(
         self,
         left_basis: Tensor | Eigenbasis,
@@ -38,6 +40,7 @@ class EigenOperator(Operator):
         self.right = _as_basis(right_basis)
         self.eigenvalues = eigenvalues.detach().double()
         self.exact = exact
+        self.shape, self.device = (self.left.size, self.right.size), eigenvalues.device
         check_nonnegative("eigenvalues", self.eigenvalues)
         if eigenvalues.shape != (self.left.rank, self.right.rank):
             raise InvalidInputError(
@@ -55,19 +58,14 @@ class EigenOperator(Operator):
         """Q_R, float64 [n, s], formed on first use."""
         return self.right.vectors
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.size, self.right.size
-
-    @property
-    def device(self) -> torch.device:
-        return self.eigenvalues.device
-
     def norm(self) -> float:
         return float(torch.linalg.vector_norm(self.eigenvalues))
 
     def trace(self) -> float:
         return float(self.eigenvalues.sum())
+
+    def _inner(self, other: Operator) -> float:
+        return float((self.eigenvalues * other.eigen_diagonal(self.left, self.right)).sum())
 
     def power(self, p: float) -> EigenOperator:
         """P^p; for p <= 0 the pseudo-inverse power, null on the null space of P."""

@@ -23,6 +23,8 @@ class KroneckerOperator(Operator):
         info: How it was found, for example ``{"rounds": 7, "residual": 1e-12}``.
     """
 
+    inner_rank = 4
+
     def __init__(
         self,
         left: Tensor | Factor,
@@ -32,12 +34,10 @@ class KroneckerOperator(Operator):
     ) -> None:
         self.left_factor = left if isinstance(left, Factor) else MatrixFactor(left)
         self.right_factor = right if isinstance(right, Factor) else MatrixFactor(right)
+        self.shape = self.left_factor.size, self.right_factor.size
+        self.device = self.left_factor.device
         self.scale = scale
         self.info = dict(info or {})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left_factor.size, self.right_factor.size
 
     @property
     def left(self) -> Tensor:
@@ -49,15 +49,17 @@ class KroneckerOperator(Operator):
         """The right factor, float64 [n, n], formed on first use."""
         return self.right_factor.matrix
 
-    @property
-    def device(self) -> torch.device:
-        return self.left_factor.device
-
     def norm(self) -> float:
         return abs(self.scale) * self.left_factor.norm() * self.right_factor.norm()
 
     def trace(self) -> float:
         return self.scale * self.left_factor.trace() * self.right_factor.trace()
+
+    def _inner(self, other: Operator) -> float:
+        if isinstance(other, KroneckerOperator):
+            left = self.left_factor.inner(other.left_factor)
+            return self.scale * other.scale * left * self.right_factor.inner(other.right_factor)
+        return self.scale * other.factor_inner(self.left_factor, self.right_factor)
 
     def power(self, p: float) -> KroneckerOperator:
         """P^p; for p <= 0 the pseudo-inverse power, null on the null space of P."""

@@ -56,6 +56,8 @@ class KroneckerSum(Operator):
         InvalidInputError: No terms, or shapes that differ.
     """
 
+    inner_rank = 3
+
     def __init__(
         self,
         terms: Sequence[KroneckerOperator],
@@ -69,6 +71,7 @@ class KroneckerSum(Operator):
                 f"A Kronecker sum got terms of shapes {shapes}; give at least one symmetric term, "
                 "and all of one shape."
             )
+        self.shape, self.device = terms[0].shape, terms[0].device
         self.terms = tuple(terms)
         self.skew = tuple(skew)
         self.info = dict(info or {})
@@ -78,14 +81,6 @@ class KroneckerSum(Operator):
         """How many products are summed."""
         return len(self.terms) + len(self.skew)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.terms[0].shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
-
     def norm(self) -> float:
         pairs = [p.inner(q) for p in self.terms for q in self.terms]
         pairs += [p.inner(q) for p in self.skew for q in self.skew]
@@ -93,6 +88,11 @@ class KroneckerSum(Operator):
 
     def trace(self) -> float:
         return math.fsum(one.trace() for one in self.terms)
+
+    def _inner(self, other: Operator) -> float:
+        found = [term.inner(other) for term in self.terms]
+        found += [skew.scale * other.kronecker_inner(skew.left, skew.right) for skew in self.skew]
+        return math.fsum(found)
 
     def power(self, p: float) -> KroneckerSum:
         """Refused: a sum of products is not PSD, and its powers are no such sums.

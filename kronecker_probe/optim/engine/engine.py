@@ -16,7 +16,7 @@ from kronecker_probe.errors import (
     UnsupportedError,
     unknown_name,
 )
-from kronecker_probe.linalg.state_dtype import full_precision
+from kronecker_probe.linalg.precision import full_precision
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim import checks
 from kronecker_probe.optim.blocks.tiles import layout

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.linalg.memory import available_bytes
-from kronecker_probe.linalg.state_dtype import state_dtype
+from kronecker_probe.linalg.precision import state_dtype
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim.blocks.scratch import Scratch
 from kronecker_probe.optim.layers.samples import LayerSamples

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from kronecker_probe.approximations.operands import as_operator
 from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.inner import inner
 
 # Inner products of H with its own factors scale as |H|^3, which must stay inside float64.
 LARGEST_NORM = 1e95
@@ -32,7 +31,7 @@ class InnerProducts:
     @staticmethod
     def of(target: Operator, approximation: Operator) -> InnerProducts:
         """Compute them once for all metrics of a pair."""
-        return InnerProducts(inner(target, approximation), target.norm(), approximation.norm())
+        return InnerProducts(target.inner(approximation), target.norm(), approximation.norm())
 
     @property
     def unusable(self) -> str:

@@ -6,8 +6,12 @@ from typing import final
 
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+    MatrixSamples,
+)
 from kronecker_probe.operators.second_moment.cost_model import OPERATIONS, Costs, Work, machine_of
 from kronecker_probe.operators.second_moment.kernels.base import Kernels, KernelsOf
 from kronecker_probe.operators.second_moment.kernels.factored import FactorKernels

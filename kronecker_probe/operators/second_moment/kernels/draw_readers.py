@@ -8,8 +8,11 @@ from typing import Any, Generic, TypeVar, final
 
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import (
+    EmbeddingSamples,
+    FactoredSamples,
+    GradientSamples,
+)
 from kronecker_probe.linalg.gram import CHUNK_ELEMENTS, chunk_rows
 
 S = TypeVar("S", bound=GradientSamples)

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.tokens import EmbeddingSamples
+from kronecker_probe.gradients.samples.base import EmbeddingSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.operators.second_moment.cost_model import Costs, Work, product
 from kronecker_probe.operators.second_moment.kernels.base import Kernels

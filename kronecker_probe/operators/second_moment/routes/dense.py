@@ -12,9 +12,9 @@ from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.linalg.golub_kahan import SingularTriples, leading_triples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
+from kronecker_probe.linalg.rearrangement import project_rearranged, rearrange, restore
 from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.second_moment.routes.base import LeadingProduct, Route
-from kronecker_probe.operators.structures.dense import project_rearranged, rearrange, restore
 
 
 @final

@@ -10,8 +10,12 @@ from torch import Tensor
 from kronecker_probe.errors import MemoryBudgetError
 from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
 from kronecker_probe.linalg.memory import available_bytes
-from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor
-from kronecker_probe.operators.factors.identity_factor import IdentityFactor
+from kronecker_probe.operators.factors.factor import (
+    Eigenbasis,
+    Factor,
+    IdentityFactor,
+    MatrixFactor,
+)
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
 from kronecker_probe.operators.second_moment.routes.base import Group, LeadingProduct, Route
 
