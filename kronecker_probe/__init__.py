@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from kronecker_probe.findings.diagnose import diagnose as diagnose
     from kronecker_probe.findings.finding import Diagnosis as Diagnosis
     from kronecker_probe.findings.finding import Finding as Finding
+    from kronecker_probe.gradients.api import capture as capture
     from kronecker_probe.gradients.batch_means import batch_gradients as batch_gradients
-    from kronecker_probe.gradients.capture import Capture as Capture
-    from kronecker_probe.gradients.capture import capture as capture
+    from kronecker_probe.gradients.coverage import Capture as Capture
     from kronecker_probe.gradients.functional import CurvatureOperator as CurvatureOperator
     from kronecker_probe.gradients.functional import curvature_operator as curvature_operator
+    from kronecker_probe.gradients.layers.modules import register_layer_rule as register_layer_rule
     from kronecker_probe.gradients.loader import capture_loader as capture_loader
     from kronecker_probe.gradients.samples.base import GradientSamples as GradientSamples
     from kronecker_probe.gradients.trajectory.window import GradientWindow as GradientWindow
@@ -73,9 +74,10 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it (a module of the same name is the name itself)
 _PUBLIC = {
-    "capture": "gradients.capture",
-    "Capture": "gradients.capture",
+    "capture": "gradients.api",
+    "Capture": "gradients.coverage",
     "GradientSamples": "gradients.samples.base",
+    "register_layer_rule": "gradients.layers.modules",
     "curvature_operator": "gradients.functional",
     "CurvatureOperator": "gradients.functional",
     "batch_gradients": "gradients.batch_means",

@@ -44,7 +44,7 @@ def test_inputs_that_are_not_finite(value: float) -> None:
         NonFiniteError, "inputs of the batch hold 1 NaN or infinite", "remove",
         model=linear, data=(inputs, LABELS),
     )  # fmt: skip
-    words = ("inputs of the batch",) if math.isnan(value) else ("input of layer '0'", "data")
+    words = ("inputs of the batch",) if math.isnan(value) else ("input of layer '0'", "examples")
     refused(NonFiniteError, *words, data=(inputs, LABELS))  # tanh hides an infinity
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronecker_probe.gradients.layers.base import Call, Form, ProductRule
 from kronecker_probe.gradients.samples.base import (
@@ -26,17 +26,10 @@ _SLACK = 1.2
 
 @dataclass(frozen=True)
 class Extent:
-    """Sizes that all blocks of a capture share."""
+    """Sizes that all parameters of a capture share."""
 
     n_examples: int
     columns: int
-
-
-def matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
-    """(m, n) of a parameter's gradient: the first dimension by the rest, m x 1 for a vector."""
-    if parameter.ndim == 0:
-        return 1, 1
-    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
 
 
 class Block(abc.ABC):
@@ -106,7 +99,7 @@ class _PositionBlock(Block):
 
     def __init__(self, uses: Uses, shape: tuple[int, int], extent: Extent) -> None:
         super().__init__(uses, shape, extent)
-        self.lengths = [call.positions for call, _ in uses]
+        self.lengths = [call.positions(role) for call, role in uses]
         self.total = sum(self.lengths)
         self.partial = self.slices_outputs and any(
             call.reads[role].rows is not None for call, role in uses
@@ -159,14 +152,14 @@ class FactorBlock(_PositionBlock):
         return result
 
     def _inputs(self) -> Tensor:
-        calls = [call for call, _ in self.uses]
-        if len(calls) == 1 and not self.bias:
-            return _own(calls[0].inputs())
+        if len(self.uses) == 1 and not self.bias:
+            call, role = self.uses[0]
+            return _own(call.inputs(role))
         shape = (self.extent.n_examples, self.total, self.shape[1] + self.bias)
-        a = torch.ones(shape, dtype=self._input_dtype(), device=calls[0].x.device)
+        a = torch.ones(shape, dtype=self._input_dtype(), device=self.uses[0][0].x.device)
         start = 0
-        for call, length in zip(calls, self.lengths, strict=True):
-            a[:, start : start + length, : self.shape[1]] = call.inputs()
+        for (call, role), length in zip(self.uses, self.lengths, strict=True):
+            a[:, start : start + length, : self.shape[1]] = call.inputs(role)
             start += length
         return a
 
@@ -188,7 +181,10 @@ class TokenBlock(_PositionBlock):
     def samples(self, weights: Tensor) -> EmbeddingSamples:
         assert self.block is not None
         tokens = torch.cat(
-            [call.inputs()[..., 0].long() + self._first(call, role) for call, role in self.uses],
+            [
+                call.inputs(role)[..., 0].long() + self._first(call, role)
+                for call, role in self.uses
+            ],
             dim=1,
         )
         return EmbeddingSamples(tokens, self.block, self.shape[0], weights)
@@ -251,7 +247,7 @@ class MatrixBlock(Block):
     def __init__(self, uses: Uses, shape: tuple[int, int], extent: Extent) -> None:
         super().__init__(uses, shape, extent)
         self.block: Tensor | None = None
-        self.inputs: dict[Call, Tensor] = {}
+        self.inputs: list[Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -268,10 +264,10 @@ class MatrixBlock(Block):
             shape = (self.extent.n_examples, self.extent.columns, *self.shape)
             device = self.uses[0][0].x.device
             self.block = torch.zeros(shape, dtype=self.dtype(torch.float32), device=device)
-            self.inputs = {call: call.inputs() for call, _ in self.uses}
-        for call, role in self.uses:
+            self.inputs = [call.inputs(role) for call, role in self.uses]
+        for (call, role), a in zip(self.uses, self.inputs, strict=True):
             d = call.outputs(role, gradients[call]).to(self.block.dtype)
-            g = call.matrices(d, self.inputs[call])
+            g = call.matrices(role, d, a)
             self.block[:, column, self.rows(call, role)] += g.view(len(g), -1, self.shape[1])
 
     def samples(self, weights: Tensor) -> MatrixSamples:

@@ -1,4 +1,4 @@
-"""From a model and a batch to the gradient samples of each parameter."""
+"""From a model and one batch to the gradient samples of each parameter."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from kronecker_probe.gradients.assemble import (
     Block,
     Extent,
     FactorBlock,
+    VectorBlock,
     block_for,
     joined,
-    matrix_shape,
     share_outputs,
 )
 from kronecker_probe.gradients.batch_checks import (
-    Pair,
     check_batch,
     check_outputs,
     not_finite,
     origin_of_nan,
-    several_pairs,
 )
 from kronecker_probe.gradients.coverage import Capture
-from kronecker_probe.gradients.layers.base import Call, all_finite, half_range
+from kronecker_probe.gradients.layers.base import Call, all_finite, half_range, matrix_shape
+from kronecker_probe.gradients.layers.modules import ModuleRule
 from kronecker_probe.gradients.losses import LossFunction, ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.per_example.gradients import per_sample_gradients
 from kronecker_probe.gradients.samples.base import GradientSamples, MatrixSamples
@@ -37,13 +36,11 @@ from kronecker_probe.gradients.samples.ownership import owned
 from kronecker_probe.gradients.selection import pairs, select
 from kronecker_probe.gradients.targets import check_target, n_columns, output_gradients
 from kronecker_probe.gradients.tracing.batch_dimension import separate
-from kronecker_probe.gradients.tracing.graph import account, pull_back
+from kronecker_probe.gradients.tracing.graph import Uses, account, pull_back
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.gradients.tracing.modes import mode_note
 from kronecker_probe.gradients.tracing.record import Recording, recording
 from kronecker_probe.linalg.memory import require_memory
-
-__all__ = ["Capture", "capture"]
 
 # Backward passes above which an exact Gauss-Newton deserves a word of warning.
 MANY_COLUMNS = 512
@@ -51,66 +48,30 @@ MANY_COLUMNS = 512
 BIAS = ("separate", "joint")
 
 
-def capture(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    data: Pair | Iterable[Pair],
-    target: str = "ggn",
-    layers: str | Sequence[str] = "*",
-    seed: int = 0,
-    label_draws: int = 1,
-    bias: str = "separate",
-    fallback: bool = True,
-) -> Capture:
-    """Draw the gradients whose second moment is each layer's curvature matrix.
+@dataclass(frozen=True)
+class Request:
+    """The options of ``kp.capture``, which says what they mean."""
 
-    Model, random generators, ``.grad``, training mode, buffers, hooks and the contents of lists,
-    dicts and sets among the attributes are left as they were; the samples share no memory with it.
-    Hooks of the model's own run with it, also in a second, small forward pass that checks on
-    batches of more than 16 data that these do not mix (``gradients.separation`` says how); not
-    where the model writes into tensors of its own, such as a cache.
-    Dropout and batch normalization are measured in evaluation mode.
+    target: str = "ggn"
+    layers: str | Sequence[str] = "*"
+    seed: int = 0
+    label_draws: int = 1
+    bias: str = "separate"
+    fallback: bool = True
 
-    Linear maps, convolutions, embeddings, attention's projections, normalizations over one
-    dimension and biases are measured from their inputs and output gradients, wherever the model
-    calls the function that they end in (F.linear and so on), however often, and with whatever
-    weights it shares; so are they, and parameters, where they are computed once and added to every
-    datum, as a table of positions is. A matrix takes its parameter's layout, shape[0] x the rest:
-    out x (in k k) for a convolution, V x D for an embedding, m x 1 for a bias or a normalization.
+    def __post_init__(self) -> None:
+        check_target(self.target, self.label_draws)
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        if self.bias not in BIAS:
+            raise unknown_name("bias", self.bias, BIAS)
 
-    Args:
-        model: Any module.
-        loss_fn: ``loss_fn(outputs, targets)``, a mean or a sum over data. It is recognized by its
-            values and gradient, so a lambda will do.
-        data: (inputs, targets), data in the first dimension of both; or an iterable of such
-            pairs (a DataLoader), see ``gradients.streaming.capture_loader``.
-        target: "ggn" (exact Gauss-Newton: columns of the loss-Hessian root pulled back),
-            "fisher" (labels sampled from the model) or "empirical-fisher" (the given labels).
-        layers: Glob, or several, of parameter names.
-        seed: Of the sampled labels.
-        label_draws: K sampled labels a datum, for "fisher".
-        bias: "separate", or "joint" for one m x (n + 1) matrix [W b] where a module has a weight
-            and a bias and both are selected, named "<module>.weight+bias".
-        fallback: Whether parameters that are used in any other way are measured by per-sample
-            gradients, at a matrix a datum and column; else they are skipped.
 
-    Returns:
-        Parameter name to samples. Output gradients are those of l_i, datum i's share of the
-        batch loss times N (mean) or 1 (sum); ggn columns weigh 1/N, K label draws 1/(N K).
+def check_model(model: object, loss_fn: object) -> None:
+    """Refuse what is no model, or no loss.
 
     Raises:
-        InvalidInputError: The batch is empty or malformed, an option is out of range, or no
-            parameter can be measured.
-        NonFiniteError: NaN or infinity in parameters, loss, outputs, activations or gradients;
-            the layer is named.
-        UnsupportedError: The loss is none of the supported ones.
-        UnknownNameError: Unknown ``target`` or ``bias``, or a glob that matches nothing.
-        MemoryBudgetError: The samples would not fit; the message says the GB.
+        InvalidInputError: One of them is of another type.
     """
-    check_target(target, label_draws)
-    seed = check_seed(seed)
-    if bias not in BIAS:
-        raise unknown_name("bias", bias, BIAS)
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     if not callable(loss_fn):
@@ -118,19 +79,17 @@ def capture(
             f"loss_fn is {loss_fn!r}; give a function of (outputs, targets), such as "
             "torch.nn.functional.cross_entropy."
         )
-    if several_pairs(data):
-        from kronecker_probe.gradients.loader import capture_loader
 
-        return capture_loader(
-            model, loss_fn, data, target=target, layers=layers, seed=seed,
-            label_draws=label_draws, bias=bias, fallback=fallback,
-        )  # fmt: skip
+
+def capture_batch(
+    model: nn.Module, loss_fn: LossFunction, data: object, request: Request
+) -> Capture:
+    """``kp.capture`` of one batch."""
     inputs, targets = check_batch(data)
-    chosen, skipped = select(model, layers)
+    chosen, skipped = select(model, request.layers)
     parameters = dict(model.named_parameters())
     if broken := not_finite({name: p for name, p in parameters.items() if p.requires_grad}):
         raise NonFiniteError(broken)
-    request = _Request(target, label_draws, seed, bias == "joint", fallback)
     note = mode_note(model)
     with isolated(model):
         # Copies, because a model may write into its inputs, and inference tensors have no graph.
@@ -150,19 +109,8 @@ def capture(
     if not samples:
         raise InvalidInputError(f"No parameter can be measured. {_reasons(ordered)}")
     return Capture(
-        samples, ordered, target, loss.value, accuracy, note, loss.reduction, found.fallback
+        samples, ordered, request.target, loss.value, accuracy, note, loss.reduction, found.fallback
     )
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The options of a capture."""
-
-    target: str
-    label_draws: int
-    seed: int
-    joint: bool
-    fallback: bool
 
 
 @dataclass(frozen=True)
@@ -175,16 +123,16 @@ class _Batch:
     outputs: Tensor
     loss: ResolvedLoss
 
-    def columns(self, request: _Request) -> int:
+    def columns(self, request: Request) -> int:
         return n_columns(request.target, self.loss, self.outputs, request.label_draws)
 
-    def cotangents(self, request: _Request) -> Iterable[Tensor]:
+    def cotangents(self, request: Request) -> Iterable[Tensor]:
         return output_gradients(
             request.target, self.loss, self.outputs.detach(), self.targets, request.label_draws,
             request.seed,
         )  # fmt: skip
 
-    def weights(self, request: _Request) -> Tensor:
+    def weights(self, request: Request) -> Tensor:
         n_examples = self.outputs.shape[0]
         weight = 1.0 / (n_examples * (request.label_draws if request.target == "fisher" else 1))
         return torch.full((n_examples,), weight, dtype=torch.float64, device=self.outputs.device)
@@ -200,7 +148,7 @@ class _Found:
 
 
 def _measure(
-    batch: _Batch, record: Recording, chosen: Mapping[str, nn.Parameter], request: _Request
+    batch: _Batch, record: Recording, chosen: Mapping[str, nn.Parameter], request: Request
 ) -> _Found:
     """From layer inputs and output gradients what is exact, the rest by per-sample gradients."""
     accounting = account(batch.outputs, record, chosen)
@@ -216,13 +164,16 @@ def _measure(
         for name, uses in exact.items()
         if (problem := separation.problem(uses, n_examples))
     }
+    inexact |= _check_module_rules(
+        batch.outputs, {name: uses for name, uses in exact.items() if name not in inexact}, chosen
+    )
     extent = Extent(n_examples, batch.columns(request))
     blocks = {
         name: block_for(uses, matrix_shape(chosen[name]), extent)
         for name, uses in exact.items()
         if name not in inexact
     }
-    joint = pairs(chosen) if request.joint else {}
+    joint = pairs(chosen) if request.bias == "joint" else {}
     whole = _join_calls(blocks, joint)
     share_outputs(blocks)
     rest = {name: chosen[name] for name in chosen if name in inexact}
@@ -244,12 +195,75 @@ def _measure(
     return _joined(_Found(samples, fallback, skipped), chosen, joint, whole)
 
 
+def _check_module_rules(
+    outputs: Tensor, exact: Mapping[str, Uses], chosen: Mapping[str, nn.Parameter]
+) -> dict[str, str]:
+    """Which parameters a user's layer rule leaves out, and why.
+
+    The rules are checked by autograd, at random output gradients of either half of the examples.
+
+    Raises:
+        InvalidInputError: Samples that a rule gives are not those of the parameter; it is named.
+    """
+    gaps: dict[str, str] = {}
+    ruled: dict[str, Uses] = {}
+    for name, uses in exact.items():
+        rules = [(call.rule, call, role) for call, role in uses]
+        found = [rule.gap(role, call) for rule, call, role in rules if isinstance(rule, ModuleRule)]
+        if any(found):
+            gaps[name] = next(filter(None, found))
+        elif found:
+            ruled[name] = uses
+    if not ruled:
+        return gaps
+    generator = torch.Generator("cpu").manual_seed(3)
+    cotangent = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs)
+    odd = torch.arange(len(outputs), device=outputs.device) % 2 == 1
+    for silent in (odd, ~odd):
+        masked = cotangent.clone()
+        masked[silent] = 0
+        for name, uses in ruled.items():
+            _check_sum(outputs, masked, silent, name, uses, chosen[name])
+    return gaps
+
+
+def _check_sum(
+    outputs: Tensor, cotangent: Tensor, silent: Tensor, name: str, uses: Uses, parameter: Tensor
+) -> None:
+    """Whether the samples add up to the gradient of <outputs, cotangent>, without silent ones."""
+    calls = list(dict.fromkeys(call for call, _ in uses))
+    gradients = pull_back(outputs, cotangent, calls, last=False)
+    (expected,) = torch.autograd.grad(outputs, parameter, cotangent, retain_graph=True)
+    block = block_for(uses, matrix_shape(parameter), Extent(len(outputs), 1))
+    block.add(0, dict(zip(calls, gradients, strict=True)))
+    samples = block.samples(torch.ones(len(outputs), dtype=torch.float64, device=outputs.device))
+    total = torch.zeros(samples.shape, dtype=torch.float64, device=outputs.device)
+    square = stray = 0.0
+    for i in range(samples.n_examples):
+        g = samples.matrices(i, i + 1)[0, 0]
+        total += g
+        square += float(g.square().sum())
+        stray = max(stray, float(g.abs().max()) if silent[i] else 0.0)
+    size = square**0.5 + float(torch.linalg.vector_norm(expected.double()))
+    error = float(torch.linalg.vector_norm(total - expected.double().view(total.shape)))
+    eps = max(torch.finfo(kind).eps for kind in (expected.dtype, outputs.dtype))
+    if stray > 0 or not error <= eps ** (2 / 3) * size:
+        rule = next(call.rule for call, _ in uses if isinstance(call.rule, ModuleRule))
+        what = "the sample of an example changes with the output gradients of others"
+        if not stray:
+            what = f"they add up to the gradient of the batch only up to {error / size:.2g} of it"
+        raise InvalidInputError(
+            f"The layer rule of {rule.kind.__name__} gives wrong samples of {name!r}: {what}. "
+            "Correct the function that kp.register_layer_rule got."
+        )
+
+
 def _join_calls(blocks: dict[str, Block], joint: Mapping[str, str]) -> set[str]:
     """Let weights whose every call adds their bias carry it along; returns those weights."""
     whole = set()
     for weight, bias in joint.items():
         one, other = blocks.get(weight), blocks.get(bias)
-        if not isinstance(one, FactorBlock) or other is None:
+        if not isinstance(one, FactorBlock) or not isinstance(other, VectorBlock):
             continue
         alike = [
             {(call, call.reads[role].rows) for call, role in block.uses} for block in (one, other)
@@ -309,7 +323,7 @@ def _require(
 
 
 def _pull_back(
-    batch: _Batch, blocks: Mapping[str, Block], record: Recording, request: _Request
+    batch: _Batch, blocks: Mapping[str, Block], record: Recording, request: Request
 ) -> None:
     """One backward pass a column, into the blocks."""
     used = {call for block in blocks.values() for call, _ in block.uses}
@@ -324,7 +338,7 @@ def _pull_back(
             f"target='ggn' takes {columns} backward passes here, one for each output of a datum; "
             "target='fisher' takes one a label draw.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     for index, cotangent in enumerate(batch.cotangents(request)):
         pulled = pull_back(batch.outputs, cotangent, calls, last=index == columns - 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import math
 import shutil
@@ -26,11 +25,11 @@ from kronecker_probe.errors import (
     UnsupportedError,
     unknown_name,
 )
-from kronecker_probe.gradients.capture import capture
+from kronecker_probe.gradients.capture import Request, capture_batch, check_model
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.samples.base import GradientSamples
-from kronecker_probe.gradients.samples.checks import check_count, check_seed
+from kronecker_probe.gradients.samples.checks import check_count
 from kronecker_probe.linalg.memory import available_bytes
 
 # Steps of the seed from one batch to the next, so that seeds of neighbouring runs never meet.
@@ -80,11 +79,12 @@ def capture_loader(
         UnsupportedError: Batches of different positions or columns with ``spill_to``.
         RunDirectoryError: The directory cannot be written, or the disk is full.
     """
-    seed = check_seed(seed)
-    known = inspect.signature(capture).parameters
+    known = [field.name for field in dataclasses.fields(Request)]
     for name in options:
         if name not in known:
             raise unknown_name("option of a capture", name, [*known, "spill_to", "max_batches"])
+    request = Request(seed=seed, **options)
+    check_model(model, loss_fn)
     batches = _batches(loader, max_batches)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     held: _Memory | _Files = _Memory(device) if spill_to is None else _Files(Path(spill_to))
@@ -97,9 +97,9 @@ def capture_loader(
     try:
         for index, batch in enumerate(batches):
             held.require(index)
-            part_seed = (seed + index * _SEED_STEP) % 2**63
+            seeded = dataclasses.replace(request, seed=(request.seed + index * _SEED_STEP) % 2**63)
             try:
-                part = capture(model, loss_fn, _to(batch, device), seed=part_seed, **options)
+                part = capture_batch(model, loss_fn, _to(batch, device), seeded)
             except UnknownNameError:
                 raise  # an option, not a batch
             except KroneckerProbeError as error:

@@ -19,7 +19,7 @@ from kronecker_probe.errors import (
     UnsupportedError,
     unknown_name,
 )
-from kronecker_probe.gradients.capture import Capture
+from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.gradients.api import capture
 from kronecker_probe.gradients.batch_means import BATCH_GRADIENT, batch_gradients
-from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.losses import LossFunction, resolve_loss
 from kronecker_probe.gradients.samples.checks import check_count

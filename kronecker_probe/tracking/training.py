@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
+from kronecker_probe.gradients.api import capture
 from kronecker_probe.gradients.batch_means import BATCH_GRADIENT
-from kronecker_probe.gradients.capture import capture
 from kronecker_probe.gradients.targets import CAPTURE_TARGETS
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.optim.build import build_optimizer, learning_rates

@@ -6,7 +6,7 @@ import abc
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the N data lie in the leading dimensions of a call, flattened: [before, N, after].
+    """Where the N examples lie in the leading dimensions of a call, flattened: [before, N, after].
 
     [N, T] is Layout(1, T), [T, N] is Layout(T, 1), and so are both flattened to one dimension.
     """
@@ -36,7 +36,7 @@ class Layout:
     after: int
 
     def fits(self, size: int, n_examples: int) -> bool:
-        """Whether leading dimensions of ``size`` entries hold ``n_examples`` data this way."""
+        """Whether leading dimensions of ``size`` entries hold ``n_examples`` examples this way."""
         return self.before * n_examples * self.after == size
 
     def split(self, tensor: Tensor, n_lead: int) -> Tensor:
@@ -52,7 +52,7 @@ class Layout:
 
 
 def layouts(lead: tuple[int, ...], n_examples: int) -> list[Layout]:
-    """All ways in which ``n_examples`` data can lie in ``lead``, batch first before others."""
+    """All ways in which ``n_examples`` examples can lie in ``lead``, batch first before others."""
     whole, split = [], []
     for k, size in enumerate(lead):
         before, after = math.prod(lead[:k]), math.prod(lead[k + 1 :])
@@ -74,11 +74,13 @@ class Read:
         parameter: Its name.
         rows: First and last row (exclusive) if the argument is a slice of it; None for all.
         view: The autograd node and output of the slice.
+        edges: How many edges of the autograd graph lead from the call to the parameter.
     """
 
     parameter: str
     rows: tuple[int, int] | None = None
     view: tuple[Any, int] | None = None
+    edges: int = 1
 
 
 @dataclass(eq=False)
@@ -97,9 +99,9 @@ class Call:
         edge: None where no gradient was tracked.
         output_shape: Of the output.
         output_dtype: Of the output.
-        reads: Role ("weight" or "bias") to the parameter.
+        reads: Role ("weight", "bias", or the name that a user's module gives it) to the parameter.
         weight_shape: Of the weight that the call read; empty without one.
-        layout: Where the data lie; None until that is known.
+        layout: Where the examples lie; None until that is known.
     """
 
     rule: Rule
@@ -119,13 +121,10 @@ class Call:
         """The dimensions of the output among which the batch is."""
         return tuple(self.output_shape[: self.rule.n_lead(self)])
 
-    @property
-    def positions(self) -> int:
-        """T, the rows of a datum."""
+    def positions(self, role: str) -> int:
+        """T, the rows of one example."""
         assert self.layout is not None
-        n_lead = len(self.lead)
-        inner = math.prod(self.output_shape[n_lead:]) // self.rule.width(self)
-        return self.layout.before * self.layout.after * inner
+        return self.layout.before * self.layout.after * self.rule.inner_positions(role, self)
 
     def outputs(self, role: str, gradient: Tensor) -> Tensor:
         """d, [N, T, m], from the gradient of the output."""
@@ -133,25 +132,41 @@ class Call:
         assert self.layout is not None
         return self.layout.arrange(rows, len(self.lead))
 
-    def inputs(self) -> Tensor:
+    def inputs(self, role: str) -> Tensor:
         """a, [N, T, n]; tokens [N, T, 1] for an embedding."""
         assert self.layout is not None
         assert isinstance(self.rule, ProductRule)
-        return self.layout.arrange(self.rule.input_rows(self), len(self.lead))
+        return self.layout.arrange(self.rule.input_rows(role, self), len(self.lead))
 
-    def matrices(self, d: Tensor, a: Tensor) -> Tensor:
+    def matrices(self, role: str, d: Tensor, a: Tensor) -> Tensor:
         """G, [N, m, n], from outputs [N, T, m] and inputs [N, T, n]."""
         assert isinstance(self.rule, ProductRule)
-        return self.rule.matrices(self, d, a)
+        return self.rule.matrices(role, self, d, a)
 
-    def foreign(self, gradient: Tensor, layout: Layout, data: Tensor) -> Tensor:
-        """The rows of ``gradient`` that belong to the ``data`` (a mask) if laid out so."""
-        return layout.split(gradient.reshape(self.output_shape), len(self.lead))[:, data]
+    def examples(self, part: slice) -> Call:
+        """The same call for some of its examples, to be treated in chunks; the layout is known."""
+        x = self._cut(self.x, part)
+        lead = self._cut(self.x.new_empty(self.output_shape, device="meta"), part)
+        return replace(self, x=x, output_shape=lead.shape)
+
+    def examples_of(self, gradient: Tensor, part: slice) -> Tensor:
+        """The output gradient of :meth:`examples`, from that of the whole call."""
+        return self._cut(gradient.reshape(self.output_shape), part)
+
+    def _cut(self, tensor: Tensor, part: slice) -> Tensor:
+        assert self.layout is not None
+        found = self.layout.split(tensor, len(self.lead))[:, part]
+        found = found.squeeze(2) if self.layout.after == 1 else found
+        return found.squeeze(0) if self.layout.before == 1 else found
+
+    def rows_of(self, gradient: Tensor, layout: Layout, examples: Tensor) -> Tensor:
+        """The rows of ``gradient`` that belong to the ``examples`` (a mask) if laid out so."""
+        return layout.split(gradient.reshape(self.output_shape), len(self.lead))[:, examples]
 
     def scales_as(self, gradient: Tensor, scaled: Tensor, layout: Layout, scales: Tensor) -> bool:
-        """Whether ``scaled`` is ``gradient`` times the [N] ``scales`` of the data if laid out so.
+        """Whether ``scaled`` is ``gradient`` times the [N] ``scales`` of examples laid out so.
 
-        False where an entry underflows, of which the bits would tell nothing.
+        False where an entry underflows, because its bits say nothing then.
         """
         n_lead = len(self.lead)
         rows = layout.split(gradient.reshape(self.output_shape), n_lead)
@@ -171,7 +186,7 @@ class Call:
         if not all_finite(self.x):
             raise NonFiniteError(
                 f"The input of layer {self.name!r} holds NaN or infinite values; "
-                f"check the data and the layers before it{half_range(self.x.dtype)}."
+                f"check the examples and the layers before it{half_range(self.x.dtype)}."
             )
         if self.x._version != self.version:
             raise InvalidInputError(
@@ -182,7 +197,7 @@ class Call:
 
 
 class Rule(abc.ABC):
-    """How the gradient of each datum in a function's parameters reads off one of its calls.
+    """How each example's gradient in a function's parameters follows from one of its calls.
 
     Attributes:
         function: The torch function.
@@ -208,6 +223,10 @@ class Rule(abc.ABC):
     def width(self, call: Call) -> int:
         """m, the outputs of one position."""
 
+    def inner_positions(self, role: str, call: Call) -> int:
+        """Positions behind the leading dimensions, such as the pixels of a convolution."""
+        return math.prod(call.output_shape[len(call.lead) :]) // self.width(call)
+
     @abc.abstractmethod
     def form(self, role: str, call: Call) -> Form:
         """In what form the gradient of the parameter in ``role`` comes."""
@@ -221,20 +240,27 @@ class ProductRule(Rule):
     """Gradients that are products of output gradients with inputs."""
 
     @abc.abstractmethod
-    def input_rows(self, call: Call) -> Tensor:
+    def input_rows(self, role: str, call: Call) -> Tensor:
         """[*lead, ..., n]."""
 
     def input_bytes(self, call: Call) -> int:
         """Bytes that the input rows take besides the input itself."""
         return 0
 
-    def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
+    def matrices(self, role: str, call: Call, d: Tensor, a: Tensor) -> Tensor:
         """G, [N, m, n], from outputs [N, T, m] and inputs [N, T, n]."""
         return d.mT @ a.to(d.dtype)
 
 
+def matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """(m, n) of a parameter's gradient: the first dimension by the rest, m x 1 for a vector."""
+    if parameter.ndim == 0:
+        return 1, 1
+    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
+
+
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite; one pass over the data in the usual case."""
+    """Whether all entries are finite; one pass in the usual case."""
     if not tensor.is_floating_point():
         return True
     # a sum of finite values may overflow, and only then each is looked at

@@ -43,7 +43,7 @@ class ConvolutionRule(ProductRule):
         pixels = gradient.flatten(-self.spatial)
         return total(pixels) if role == "bias" else pixels.mT
 
-    def input_rows(self, call: Call) -> Tensor:
+    def input_rows(self, role: str, call: Call) -> Tensor:
         """Patches, [*lead, P, in k k], as the weight flattens."""
         options, k = call.options, call.weight_shape[2:]
         stride = _tuple(options.get("stride", 1), self.spatial)
@@ -69,10 +69,10 @@ class ConvolutionRule(ProductRule):
         patch = math.prod(call.weight_shape[1:]) * call.options.get("groups", 1)
         return int(pixels * patch * call.x.element_size())
 
-    def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
+    def matrices(self, role: str, call: Call, d: Tensor, a: Tensor) -> Tensor:
         groups = call.options.get("groups", 1)
         if groups == 1:
-            return super().matrices(call, d, a)
+            return super().matrices(role, call, d, a)
         n_examples, positions, m = d.shape
         d = d.reshape(n_examples, positions, groups, m // groups).transpose(1, 2)
         a = a.reshape(n_examples, positions, groups, -1).transpose(1, 2).to(d.dtype)

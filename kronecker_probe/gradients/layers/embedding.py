@@ -46,8 +46,8 @@ class EmbeddingRule(ProductRule):
         padding %= call.weight_shape[0]
         return gradient.masked_fill((call.x == padding)[..., None], 0)
 
-    def input_rows(self, call: Call) -> Tensor:
+    def input_rows(self, role: str, call: Call) -> Tensor:
         return call.x[..., None]
 
-    def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
+    def matrices(self, role: str, call: Call, d: Tensor, a: Tensor) -> Tensor:
         return one_hot_products(a[..., 0].long(), d, call.weight_shape[0])

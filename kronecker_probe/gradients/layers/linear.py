@@ -33,5 +33,5 @@ class LinearRule(ProductRule):
     def output_rows(self, role: str, call: Call, gradient: Tensor) -> Tensor:
         return gradient
 
-    def input_rows(self, call: Call) -> Tensor:
+    def input_rows(self, role: str, call: Call) -> Tensor:
         return call.x

@@ -201,7 +201,7 @@ def _by_zeros(
             masked = cotangent.clone()
             masked[zeroed] = 0
             possible = [
-                [one for one in left if not bool(call.foreign(g, one, zeroed).count_nonzero())]
+                [one for one in left if not bool(call.rows_of(g, one, zeroed).count_nonzero())]
                 for call, g, left in zip(
                     calls, _gradients(outputs, masked, calls), possible, strict=True
                 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kronecker_probe.gradients.layers.base import Call, Form, ProductRule, Read
+from kronecker_probe.gradients.layers.modules import ModuleRule
 from kronecker_probe.gradients.tracing.record import Recording
 
 # Nodes whose backward moves entries only, and needs nothing that was saved.
@@ -65,6 +66,8 @@ def spread(
 def _may_lack(call: Call, n_examples: int) -> bool:
     """Whether the output may be the same for all data, as [T, D] or [1, T, D]."""
     lead = call.lead
+    if isinstance(call.rule, ModuleRule):
+        return False
     return len(lead) == len(call.output_shape) - 1 and (len(lead) == 1 or lead[0] != n_examples)
 
 
@@ -196,11 +199,11 @@ class TableRule(ProductRule):
     def output_rows(self, role: str, call: Call, gradient: Tensor) -> Tensor:
         return gradient.flatten(1)
 
-    def input_rows(self, call: Call) -> Tensor:
+    def input_rows(self, role: str, call: Call) -> Tensor:
         """[N, 1] of ones; the gradient of a sum has no factor."""
         return call.x.new_ones(1).expand(call.output_shape[0], 1)
 
-    def matrices(self, call: Call, d: Tensor, a: Tensor) -> Tensor:
+    def matrices(self, role: str, call: Call, d: Tensor, a: Tensor) -> Tensor:
         shape, operand = call.output_shape, call.options["operand"]
         g = d.reshape(shape)
         missing = len(shape) - len(operand)

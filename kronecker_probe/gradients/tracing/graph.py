@@ -36,17 +36,25 @@ class Accounting:
 
 
 def account(
-    outputs: Tensor, record: Recording, parameters: Mapping[str, nn.Parameter]
+    outputs: Tensor | Sequence[Tensor],
+    record: Recording,
+    parameters: Mapping[str, nn.Parameter],
 ) -> Accounting:
     """Sort the parameters by whether their recorded calls are all that the outputs depend on.
 
+    Only the nodes of the graph are read, so that it may have been backpropagated already.
+
     Args:
-        outputs: What the model returned, [N, ...].
+        outputs: What the model returned, [N, ...]; or several tensors that depend on all its
+            results, such as the loss, with nothing assumed about their batch.
         record: The calls of that forward pass; see ``broadcast.spread`` for what is changed.
         parameters: Parameter name to the parameter.
     """
-    nodes = _below([outputs.grad_fn])
-    spread(record, parameters, nodes, outputs.shape[0])
+    nodes = _below(
+        [one.grad_fn for one in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+    )
+    if isinstance(outputs, Tensor) and outputs.ndim:
+        spread(record, parameters, nodes, outputs.shape[0])
     recorded = record.by_parameter()
     graph = _walk(nodes, parameters, recorded)
     result = Accounting({}, {}, {})
@@ -176,7 +184,8 @@ def _unaccounted(name: str, reached: Uses, graph: _Graph) -> str:
     """Why the calls are not the whole gradient of a parameter; empty if they are."""
     views = [view for call, role in reached if (view := call.reads[role].view) is not None]
     counted = Counter(views)
-    whole = len(reached) - len(views) + len({node for node, _ in views})
+    edges = (call.reads[role].edges for call, role in reached if call.reads[role].view is None)
+    whole = sum(edges) + len({node for node, _ in views})
     nodes = {node for node, _ in views}
     # each slice must come straight from the parameter (what it passes on the way may have other
     # readers), and have no other reader itself

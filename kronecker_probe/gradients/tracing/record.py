@@ -9,9 +9,11 @@ few functions. What else reads a parameter is found by
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from kronecker_probe.gradients.layers import RULES
 from kronecker_probe.gradients.layers.base import Call, Read, Rule
+from kronecker_probe.gradients.layers.modules import ModuleRule, module_rule
 from kronecker_probe.gradients.tracing.isolation import held_tensors
 
 ROLES = ("weight", "bias")
@@ -63,12 +67,21 @@ def recording(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
     held = [
         (tensor, tensor._version) for tensor in held_tensors(model) if not tensor.is_inference()
     ]
-    with _Recorder(record, parameters, type(model).__name__):
+    recorder = Recorder(record, parameters, type(model).__name__)
+    with recorder, recorder.watching(model):
         yield record
     record.wrote = any(tensor._version != version for tensor, version in held)
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
+    """Appends the calls that read parameters to a recording, as long as it is entered.
+
+    Args:
+        record: To append to.
+        parameters: Those to look for, by name.
+        model: Name of a layer that is the whole model.
+    """
+
     def __init__(
         self, record: Recording, parameters: Mapping[str, nn.Parameter], model: str
     ) -> None:
@@ -76,6 +89,78 @@ class _Recorder(TorchFunctionMode):
         self.record = record
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.model = model
+        self.open: list[tuple[int, list[Any]]] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """With hooks on the modules whose class has a rule of the user's own."""
+        handles = []
+        for module in model.modules():
+            rule = module_rule(module)
+            reads = {
+                role: name
+                for role, parameter in module.named_parameters(recurse=False)
+                if (name := self.names.get(id(parameter))) is not None
+            }
+            if rule is not None and reads:
+                handles += [
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    module.register_forward_hook(
+                        partial(self._leave, rule, reads), with_kwargs=True, prepend=True
+                    ),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.open.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nodes = [x.grad_fn for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.open.append((len(self.record.calls), nodes))
+
+    def _leave(
+        self,
+        rule: ModuleRule,
+        reads: Mapping[str, str],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """Put one call of the module in place of the calls of functions that it is made of."""
+        first, nodes = self.open.pop()
+        inside = self.record.calls[first:]
+        del self.record.calls[first:]
+        for call in inside:
+            rest = {
+                r: read for r, read in call.reads.items() if read.parameter not in reads.values()
+            }
+            if rest:
+                self.record.calls.append(replace(call, reads=rest))
+        problem = rule.problem(bound := rule.bind((module, *args), kwargs) | {"output": output})
+        if problem:
+            for name in reads.values():
+                self.record.problems.setdefault(name, problem)
+            return output
+        output, edge = _edge(output)
+        x = bound["input"]
+        counts = _edges_between(edge, nodes, self.names)
+        self.record.calls.append(
+            Call(
+                rule=rule,
+                name=self._layer(next(iter(reads.values()))),
+                options=rule.options(bound),
+                x=x.detach(),
+                version=x._version,
+                edge=edge,
+                output_shape=output.shape,
+                output_dtype=output.dtype,
+                reads={role: Read(name, edges=counts[name]) for role, name in reads.items()},
+            )
+        )
+        return output
 
     def __torch_function__(
         self,
@@ -141,6 +226,27 @@ class _Recorder(TorchFunctionMode):
 
 
 _DROPPED = ("input", "weight", "bias")
+
+
+def _edges_between(
+    edge: GradientEdge | None, inputs: list[Any], names: Mapping[int, str]
+) -> Counter[str]:
+    """Edges into each parameter from the nodes above the inputs and below an output."""
+    counts: Counter[str] = Counter()
+    seen = set(inputs)
+    stack: list[Any] = [] if edge is None else [edge.node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            name = names.get(id(getattr(following, "variable", None)))
+            if name is None:
+                stack.append(following)
+            else:
+                counts[name] += 1
+    return counts
 
 
 def _rows(view: Tensor, base: Tensor) -> tuple[int, int] | None:

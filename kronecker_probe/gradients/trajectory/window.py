@@ -18,7 +18,7 @@ from kronecker_probe.errors import (
     NonFiniteError,
     UnsupportedError,
 )
-from kronecker_probe.gradients.assemble import matrix_shape
+from kronecker_probe.gradients.layers.base import matrix_shape
 from kronecker_probe.gradients.parameters import Parameters, chosen_parameters
 from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.gradients.trajectory.budget import check_window, parse_bytes, plan_ranks
