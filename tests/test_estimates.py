@@ -17,8 +17,8 @@ import kronecker_probe as kp
 from kronecker_probe.quality.estimates import estimator as estimator_module
 from kronecker_probe.quality.estimates import grouped
 from kronecker_probe.quality.estimates.closed_forms import PRODUCTS, Grams
-from kronecker_probe.quality.estimates.draws import Draws
 from kronecker_probe.quality.estimates.estimator import Estimator
+from kronecker_probe.quality.estimates.examples import Examples
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS, jackknife
 from tests import estimate_oracle as oracle
 
@@ -75,7 +75,7 @@ def test_every_replicate_is_the_enumeration_over_distinct_draws(
 ) -> None:
     d, a = draw(7, 2, 2, 3)
     H = kp.SecondMoment(samples_of(d, a, weights))
-    draws = Draws(H)
+    draws = Examples(H)
     grams = Grams.of(draws, H)
     assert grams is not None
     side = {"left-only": 0, "right-only": 1}.get(name)
@@ -160,7 +160,7 @@ def test_distinct_indices_make_every_inner_product_unbiased() -> None:
     for chosen in itertools.product(range(3), repeat=4):
         index = torch.tensor(chosen)
         target = kp.SecondMoment(samples_of(d[index], a[index]))
-        grams = Grams.of(Draws(target), target)
+        grams = Grams.of(Examples(target), target)
         assert grams is not None
         one = grams.products([PRODUCTS["kfac"]])[0]
         side = grams.one_sided(0)  # |L|^2 / n of L = E[|a|^2 S] is unbiased likewise
@@ -276,7 +276,7 @@ def test_blocks_are_the_sum_of_their_products(name: str) -> None:
             cross, square = cross + one.cross, square + one.approximation
     torch.testing.assert_close(found.cross, cross.double(), rtol=SAME, atol=0)
     torch.testing.assert_close(found.approximation, square.double(), rtol=SAME, atol=0)
-    torch.testing.assert_close(found.target, Draws(H).target_squares, rtol=SAME, atol=0)
+    torch.testing.assert_close(found.target, Examples(H).target_squares, rtol=SAME, atol=0)
 
 
 @pytest.mark.usefixtures("outspoken")
@@ -309,7 +309,7 @@ def test_groups_hold_no_draw_twice(name: str, groups: int, monkeypatch: pytest.M
     monkeypatch.setattr(grouped, "GROUPS", groups)
     given = shared(6, 3)
     H = kp.SecondMoment(given)
-    draws = Draws(H)
+    draws = Examples(H)
     found = grouped.Grouped(draws, H).product(name)
     assert isinstance(given.weights, Tensor)
     g = given.matrices().numpy()
@@ -361,7 +361,7 @@ def test_single_positions_agree_between_rows_of_grams_and_groups(
     d, a = draw(12, 2, 3, 4, seed=10)
     weights = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 0.1
     H = kp.SecondMoment(samples_of(d, a, weights))
-    draws = Draws(H)
+    draws = Examples(H)
     grams, groups = Grams.of(draws, H), grouped.Grouped(draws, H)
     assert grams is not None
     order = torch.tensor([int(group) for group in draws.groups(12)])

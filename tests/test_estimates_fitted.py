@@ -11,8 +11,8 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UnknownNameError, UnsupportedError
-from kronecker_probe.quality.estimates.draws import Draws
-from kronecker_probe.quality.estimates.forms import draw_forms
+from kronecker_probe.quality.estimates.examples import Examples
+from kronecker_probe.quality.estimates.forms import example_forms
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
 
 # float64 sums of positive terms in another order, and iterations that stop near rounding
@@ -59,7 +59,7 @@ def equal(samples: kp.GradientSamples) -> kp.SecondMoment:
 def test_the_estimate_is_the_jackknife_over_refits_without_groups(name: str) -> None:
     given = dependent(80)
     H = kp.SecondMoment(given)
-    groups = Draws(H).groups(8)
+    groups = Examples(H).groups(8)
     assert sorted(torch.cat(groups).tolist()) == list(range(80))
 
     def in_sample(kept: list[int]) -> float:
@@ -114,7 +114,7 @@ def test_two_halves_give_a_bracket_with_the_held_out_value_inside() -> None:
 
 def _plain(H: kp.SecondMoment, name: str = "shampoo") -> float:
     """The cross-fitted cosine of halves, from its definition."""
-    one, two = Draws(H).groups(2)
+    one, two = Examples(H).groups(2)
     total = 0.0
     for fit, score in ((one, two), (two, one)):
         P = kp.approximate(equal(H.samples.subset(fit)), name)
@@ -126,7 +126,7 @@ def _plain(H: kp.SecondMoment, name: str = "shampoo") -> float:
 def test_held_out_scores_the_factors_of_one_half_on_the_other(name: str) -> None:
     """Its pseudo-values' mean, from refitted-nothing leave-one-out values."""
     H = kp.SecondMoment(dependent(80, seed=3))
-    halves = Draws(H).groups(2)
+    halves = Examples(H).groups(2)
     given = H.samples
     forms = {}
     for fit, score in (halves, halves[::-1]):
@@ -159,7 +159,7 @@ def test_the_first_order_jackknife_of_the_optimum_is_near_that_over_all_refits()
         part = given.subset([i for i in range(200) if i != left_out])
         target = equal(part)
         sigma = float(target.kronecker_spectrum(1)[0])
-        draws = Draws(target)
+        draws = Examples(target)
         values.append(sigma / math.sqrt(float(draws.target_squares[0])))
     pseudo = 200 * values[0] - 199 * np.array(values[1:])
     stderr = pseudo.std(ddof=1) / math.sqrt(200)
@@ -197,7 +197,7 @@ def test_forms_are_those_of_dense_matrices(operator: kp.DiagonalOperator, positi
         )
     g = given.matrices().flatten(2)
     expected = torch.einsum("icp,pq,icq->i", g, operator.to_dense(), g)
-    found = draw_forms(kp.SecondMoment(given), operator)
+    found = example_forms(kp.SecondMoment(given), operator)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -206,7 +206,7 @@ def test_an_operator_of_ones_own_is_scored_by_plain_means() -> None:
     H = kp.SecondMoment(given)
     P = kp.KroneckerOperator(torch.eye(3).double(), torch.eye(4).double(), 3.0)
     found = kp.estimate(H, P)
-    mean = float(draw_forms(H, P).mean()) / P.norm()
+    mean = float(example_forms(H, P).mean()) / P.norm()
     assert found.value == pytest.approx(mean / math.sqrt(off_diagonal_square(given)), abs=0.01)
     assert 0 < found.stderr < 0.1
     identity = kp.estimate(H, "identity")

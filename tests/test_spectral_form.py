@@ -13,7 +13,7 @@ import torch
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.operators import spectral_form as module
-from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
+from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.spectral_form import (
     DrawForm,
     SpectralForm,
@@ -58,7 +58,7 @@ def probe(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
 
 @every_case
 def test_draws_are_the_rows_of_a_root_of_H(case: Case) -> None:
-    draws, X = DrawSpace(case.samples()), rows(case)
+    draws, X = SampleRows(case.samples()), rows(case)
     assert draws.count == len(X)
     assert_close(as_numpy(draws.gram()), X @ X.T, ENTRIES)
     x = probe(case.shape)
@@ -78,7 +78,7 @@ def test_embedding_draws_equal_their_matrices() -> None:
     weights = torch.tensor(rng.uniform(0, 1, 9))
     samples = kp.GradientSamples.from_embedding(tokens, d, 6, weights)
     case = Case("", matrices=as_numpy(samples.matrices()), given_weights=weights.numpy())
-    sparse, formed = DrawSpace(samples), DrawSpace(case.samples())
+    sparse, formed = SampleRows(samples), SampleRows(case.samples())
     assert_close(as_numpy(sparse.gram()), as_numpy(formed.gram()), ENTRIES)
     x, c = probe((6, 3)), torch.tensor(rng.standard_normal((2, 18)))
     assert_close(as_numpy(sparse.coefficients(x)), as_numpy(formed.coefficients(x)), ENTRIES)
@@ -87,10 +87,8 @@ def test_embedding_draws_equal_their_matrices() -> None:
 
 def test_a_gram_in_several_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     import kronecker_probe.linalg.gram as gram_module
-    import kronecker_probe.operators.second_moment.kernels.draw_readers as draw_module
 
     monkeypatch.setattr(gram_module, "CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr(draw_module, "CHUNK_ELEMENTS", 64)
     for case in (
         factors_case("", 9, 4, 3, columns=2, positions=2),
         factors_case("", 9, 3, 2, positions=4),  # formed: T^2 (m + n) > m n
@@ -98,12 +96,12 @@ def test_a_gram_in_several_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -
         matrices_case("", 9, 4, 3, columns=2),
     ):
         X = rows(case)
-        assert_close(as_numpy(DrawSpace(case.samples()).gram()), X @ X.T, ENTRIES)
+        assert_close(as_numpy(SampleRows(case.samples()).gram()), X @ X.T, ENTRIES)
 
 
 def test_drawn_gradients_have_the_second_moment_of_H() -> None:
     case = factors_case("", 40, 3, 2, columns=3, positions=1)
-    draws = DrawSpace(case.samples())
+    draws = SampleRows(case.samples())
 
     def gradients(count: int, seed: int) -> Array:
         return np.array([as_numpy(g).reshape(-1) for g in draws.gradients(count, seed)])

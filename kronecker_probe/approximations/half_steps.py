@@ -14,6 +14,7 @@ from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
+from kronecker_probe.operators.second_moment.kernels.factored import transformed
 from kronecker_probe.operators.second_moment.routes.alternation import iterates_in_float32
 from kronecker_probe.operators.second_moment.target import SecondMoment
 
@@ -177,9 +178,7 @@ class FactoredHalfSteps(HalfSteps):
     """
 
     def __init__(self, samples: FactoredSamples, scale: float, left: Tensor, right: Tensor) -> None:
-        d = _transformed(samples.output_grads, left)
-        a = _transformed(samples.inputs, right)
-        self._kernels = kernels_for(FactoredSamples(d, a, samples.weights * scale))
+        self._kernels = kernels_for(transformed(samples, left, right, scale))
         self._transforms = left, right
         self.single = iterates_in_float32(self._kernels, samples)
 
@@ -197,14 +196,6 @@ class FactoredHalfSteps(HalfSteps):
         # the columns of T are orthogonal, so this inverts its transpose on the range
         lifting = transform / transform.square().sum(dim=0)
         return Step(reduced, lambda: MatrixFactor(lifting @ reduced @ lifting.T))
-
-
-def _transformed(rows: Tensor, transform: Tensor) -> Tensor:
-    """X T of ``rows`` [N, ..., k], float64, a datum at a time."""
-    out = transform.new_empty(*rows.shape[:-1], transform.shape[1])
-    for one, image in zip(rows, out, strict=True):
-        torch.matmul(one.double(), transform, out=image)
-    return out
 
 
 @final

@@ -6,6 +6,10 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.factors.factor import SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.kernels.factored import (
+    pooled_vectors,
+    position_vectors,
+)
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
@@ -35,8 +39,7 @@ def kfac_reduce(target: SecondMoment) -> KroneckerOperator:
     samples = _factored(target, "K-FAC-reduce")
     if samples.n_positions == 1:
         return kfac(target)
-    outputs = Rows(samples.output_grads.double().mean(dim=2))
-    inputs = Rows(samples.inputs.double().sum(dim=1, keepdim=True))
+    outputs, inputs = pooled_vectors(samples)
     w = samples.weights
     total = float(w.sum())
     shares = w / total if total > 0 else w
@@ -69,9 +72,7 @@ def _position_rows(target: SecondMoment, samples: FactoredSamples) -> tuple[Rows
     left, right = target.left_factor, target.right_factor
     if isinstance(left, SampleFactor) and isinstance(right, SampleFactor):
         return left.rows, right.rows
-    return Rows(samples.output_grads.transpose(1, 2).flatten(0, 1)), Rows(
-        samples.inputs.flatten(0, 1)[:, None]
-    )
+    return position_vectors(samples)
 
 
 def _factored(target: SecondMoment, who: str) -> FactoredSamples:

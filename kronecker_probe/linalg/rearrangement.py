@@ -31,6 +31,6 @@ def one_hot_products(tokens: Tensor, d: Tensor, vocabulary: int) -> Tensor:
     """sum_t e_k(t) d_t^T of tokens [..., T] and ``d`` [..., T, D], as [prod(...), V, D]."""
     count, width = tokens.shape[:-1].numel(), d.shape[-1]
     first = torch.arange(count, device=d.device)[:, None] * vocabulary
-    rows = tokens.reshape(count, -1) + first
+    rows = tokens.reshape(count, tokens.shape[-1]) + first
     g = d.new_zeros(count * vocabulary, width)
     return g.index_add_(0, rows.flatten(), d.reshape(-1, width)).view(count, vocabulary, width)

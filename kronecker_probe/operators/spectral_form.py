@@ -20,7 +20,7 @@ from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.factors.factor import Eigenbasis
-from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
+from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.block import BlockOperator
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
@@ -195,7 +195,7 @@ class DenseForm(SpectralForm):
 class DrawForm(SpectralForm):
     """Eigenvectors X^T u / |X^T u| of H = X^T X, from the Gram X X^T of the draws."""
 
-    def __init__(self, draws: DrawSpace) -> None:
+    def __init__(self, draws: SampleRows) -> None:
         values, vectors = eigh_descending(draws.gram())
         floor = len(values) * torch.finfo(torch.float64).eps * max(0.0, float(values[0]))
         rank = min(int((values > floor).sum()), draws.shape[0] * draws.shape[1])
@@ -269,7 +269,7 @@ _KNOWN: WeakKeyDictionary[SecondMoment, SpectralForm | None] = WeakKeyDictionary
 
 
 def _second_moment_form(target: SecondMoment) -> SpectralForm | None:
-    draws = DrawSpace(target.samples)
+    draws = SampleRows(target.samples)
     if target.shape[0] * target.shape[1] <= draws.count:
         return _dense_form(target)
     if draws.count > EXACT_SIZE:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.kernels.factored import unshared
 from kronecker_probe.operators.second_moment.target import SecondMoment
-from kronecker_probe.quality.estimates.draws import Draws, pair_statistic, unshared
+from kronecker_probe.quality.estimates.examples import Examples, pair_statistic
 from kronecker_probe.quality.estimates.replicates import Replicates, leave_one_out
 
 
@@ -60,14 +61,14 @@ class Grams:
         inputs: a, [N, 1, n].
     """
 
-    def __init__(self, draws: Draws, outputs: Rows, inputs: Rows) -> None:
+    def __init__(self, draws: Examples, outputs: Rows, inputs: Rows) -> None:
         self._draws = draws
         self.shape = outputs.size, inputs.size
         self._outputs = outputs
         self._inputs = inputs
 
     @staticmethod
-    def of(draws: Draws, target: SecondMoment) -> Grams | None:
+    def of(draws: Examples, target: SecondMoment) -> Grams | None:
         """Those of ``target``, H itself or a block; None where its draws are no d a^T."""
         rows = target.sample_rows()
         if rows is None:
@@ -131,7 +132,7 @@ class Grams:
         return Replicates(square, self._draws.target_squares, square, single=True)
 
 
-def identity(draws: Draws, sizes: Tensor, shape: tuple[int, int]) -> Replicates:
+def identity(draws: Examples, sizes: Tensor, shape: tuple[int, int]) -> Replicates:
     """(Tr H / mn) I: <H, P> = |P|^2 = (Tr H)^2 / mn, of draws with sizes |G_i|^2."""
     parts = draws.shares * sizes
     rows = parts * (parts.sum() - parts)
@@ -139,17 +140,17 @@ def identity(draws: Draws, sizes: Tensor, shape: tuple[int, int]) -> Replicates:
     return Replicates(square, draws.target_squares, square, single=True)
 
 
-def trace(draws: Draws) -> Tensor:
+def trace(draws: Examples) -> Tensor:
     """Tr H of all draws and without each, of the scale of H."""
     return draws.scale * _mean(draws, draws.sizes)
 
 
-def norm(draws: Draws) -> Tensor:
+def norm(draws: Examples) -> Tensor:
     """|H| likewise."""
     return draws.scale * draws.target_squares.sqrt()
 
 
-def _mean(draws: Draws, values: Tensor) -> Tensor:
+def _mean(draws: Examples, values: Tensor) -> Tensor:
     parts = draws.shares * values
     return leave_one_out(parts.sum(), parts) / draws.totals
 

@@ -14,15 +14,16 @@ from kronecker_probe.approximations import Spec, resolve
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
 from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.base import Operator
+from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.block import spans
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.quality.estimates import closed_forms
 from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, Grams
-from kronecker_probe.quality.estimates.draws import Draws, pair_statistic
 from kronecker_probe.quality.estimates.estimate import Bound, Estimate, abstention
+from kronecker_probe.quality.estimates.examples import Examples, pair_statistic
 from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fixed_operator
-from kronecker_probe.quality.estimates.forms import diagonal_pairs, weakest_direction
+from kronecker_probe.quality.estimates.forms import weakest_direction
 from kronecker_probe.quality.estimates.grouped import Grouped
 from kronecker_probe.quality.estimates.replicates import (
     Jackknifed,
@@ -80,7 +81,7 @@ class Estimator:
             )
         check_refits(refits)
         self._target = target
-        self._draws = Draws(target)
+        self._draws = Examples(target)
         same = self._draws.target is target
         self._fits = dict(fits or {})
         self._refits = Refits(self._draws, self._fits if same else {})
@@ -319,7 +320,7 @@ class Estimator:
         if name == "identity":
             return closed_forms.identity(draws, target.quadratic_forms(None, None), target.shape)
         if name == "diagonal":
-            forms, norms = diagonal_pairs(target, draws.shares)
+            forms, norms = kernels_for(target.samples).diagonal_pairs(draws.shares)
             rows = draws.shares * (forms - draws.shares * norms)
             square = pair_statistic(rows, draws.pair_totals)
             return Replicates(square, draws.target_squares, square, single=True)

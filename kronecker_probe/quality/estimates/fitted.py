@@ -23,8 +23,8 @@ from kronecker_probe.approximations import approximate as fit
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
-from kronecker_probe.quality.estimates.draws import Draws
-from kronecker_probe.quality.estimates.forms import draw_forms
+from kronecker_probe.quality.estimates.examples import Examples
+from kronecker_probe.quality.estimates.forms import example_forms
 from kronecker_probe.quality.estimates.replicates import Replicates
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
 
@@ -60,7 +60,7 @@ class Refits:
         whole: Label -> operator fitted to all of them, for those known already.
     """
 
-    def __init__(self, draws: Draws, whole: dict[str, Operator]) -> None:
+    def __init__(self, draws: Examples, whole: dict[str, Operator]) -> None:
         self._draws = draws
         self._whole = whole
         self._half_fits: dict[str, list[Operator] | str] = {}
@@ -149,7 +149,7 @@ class Refits:
         for (group, half), fitted in zip(self._halves, reversed(fits), strict=True):
             p = d.shares[group]
             scale = d.scale * (1.0 - float(p.sum()))  # of the weights of the other half
-            forms = p * draw_forms(half, fitted) / scale
+            forms = p * example_forms(half, fitted) / scale
             cross = torch.full_like(d.target_squares, float(forms.sum() / p.sum()))
             cross[1 + group] = (forms.sum() - forms) / (p.sum() - p)
             columns.append((cross, torch.full_like(cross, (fitted.norm() / scale) ** 2)))
@@ -157,9 +157,9 @@ class Refits:
         return Replicates(cross, d.target_squares, square, single=True)
 
 
-def fixed_operator(draws: Draws, operator: Operator) -> Replicates:
+def fixed_operator(draws: Examples, operator: Operator) -> Replicates:
     """Replicates of an operator that does not depend on the draws: <H, P> is a plain mean."""
-    parts = draws.shares * draw_forms(draws.target, operator) / draws.scale
+    parts = draws.shares * example_forms(draws.target, operator) / draws.scale
     whole = parts.sum()
     cross = torch.cat([whole[None], (whole - parts) / (1.0 - draws.shares)])
     square = torch.full_like(cross, (operator.norm() / draws.scale) ** 2)

@@ -20,7 +20,7 @@ from kronecker_probe.approximations import approximate
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
-from kronecker_probe.quality.estimates.draws import Draws, forms_of_groups
+from kronecker_probe.quality.estimates.examples import Examples, forms_of_groups
 from kronecker_probe.quality.estimates.replicates import Replicates
 
 # Groups of the incomplete statistics; with fewer draws, each is a group of its own.
@@ -51,7 +51,7 @@ class Grouped:
         target: That target, or a block of it, with the same data.
     """
 
-    def __init__(self, draws: Draws, target: SecondMoment) -> None:
+    def __init__(self, draws: Examples, target: SecondMoment) -> None:
         self._draws = draws
         self._target = target
         self._groups = draws.groups(min(GROUPS, draws.count))

@@ -14,7 +14,7 @@ from kronecker_probe.approximations.operands import as_operator
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.linalg.lanczos import damped_powers
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
+from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.spectral_form import spectral_form
 from kronecker_probe.quality.metrics.undefined import (
@@ -226,7 +226,7 @@ def _draws(target: Operator, count: int, seed: int) -> Iterator[Tensor]:
         raise InvalidInputError(
             f"direction_agreement needs gradients=: a {type(target).__name__} holds no draws."
         )
-    return DrawSpace(target.samples).gradients(count, seed)
+    return SampleRows(target.samples).gradients(count, seed)
 
 
 def _check_powers(powers: float | Sequence[float]) -> tuple[float, ...]:

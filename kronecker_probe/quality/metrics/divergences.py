@@ -17,7 +17,7 @@ from kronecker_probe.approximations.operands import as_operator
 from kronecker_probe.linalg.lanczos import quadratic_log
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment.draw_rows import DrawSpace
+from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.spectral_form import (
     EXACT_SIZE,
@@ -176,7 +176,7 @@ def _log_det_mean(
         return form.apply(lambda v: (v / (2 * d) + 1).rsqrt(), x)
 
     if isinstance(target, SecondMoment):
-        draws = DrawSpace(target.samples)
+        draws = SampleRows(target.samples)
         if draws.count < size and draws.count <= EXACT_SIZE and draws.count * size <= HELD_ELEMENTS:
             require_memory(8 * draws.count * (size + draws.count), "The draws", target.device)
             rows = draws.transformed(whiten)

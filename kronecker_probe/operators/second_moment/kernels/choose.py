@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from kronecker_probe.gradients.samples.base import (
     MatrixSamples,
 )
 from kronecker_probe.operators.second_moment.cost_model import OPERATIONS, Costs, Work, machine_of
-from kronecker_probe.operators.second_moment.kernels.base import Kernels, KernelsOf
+from kronecker_probe.operators.second_moment.kernels.base import Kernels, KernelsOf, Parts
 from kronecker_probe.operators.second_moment.kernels.factored import FactorKernels
 from kronecker_probe.operators.second_moment.kernels.matrix import MatrixKernels
 from kronecker_probe.operators.second_moment.kernels.tokens import EmbeddingKernels
@@ -81,8 +82,24 @@ class SharedKernels(Kernels):
     def projected_diagonal(self, left_basis: Tensor | None, right_basis: Tensor | None) -> Tensor:
         return self._of[self.ways["diagonal"]].projected_diagonal(left_basis, right_basis)
 
-    def apply(self, x: Tensor) -> Tensor:
-        return self._of[self.ways["apply"]].apply(x)
+    def _read(self) -> Iterator[tuple[slice, Parts]]:
+        return self._of[self.ways["apply"]]._read()
+
+    def _coefficients(self, parts: Parts, x: Tensor) -> Tensor:
+        return self._of[self.ways["apply"]]._coefficients(parts, x)
+
+    def _combine(self, parts: Parts, c: Tensor, out: Tensor) -> None:
+        self._of[self.ways["apply"]]._combine(parts, c, out)
+
+    def factor_energies(self) -> list[Tensor]:
+        return self._of["factors"].factor_energies()
+
+    def pair_steps(self) -> tuple[int, int]:
+        return self._of[self.ways["pairs"]].pair_steps()
+
+    def products(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
+        two = other._of[self.ways["pairs"]] if isinstance(other, SharedKernels) else other
+        return self._of[self.ways["pairs"]].products(rows, two, columns)
 
     def pair_products(self) -> Tensor:
         return self._of[self.ways["pairs"]].pair_products()

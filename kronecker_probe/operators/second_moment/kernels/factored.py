@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.base import FactoredSamples
+from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.symmetric import (
     add_upper,
@@ -17,8 +17,9 @@ from kronecker_probe.linalg.symmetric import (
     panel_share,
     times_half,
 )
+from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.cost_model import Costs, Work, product
-from kronecker_probe.operators.second_moment.kernels.base import Kernels
+from kronecker_probe.operators.second_moment.kernels.base import Kernels, Parts
 from kronecker_probe.operators.second_moment.kernels.matrix import sum_of_squares
 
 # Chunks of a quarter of the usual size stay in the last cache, with their temporaries.
@@ -36,18 +37,20 @@ class FactorKernels(Kernels):
         m, n = samples.shape
         c, t = samples.n_columns, samples.n_positions
         # elements of one datum in float64, with the images of d and a and the T x T products
-        self._datum = 2 * c * t * m + 2 * t * n + (2 * t * t if t > 1 else 2)
+        self._per_example = 2 * c * t * m + 2 * t * n + (2 * t * t if t > 1 else 2)
 
-    def _chunks(
+    def _read(
         self, dtype: torch.dtype = torch.float64, extra: int = 0
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """(w [k, 1, 1], d [k, C, T, m], a [k, T, n]), with room for ``extra`` elements a datum."""
-        s = self.samples
-        step = chunk_rows((self._datum + extra) * (CACHED if dtype == torch.float64 else 1))
-        for i in range(0, s.n_examples, step):
-            part = slice(i, i + step)
-            weights = self.weights[part, None, None].to(dtype)
-            yield weights, s.output_grads[part].to(dtype), s.inputs[part].to(dtype)
+    ) -> Iterator[tuple[slice, Parts]]:
+        """d [k, C, T, m] and a [k, T, n], with room for ``extra`` elements per example."""
+        s, cached = self.samples, CACHED if dtype == torch.float64 else 1
+        for part in self._ranges(chunk_rows((self._per_example + extra) * cached)):
+            yield part, (s.output_grads[part].to(dtype), s.inputs[part].to(dtype))
+
+    def _chunks(self, dtype: torch.dtype = torch.float64, extra: int = 0) -> Iterator[Parts]:
+        """(w [k, 1, 1], d [k, C, T, m], a [k, T, n])."""
+        for part, (d, a) in self._read(dtype, extra):
+            yield self.weights[part, None, None].to(dtype), d, a
 
     def left_step(self, right: Tensor | None, sign: int = 1) -> Tensor:
         out, dtype = self._sum(self.shape[0], right)
@@ -128,13 +131,69 @@ class FactorKernels(Kernels):
         )
         return paired, formed
 
-    def apply(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for w, d, a in self._chunks():
-            for one, image in zip(x, out, strict=True):
-                coefficients = ((a @ one.T)[:, None] * d).sum(dim=(2, 3)) * w[:, :, 0]
-                combined = (coefficients[:, :, None, None] * d).sum(dim=1)
-                image.addmm_(combined.flatten(0, 1).T, a.flatten(0, 1))
+    def _coefficients(self, parts: Parts, x: Tensor) -> Tensor:
+        d, a = parts
+        return torch.stack([((a @ one.T)[:, None] * d).sum(dim=(2, 3)) for one in x])
+
+    def _combine(self, parts: Parts, c: Tensor, out: Tensor) -> None:
+        d, a = parts
+        for one, image in zip(c, out, strict=True):
+            combined = (one[:, :, None, None] * d).sum(dim=1)
+            image.addmm_(combined.flatten(0, 1).T, a.flatten(0, 1))
+
+    def elementwise_forms(
+        self, values: Tensor, left_basis: Tensor | None, right_basis: Tensor | None
+    ) -> Tensor:
+        if self.samples.n_positions > 1:
+            return super().elementwise_forms(values, left_basis, right_basis)
+        d, a = self._squares(left_basis, right_basis)
+        return ((d @ values) * a).sum(dim=1)
+
+    def energies(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        if self.samples.n_positions > 1:
+            return super().energies(left_basis, right_basis)
+        d, a = self._squares(left_basis, right_basis)
+        return torch.cat([d * a.sum(dim=1, keepdim=True), a * d.sum(dim=1, keepdim=True)], dim=1)
+
+    def diagonal_pairs(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.samples.n_positions > 1:
+            return super().diagonal_pairs(weights)
+        d, a = self._squares(None, None)
+        mean = (d * weights[:, None]).T @ a
+        return ((d @ mean) * a).sum(dim=1), d.square().sum(dim=1) * a.square().sum(dim=1)
+
+    def _squares(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+        """sum_c (Q_L^T d_ic)^{o2} [N, r] and (Q_R^T a_i)^{o2} [N, s] of unshared samples."""
+        d, a = self.samples.output_grads[:, :, 0], self.samples.inputs[:, 0].double()
+        a = (a if right is None else a @ right).square()
+        out: list[Tensor] = []
+        for part in self._ranges(chunk_rows(d.shape[1] * d.shape[2])):
+            rows = d[part].double()
+            out.append((rows if left is None else rows @ left).square().sum(dim=1))
+        return torch.cat(out), a
+
+    def factor_energies(self) -> list[Tensor]:
+        return [
+            torch.cat(
+                [
+                    rows[part].double().square().flatten(1).sum(dim=1)
+                    for part in self._ranges(chunk_rows(rows[0].numel()))
+                ]
+            )
+            for rows in (self.samples.output_grads, self.samples.inputs)
+        ]
+
+    def rearranged(self) -> Tensor:
+        """sum_i w_i vec(S_i) vec(a_i a_i^T)^T, C times fewer products than through H."""
+        if self.samples.n_positions > 1:
+            return super().rearranged()
+        m, n = self.shape
+        out = torch.zeros(m * m, n * n, dtype=torch.float64, device=self.weights.device)
+        for part in self._ranges(chunk_rows(m * m + n * n)):
+            d = self.samples.output_grads[part, :, 0].double()
+            a = self.samples.inputs[part, 0].double()
+            left = (d.mT @ d * self.weights[part, None, None]).flatten(1)
+            out.addmm_(left.T, (a[:, :, None] * a[:, None]).flatten(1))
         return out
 
     def pair_steps(self) -> tuple[int, int]:
@@ -144,25 +203,36 @@ class FactorKernels(Kernels):
         step = max(1, min(side, chunk_rows(rows * (m + n))))
         return step, step
 
-    def pair_block(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
-        if not isinstance(other, FactorKernels):
-            return super().pair_block(rows, other, columns)
+    def _pair_parts(
+        self, rows: slice, other: FactorKernels, columns: slice
+    ) -> tuple[Tensor, Tensor]:
+        """<d, d'> [I, C, T, J, C', T'] and <a, a'> [I, 1, T, J, 1, T'] of two ranges."""
         one, two = self.samples, other.samples
         m, n = self.shape
         d1, a1 = one.output_grads[rows].double(), one.inputs[rows].double()
         d2, a2 = two.output_grads[columns].double(), two.inputs[columns].double()
         (i, c, t, _), (j, e, s, _) = d1.shape, d2.shape
         outputs = (d1.reshape(-1, m) @ d2.reshape(-1, m).T).view(i, c, t, j, e, s)
-        inputs = (a1.reshape(-1, n) @ a2.reshape(-1, n).T).view(i, 1, t, j, 1, s)
-        if t == s == 1:
-            folded = outputs.square_().sum(dim=(1, 2, 4, 5))
-            return folded.mul_(inputs[:, 0, 0, :, 0, 0].square())
-        return (outputs * inputs).sum(dim=5).sum(dim=2).square_().sum(dim=(1, 3))
+        return outputs, (a1.reshape(-1, n) @ a2.reshape(-1, n).T).view(i, 1, t, j, 1, s)
+
+    def products(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
+        if not isinstance(other, FactorKernels):
+            return super().products(rows, other, columns)
+        outputs, inputs = self._pair_parts(rows, other, columns)
+        return (outputs * inputs).sum(dim=5).sum(dim=2)
+
+    def pair_block(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
+        unshared = self.samples.n_positions == other.samples.n_positions == 1
+        if not unshared or not isinstance(other, FactorKernels):
+            return super().pair_block(rows, other, columns)
+        outputs, inputs = self._pair_parts(rows, other, columns)
+        folded = outputs.square_().sum(dim=(1, 2, 4, 5))
+        return folded.mul_(inputs[:, 0, 0, :, 0, 0].square())
 
     def costs(self) -> Costs:
         (m, n), s = self.shape, self.samples
         count, c, t = float(s.n_examples), s.n_columns, s.n_positions
-        chunks = count / chunk_rows(CACHED * self._datum)
+        chunks = count / chunk_rows(CACHED * self._per_example)
         # the factors and their images, read and written a few times
         moved = 8 * 4 * count * (c * t * m + t * n)
         passes = Work(stream=moved, calls=30 * (chunks + 1))
@@ -191,6 +261,57 @@ class FactorKernels(Kernels):
             apply=Work(flops=2 * 2 * count * t * m * n / 1, stream=moved, calls=10 * chunks),
             nbytes=8.0 * 4 * (m * m + n * n) + 1e8,
         )
+
+
+def vectors(samples: FactoredSamples) -> tuple[Rows, Rows]:
+    """d and a; a position is a vector like a column is, as both sum within one example."""
+    return Rows(samples.output_grads.flatten(1, 2)), Rows(samples.inputs)
+
+
+def pooled_vectors(samples: FactoredSamples) -> tuple[Rows, Rows]:
+    """The mean of d and the sum of a over positions."""
+    d, a = samples.output_grads.double(), samples.inputs.double()
+    return Rows(d.mean(dim=2)), Rows(a.sum(dim=1, keepdim=True))
+
+
+def position_vectors(samples: FactoredSamples) -> tuple[Rows, Rows]:
+    """d as [N T, C, m] and a as [N T, 1, n]: each position as an example of its own."""
+    d, a = samples.output_grads.transpose(1, 2), samples.inputs
+    return Rows(d.flatten(0, 1)), Rows(a.flatten(0, 1)[:, None])
+
+
+def transformed(
+    samples: FactoredSamples, left: Tensor, right: Tensor, scale: float
+) -> FactoredSamples:
+    """The samples T_L^T G T_R in float64, with ``scale`` times their weights."""
+
+    def times(rows: Tensor, transform: Tensor) -> Tensor:
+        out = transform.new_empty(*rows.shape[:-1], transform.shape[1])
+        for one, image in zip(rows, out, strict=True):
+            torch.matmul(one.double(), transform, out=image)
+        return out
+
+    d, a = times(samples.output_grads, left), times(samples.inputs, right)
+    return FactoredSamples(d, a, samples.weights * scale)
+
+
+def unshared(samples: GradientSamples) -> FactoredSamples | None:
+    """The samples as G_ic = d_ic a_i^T; None where they are no such products.
+
+    A parameter of one column (a bias, a norm's weight) has a = 1 whatever its layer shares.
+    """
+    if isinstance(samples, FactoredSamples) and samples.n_positions == 1:
+        return samples
+    m, n = samples.shape
+    if n == 1:
+        d = samples.matrices().mT  # [N, C, 1, m]
+        a = d.new_ones(len(d), 1, 1)
+    elif m == 1 and samples.n_columns == 1:
+        a = samples.matrices()[:, 0]  # [N, 1, n]
+        d = a.new_ones(len(a), 1, 1, 1)
+    else:
+        return None
+    return FactoredSamples(d, a, samples.weights, samples.independent)
 
 
 def _products(x: Tensor, half: Tensor | None, sign: int = 1) -> Tensor:

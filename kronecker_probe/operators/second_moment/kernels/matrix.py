@@ -19,7 +19,7 @@ from kronecker_probe.linalg.symmetric import (
     times_half,
 )
 from kronecker_probe.operators.second_moment.cost_model import Costs, Work, product
-from kronecker_probe.operators.second_moment.kernels.base import Kernels, squared_products
+from kronecker_probe.operators.second_moment.kernels.base import Kernels, Parts, products_of
 
 # Matrices formed from factors are kept from one sum to the next up to this size.
 HELD_BYTES = 1 << 28
@@ -34,9 +34,9 @@ class MatrixKernels(Kernels):
     def __init__(self, samples: GradientSamples) -> None:
         super().__init__(samples)
         m, n = samples.shape
-        self._datum = samples.n_columns * m * n
+        self._per_example = samples.n_columns * m * n
         self._formed = not isinstance(samples, MatrixSamples)
-        self._holds = self._formed and 8 * self._datum * samples.n_examples <= HELD_BYTES
+        self._holds = self._formed and 8 * self._per_example * samples.n_examples <= HELD_BYTES
         self._block: tuple[slice, Tensor] | None = None
 
     @cached_property
@@ -44,9 +44,8 @@ class MatrixKernels(Kernels):
         count = self.samples.n_examples
         shape = (count, self.samples.n_columns, *self.shape)
         out = torch.empty(shape, dtype=torch.float64, device=self.weights.device)
-        step = chunk_rows(self._datum)
-        for i in range(0, count, step):
-            out[i : i + step] = self.samples.matrices(i, i + step)
+        for part in self._matrix_ranges():
+            out[part] = self.samples.matrices(part.start, part.stop)
         return out
 
     def _matrices(self, part: slice) -> Tensor:
@@ -54,10 +53,8 @@ class MatrixKernels(Kernels):
 
     def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
         """(w [k], G [k, C, m, n])."""
-        step = chunk_rows(2 * self._datum)
-        for start in range(0, self.samples.n_examples, step):
-            part = slice(start, min(start + step, self.samples.n_examples))
-            yield self.weights[part].to(dtype), self._matrices(part).to(dtype)
+        for part, (g,) in self._read():
+            yield self.weights[part].to(dtype), g.to(dtype)
 
     def left_step(self, right: Tensor | None, sign: int = 1) -> Tensor:
         m, n = self.shape
@@ -100,17 +97,20 @@ class MatrixKernels(Kernels):
         assert total is not None
         return total
 
-    def apply(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x).flatten(1)
-        for w, g in self._chunks():
-            columns = g.flatten(0, 1).flatten(1)
-            coefficients = columns @ x.flatten(1).T
-            coefficients *= w.repeat_interleave(g.shape[1])[:, None]
-            out.addmm_(coefficients.T, columns)
-        return out.view(x.shape)
+    def _read(self) -> Iterator[tuple[slice, Parts]]:
+        for part in self._ranges(chunk_rows(2 * self._per_example)):
+            yield part, (self._matrices(part),)
+
+    def _coefficients(self, parts: Parts, x: Tensor) -> Tensor:
+        (g,) = parts
+        return (g.flatten(2) @ x.flatten(1).T).permute(2, 0, 1)
+
+    def _combine(self, parts: Parts, c: Tensor, out: Tensor) -> None:
+        columns = parts[0].flatten(0, 1).flatten(1)
+        out.flatten(1).addmm_(c.flatten(1), columns)
 
     def pair_steps(self) -> tuple[int, int]:
-        step = chunk_rows(self._datum)
+        step = chunk_rows(self._per_example)
         if self._holds or self._given_in_float64:
             return self.samples.n_examples, max(step, -(-self.samples.n_examples // 8))
         return WIDE * step, step
@@ -120,11 +120,11 @@ class MatrixKernels(Kernels):
         samples = self.samples
         return isinstance(samples, MatrixSamples) and samples.values.dtype == torch.float64
 
-    def pair_block(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
-        mine = self._pair_matrices(rows)
+    def products(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
         if isinstance(other, MatrixKernels):
-            return squared_products(mine, other._matrices(columns))
-        return squared_products(mine, other.samples.matrices(columns.start, columns.stop))
+            return products_of(self._pair_matrices(rows), other._matrices(columns))
+        others = other.samples.matrices(columns.start, columns.stop)
+        return products_of(self._pair_matrices(rows), others)
 
     def _pair_matrices(self, rows: slice) -> Tensor:
         if self._holds:
@@ -148,7 +148,7 @@ class MatrixKernels(Kernels):
         (m, n), count = self.shape, self.samples.n_examples
         data = float(count * self.samples.n_columns)
         entries = data * m * n
-        chunks = count / chunk_rows(2 * self._datum)
+        chunks = count / chunk_rows(2 * self._per_example)
         forming = Work()
         if isinstance(self.samples, FactoredSamples):
             forming = product(m, self.samples.n_positions, n, data) + Work(stream=12 * entries)

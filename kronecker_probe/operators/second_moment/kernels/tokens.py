@@ -11,7 +11,7 @@ from torch import Tensor
 from kronecker_probe.gradients.samples.base import EmbeddingSamples
 from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.operators.second_moment.cost_model import Costs, Work, product
-from kronecker_probe.operators.second_moment.kernels.base import Kernels
+from kronecker_probe.operators.second_moment.kernels.base import Kernels, Parts
 from kronecker_probe.operators.second_moment.kernels.matrix import sum_of_squares
 
 
@@ -27,17 +27,19 @@ class EmbeddingKernels(Kernels):
     def __init__(self, samples: EmbeddingSamples) -> None:
         super().__init__(samples)
         c, t, d = samples.output_grads.shape[1:]
-        self._datum = 4 * c * t * d + 3 * t * t
+        self._per_example = 4 * c * t * d + 3 * t * t
         # <G, G'> takes T^2 D operations from tokens and V D from matrices
         self._by_tokens = t * t <= samples.vocabulary
 
-    def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, ...]]:
-        """(w [k], tokens [k, U], d [k, C, U, D]) with the U distinct tokens of each datum."""
-        s = self.samples
-        step = chunk_rows(self._datum)
-        for i in range(0, s.n_examples, step):
-            part = slice(i, i + step)
-            tokens, d = _distinct(s.tokens[part], s.output_grads[part].to(dtype))
+    def _read(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Parts]]:
+        """Tokens [k, U] and d [k, C, U, D], of the U distinct tokens of each example."""
+        for part in self._ranges(chunk_rows(self._per_example)):
+            s = self.samples
+            yield part, _distinct(s.tokens[part], s.output_grads[part].to(dtype))
+
+    def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[Parts]:
+        """(w [k], tokens [k, U], d [k, C, U, D])."""
+        for part, (tokens, d) in self._read(dtype):
             yield self.weights[part].to(dtype), tokens, d
 
     def left_step(self, right: Tensor | None, sign: int = 1) -> Tensor:
@@ -91,14 +93,15 @@ class EmbeddingKernels(Kernels):
         assert total is not None
         return total
 
-    def apply(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for w, tokens, d in self._chunks():
-            for one, image in zip(x, out, strict=True):
-                coefficients = (one[tokens][:, None] * d).sum(dim=(2, 3)) * w[:, None]
-                combined = (coefficients[:, :, None, None] * d).sum(dim=1)
-                image.index_add_(0, tokens.flatten(), combined.flatten(0, 1))
-        return out
+    def _coefficients(self, parts: Parts, x: Tensor) -> Tensor:
+        tokens, d = parts
+        return torch.stack([(one[tokens][:, None] * d).sum(dim=(2, 3)) for one in x])
+
+    def _combine(self, parts: Parts, c: Tensor, out: Tensor) -> None:
+        tokens, d = parts
+        for one, image in zip(c, out, strict=True):
+            combined = (one[:, :, None, None] * d).sum(dim=1)
+            image.index_add_(0, tokens.flatten(), combined.flatten(0, 1))
 
     def pair_steps(self) -> tuple[int, int]:
         c, t, d = self.samples.output_grads.shape[1:]
@@ -108,21 +111,21 @@ class EmbeddingKernels(Kernels):
         step = max(1, min(int(chunk_rows(2) ** 0.5) // (c * t), chunk_rows(c * t * d)))
         return step, step
 
-    def pair_block(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
+    def products(self, rows: slice, other: Kernels, columns: slice) -> Tensor:
         if not (isinstance(other, EmbeddingKernels) and self._by_tokens and other._by_tokens):
-            return super().pair_block(rows, other, columns)
+            return super().products(rows, other, columns)
         one, two = self.samples, other.samples
         width = self.shape[1]
         d1, d2 = one.output_grads[rows].double(), two.output_grads[columns].double()
         (i, c, t, _), (j, e, s, _) = d1.shape, d2.shape
         same = one.tokens[rows].view(i, 1, t, 1, 1, 1) == two.tokens[columns].view(1, 1, 1, j, 1, s)
         products = (d1.reshape(-1, width) @ d2.reshape(-1, width).T).view(i, c, t, j, e, s)
-        return (products * same).sum(dim=5).sum(dim=2).square_().sum(dim=(1, 3))
+        return (products * same).sum(dim=5).sum(dim=2)
 
     def costs(self) -> Costs:
         (v, width), s = self.shape, self.samples
         count, (c, t) = float(s.n_examples), s.output_grads.shape[1:3]
-        chunks = count / chunk_rows(self._datum)
+        chunks = count / chunk_rows(self._per_example)
         passes = Work(stream=8 * 8 * count * c * t * width, calls=30 * (chunks + 1))
         looked_up = Work(stream=8 * 6 * count * t * t)
         positions = product(t, c * width, t, count)

@@ -17,6 +17,7 @@ from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixF
 from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.kernels.base import Kernels
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
+from kronecker_probe.operators.second_moment.kernels.factored import vectors
 
 # Singular values that a route gives where the whole spectrum is out of reach.
 DEFAULT_LEADING = 16
@@ -151,10 +152,7 @@ class Route(abc.ABC):
                 f"and {type(s).__name__} hold none; kp.capture finds them where the model has such "
                 "a layer, and GradientSamples.from_factors takes your own."
             )
-        # a position is a vector like a column is: both sum within one datum
-        outputs = Rows(s.output_grads.flatten(1, 2))
-        inputs = Rows(s.inputs)
-        return self._outer_factors(outputs, inputs, self._input_weights(s))
+        return self._outer_factors(*vectors(s), self._input_weights(s))
 
     def _input_weights(self, samples: FactoredSamples) -> Tensor:
         total = self.weights.sum() * samples.n_positions

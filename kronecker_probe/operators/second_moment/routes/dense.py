@@ -8,11 +8,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.linalg.golub_kahan import SingularTriples, leading_triples
-from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
-from kronecker_probe.linalg.rearrangement import project_rearranged, rearrange, restore
+from kronecker_probe.linalg.rearrangement import project_rearranged, restore
 from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor
 from kronecker_probe.operators.second_moment.routes.base import LeadingProduct, Route
 
@@ -28,28 +26,7 @@ class DenseSpace(Route):
         """R(H), float64 [m^2, n^2]."""
         m, n = self.shape
         require_memory(8 * (m * n) ** 2, f"R(H), {m * m} x {n * n},", self.weights.device)
-        if isinstance(self.samples, FactoredSamples) and self.samples.n_positions == 1:
-            return self._from_factors(self.samples)
-        out = torch.zeros(m * n, m * n, dtype=torch.float64, device=self.weights.device)
-        step = chunk_rows(self.samples.n_columns * m * n)
-        for i in range(0, self.samples.n_examples, step):
-            g = self.samples.matrices(i, i + step).flatten(2)
-            weighted = (g * self.weights[i : i + step, None, None]).flatten(0, 1)
-            out.addmm_(g.flatten(0, 1).T, weighted)
-        return rearrange(out, self.shape)
-
-    def _from_factors(self, samples: FactoredSamples) -> Tensor:
-        """sum_i w_i vec(S_i) vec(a_i a_i^T)^T, C times fewer products than through H."""
-        m, n = self.shape
-        out = torch.zeros(m * m, n * n, dtype=torch.float64, device=self.weights.device)
-        step = chunk_rows(m * m + n * n)
-        for i in range(0, samples.n_examples, step):
-            d = samples.output_grads[i : i + step, :, 0].double()
-            a = samples.inputs[i : i + step, 0].double()
-            left = (d.mT @ d * self.weights[i : i + step, None, None]).flatten(1)
-            right = (a[:, :, None] * a[:, None]).flatten(1)
-            out.addmm_(left.T, right)
-        return out
+        return self.kernels.rearranged()
 
     def to_dense(self) -> Tensor:
         """H, float64 [mn, mn]."""

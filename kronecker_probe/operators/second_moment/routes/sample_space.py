@@ -15,6 +15,7 @@ from kronecker_probe.linalg.eigenbasis import eigh_descending
 from kronecker_probe.linalg.golub_kahan import Space, leading_triples, leading_values
 from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
+from kronecker_probe.operators.second_moment.kernels.factored import vectors
 from kronecker_probe.operators.second_moment.routes.base import Group, LeadingProduct, Route
 
 # Half steps of plain power iteration after the Lanczos solve: they certify the fixed point and
@@ -38,8 +39,7 @@ class SampleSpace(Route):
 
     def __init__(self, samples: FactoredSamples) -> None:
         super().__init__(samples)
-        self.outputs = Rows(samples.output_grads[:, :, 0])
-        self.inputs = Rows(samples.inputs)
+        self.outputs, self.inputs = vectors(samples)
 
     def subset(self, samples: FactoredSamples, index: Group) -> SampleSpace:
         """The same for some of the data; their Grams are cut out of these."""

@@ -1,4 +1,4 @@
-"""The independent draws of a target: their shares, their sizes, and |H|^2 over distinct pairs."""
+"""The independent examples of a target: shares, sizes, and |H|^2 over distinct pairs."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
-from kronecker_probe.linalg.gram import chunk_rows
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.factors.vectors import principal
+from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.replicates import leave_one_out
 
-# Data of one group are drawn by this seed: data in the order of their classes must be mixed.
+# The seed that deals examples to groups: examples in the order of their classes must be mixed.
 GROUPING_SEED = 0
 # Relative difference of squared norms that rounding explains.
 SAME = 1e-9
 
 
 @final
-class Draws:
-    """The data of positive weight as draws of one population, H = sum_i p_i H_i.
+class Examples:
+    """The examples of positive weight as a sample of one population, H = sum_i p_i H_i.
 
     Args:
         target: H.
 
     Attributes:
-        target: H of the data of positive weight.
+        target: H of the examples of positive weight.
         shares: p, their weights normalized to sum 1, float64 [N].
         scale: The sum of the weights.
     """
@@ -64,13 +63,10 @@ class Draws:
     def n_eff_of_factors(self) -> float:
         """The least of the effective numbers of G_i, d_i and a_i: K-FAC averages d and a apart.
 
-        A datum of large d and small a carries little of H, and much of the left factor.
+        An example of large d and small a carries little of H, and much of the left factor.
         """
-        samples = self.target.samples
-        if not isinstance(samples, FactoredSamples):
-            return self.n_eff
-        squares = map(_squared_norms, (samples.output_grads, samples.inputs))
-        return min(self.n_eff, *(_effective_count(self.shares * one) for one in squares))
+        energies = kernels_for(self.target.samples).factor_energies()
+        return min([self.n_eff, *(_effective_count(self.shares * one) for one in energies)])
 
     @cached_property
     def pairs(self) -> Tensor:
@@ -79,13 +75,13 @@ class Draws:
         Raises:
             MemoryBudgetError: N x N numbers do not fit.
         """
-        what = f"The {self.count} x {self.count} products of all pairs of draws"
+        what = f"The {self.count} x {self.count} products of all pairs of examples"
         require_memory(24.0 * self.count**2, what, self.shares.device)
         return self.target.pair_products()
 
     @cached_property
     def copies(self) -> int:
-        """Data whose gradients, not zero, are those of a datum before them.
+        """Examples whose gradients, not zero, are those of an example before them.
 
         Raises:
             MemoryBudgetError: As for :attr:`pairs`.
@@ -101,24 +97,24 @@ class Draws:
 
     @cached_property
     def target_squares(self) -> Tensor:
-        """|H|^2 over distinct pairs, of all draws and without each, float64 [1 + N]."""
+        """|H|^2 over distinct pairs, of all examples and without each, float64 [1 + N]."""
         return pair_statistic(self.shares * self.pair_forms, self.pair_totals)
 
     @cached_property
     def pair_totals(self) -> Tensor:
-        """sum_{i != j} p_i p_j, of all draws and without each, float64 [1 + N]."""
+        """sum_{i != j} p_i p_j, of all examples and without each, float64 [1 + N]."""
         first, second, _ = self._power_sums
         return first.square() - second
 
     @cached_property
     def triple_totals(self) -> Tensor:
-        """sum of p_i p_j p_k over distinct i, j, k, of all draws and without each."""
+        """sum of p_i p_j p_k over distinct i, j, k, of all examples and without each."""
         first, second, third = self._power_sums
         return first**3 - 3 * first * second + 2 * third
 
     @cached_property
     def totals(self) -> Tensor:
-        """sum_i p_i, of all draws and without each, float64 [1 + N]."""
+        """sum_i p_i, of all examples and without each, float64 [1 + N]."""
         return self._power_sums[0]
 
     @cached_property
@@ -129,22 +125,22 @@ class Draws:
 
     @cached_property
     def order(self) -> Tensor:
-        """A fixed random order of the draws."""
+        """A fixed random order of the examples."""
         generator = torch.Generator().manual_seed(GROUPING_SEED)
         return torch.randperm(self.count, generator=generator).to(self.shares.device)
 
     def groups(self, count: int) -> list[Tensor]:
-        """The draws in ``count`` groups of equal size, but for one draw."""
+        """The examples in ``count`` groups of equal size, but for one example."""
         return [self.order[k::count].sort().values for k in range(count)]
 
     def without(self, group: Tensor) -> Tensor:
-        """The draws outside of a group."""
+        """The examples outside of a group."""
         kept = torch.ones(self.count, dtype=torch.bool, device=self.shares.device)
         kept[group] = False
         return kept.nonzero()[:, 0]
 
     def subset_square(self, index: Tensor) -> float:
-        """|H|^2 over distinct pairs of some of the draws."""
+        """|H|^2 over distinct pairs of some of the examples."""
         p = self.shares[index]
         block = principal(self.pairs, index)
         total = p @ (block @ p) - p.square() @ block.diagonal()
@@ -160,42 +156,17 @@ def _effective_count(sizes: Tensor) -> float:
     return float(sizes.sum() ** 2 / sizes.square().sum())
 
 
-def _squared_norms(rows: Tensor) -> Tensor:
-    """Of each datum's numbers, float64 [N]."""
-    parts = torch.split(rows, chunk_rows(rows[0].numel()))
-    return torch.cat([part.double().square().flatten(1).sum(dim=1) for part in parts])
-
-
 def pair_statistic(rows: Tensor, totals: Tensor) -> Tensor:
-    """sum_{i != j} p_i p_j f_ij / sum_{i != j} p_i p_j, of all draws and without each.
+    """sum_{i != j} p_i p_j f_ij / sum_{i != j} p_i p_j, of all examples and without each.
 
     Args:
         rows: p_i sum_{j != i} p_j f_ij of a symmetric f, float64 [N] or [N, k].
-        totals: Of :attr:`Draws.pair_totals`.
+        totals: Of :attr:`Examples.pair_totals`.
     """
     sums = leave_one_out(rows.sum(dim=0), 2 * rows)
     return sums / (totals if rows.ndim == 1 else totals[:, None])
 
 
-def unshared(samples: GradientSamples) -> FactoredSamples | None:
-    """The samples as G_ic = d_ic a_i^T; None where they are no such products.
-
-    A parameter of one column (a bias, a norm's weight) has a = 1 whatever its layer shares.
-    """
-    if isinstance(samples, FactoredSamples) and samples.n_positions == 1:
-        return samples
-    m, n = samples.shape
-    if n == 1:
-        d = samples.matrices().mT  # [N, C, 1, m]
-        a = d.new_ones(len(d), 1, 1)
-    elif m == 1 and samples.n_columns == 1:
-        a = samples.matrices()[:, 0]  # [N, 1, n]
-        d = a.new_ones(len(a), 1, 1, 1)
-    else:
-        return None
-    return FactoredSamples(d, a, samples.weights, samples.independent)
-
-
 def forms_of_groups(values: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """Sums over the draws of each group, [g, ...] of [N, ...]."""
+    """Sums over the examples of each group, [g, ...] of [N, ...]."""
     return torch.stack([values[group].sum(dim=0) for group in groups])
