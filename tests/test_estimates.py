@@ -267,12 +267,12 @@ def test_a_bias_is_measured_like_a_layer_with_inputs_of_one() -> None:
 def test_blocks_are_the_sum_of_their_products(name: str) -> None:
     d, a = draw(9, 2, 4, 3, seed=9)
     H = kp.SecondMoment(samples_of(d, a))
-    found = Estimator(H)._closed(kp.approximations.resolve(name, block_size=2))
+    found = Estimator(H)._means.of(kp.approximations.resolve(name, block_size=2))
     cross, square = torch.zeros(10), torch.zeros(10)
     for rows in (slice(0, 2), slice(2, 4)):
         for columns in (slice(0, 2), slice(2, 3)):
             block = kp.SecondMoment(samples_of(d[:, :, rows], a[:, columns]))
-            one = Estimator(block)._closed(kp.approximations.resolve(name))
+            one = Estimator(block)._means.of(kp.approximations.resolve(name))
             cross, square = cross + one.cross, square + one.approximation
     torch.testing.assert_close(found.cross, cross.double(), rtol=SAME, atol=0)
     torch.testing.assert_close(found.approximation, square.double(), rtol=SAME, atol=0)

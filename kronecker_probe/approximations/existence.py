@@ -17,7 +17,7 @@ from torch import Tensor
 from kronecker_probe.approximations.half_steps import HalfSteps
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples
-from kronecker_probe.linalg.golub_kahan import leading_triples
+from kronecker_probe.linalg.golub_kahan import LinearMap, leading_triples
 
 # Whitened factors with a smaller ratio of eigenvalues are on their way to a singular matrix.
 SMALLEST_RATIO = 1e-12
@@ -122,8 +122,7 @@ def check_unique(samples: GradientSamples, steps: HalfSteps, left: Tensor, right
     start = noise - (noise @ ones[1]) / sizes[1] * ones[1]
     for tolerance in (ROUGH, FINE):
         found = leading_triples(
-            forward,
-            adjoint,
+            LinearMap(forward, adjoint),
             start,
             locked=([ones[0] / math.sqrt(sizes[0])], [ones[1] / math.sqrt(sizes[1])]),
             negligible=1e-9 * first,

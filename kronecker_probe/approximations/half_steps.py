@@ -14,7 +14,7 @@ from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
-from kronecker_probe.operators.second_moment.kernels.factored import transformed
+from kronecker_probe.operators.second_moment.kernels.vectors import transformed
 from kronecker_probe.operators.second_moment.routes.alternation import iterates_in_float32
 from kronecker_probe.operators.second_moment.target import SecondMoment
 

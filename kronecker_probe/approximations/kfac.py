@@ -6,7 +6,7 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.factors.factor import SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
-from kronecker_probe.operators.second_moment.kernels.factored import (
+from kronecker_probe.operators.second_moment.kernels.vectors import (
     pooled_vectors,
     position_vectors,
 )

@@ -85,59 +85,80 @@ def capture_loader(
             raise unknown_name("option of a capture", name, [*known, "spill_to", "max_batches"])
     request = Request(seed=seed, **options)
     check_model(model, loss_fn)
-    batches = _batches(loader, max_batches)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     held: _Memory | _Files = _Memory(device) if spill_to is None else _Files(Path(spill_to))
-    first: Capture | None = None
-    skipped: dict[str, str] = {}
-    fallback: dict[str, str] = {}
-    sizes: list[int] = []
-    losses: list[float] = []
-    accuracies: list[float | None] = []
+    whole = _Whole(held)
     try:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(_batches(loader, max_batches)):
             held.require(index)
             seeded = dataclasses.replace(request, seed=(request.seed + index * _SEED_STEP) % 2**63)
-            try:
+            with _named(index):
                 part = capture_batch(model, loss_fn, _to(batch, device), seeded)
-            except UnknownNameError:
-                raise  # an option, not a batch
-            except KroneckerProbeError as error:
-                raise type(error)(f"Batch {index} of the loader: {error}") from error
-            except Exception as error:  # of the model or the loss itself
-                error.add_note(f"In batch {index} of the loader.")
-                raise
-            first = first or part
-            for name in [name for name in first if name not in part]:
-                reason = f"in batch {index}: {part.skipped.get(name, 'not measured')}"
-                skipped.setdefault(name, reason)
-            fallback |= part.fallback
-            held.add(index, {n: s for n, s in part.items() if n in first and n not in skipped})
-            sizes.append(next(iter(part.values())).n_examples)
-            losses.append(part.loss)
-            accuracies.append(part.accuracy)
-        if first is None:
+            whole.add(index, part)
+        return whole.capture()
+    finally:
+        held.close()
+
+
+@contextlib.contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Errors say which batch they come from; wrong options are of none."""
+    try:
+        yield
+    except UnknownNameError:
+        raise
+    except KroneckerProbeError as error:
+        raise type(error)(f"Batch {index} of the loader: {error}") from error
+    except Exception as error:  # of the model or the loss itself
+        error.add_note(f"In batch {index} of the loader.")
+        raise
+
+
+class _Whole:
+    """What all batches together measured, in the making."""
+
+    def __init__(self, held: _Memory | _Files) -> None:
+        self.held = held
+        self.parts: list[Capture] = []  # without their samples
+        self.sizes: list[int] = []
+        self.names: list[str] = []
+        self.skipped: dict[str, str] = {}
+
+    def add(self, index: int, part: Capture) -> None:
+        """One more batch: a parameter must be measured in each of them."""
+        self.names = self.names if self.parts else list(part)
+        for name in [name for name in self.names if name not in part]:
+            reason = f"in batch {index}: {part.skipped.get(name, 'not measured')}"
+            self.skipped.setdefault(name, reason)
+        kept = {n: s for n, s in part.items() if n in self.names and n not in self.skipped}
+        self.held.add(index, kept)
+        self.sizes.append(next(iter(part.values())).n_examples)
+        self.parts.append(dataclasses.replace(part, samples={}))
+
+    def capture(self) -> Capture:
+        """The first batch's capture with the samples, the loss and the accuracy of all."""
+        if not self.parts:
             raise InvalidInputError(
                 "The loader yielded no batches; give data, or a new generator if it was used up."
             )
-        names = [name for name in first if name not in skipped]
+        names = [name for name in self.names if name not in self.skipped]
         if not names:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+            reasons = "; ".join(f"{name} {reason}" for name, reason in self.skipped.items())
             raise InvalidInputError(f"No parameter is measured in every batch: {reasons}.")
-        samples = held.samples(names, [size / sum(sizes) for size in sizes])
-    finally:
-        held.close()
-    total = first.reduction == "sum"
-    return dataclasses.replace(
-        first,
-        samples=samples,
-        skipped={**first.skipped, **skipped},
-        fallback={name: reason for name, reason in fallback.items() if name in samples},
-        loss=math.fsum(losses) if total else _mean(losses, sizes),
-        accuracy=_mean([a for a in accuracies if a is not None], sizes)
-        if None not in accuracies
-        else None,
-    )
+        total = sum(self.sizes)
+        samples = self.held.samples(names, [size / total for size in self.sizes])
+        fallback = {name: reason for part in self.parts for name, reason in part.fallback.items()}
+        losses = [part.loss for part in self.parts]
+        accuracies = [part.accuracy for part in self.parts if part.accuracy is not None]
+        first = self.parts[0]
+        return dataclasses.replace(
+            first,
+            samples=samples,
+            skipped={**first.skipped, **self.skipped},
+            fallback={name: reason for name, reason in fallback.items() if name in samples},
+            loss=math.fsum(losses) if first.reduction == "sum" else _mean(losses, self.sizes),
+            accuracy=_mean(accuracies, self.sizes) if len(accuracies) == len(self.parts) else None,
+        )
 
 
 def _batches(

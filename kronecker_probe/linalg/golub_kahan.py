@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -140,14 +140,28 @@ class _Basis:
         return used.T @ torch.as_tensor(coefficients, dtype=used.dtype, device=used.device)
 
 
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map between two spaces.
+
+    Attributes:
+        forward: Takes the *dual* of a right vector, returns the image in left coordinates.
+        adjoint: Takes the *dual* of a left vector, returns the image in right coordinates.
+        left: Inner product of the left coordinates; Euclidean by default.
+        right: Inner product of the right coordinates; Euclidean by default.
+    """
+
+    forward: Map
+    adjoint: Map
+    left: Space = field(default_factory=Space)
+    right: Space = field(default_factory=Space)
+
+
 def leading_triples(
-    forward: Map,
-    adjoint: Map,
+    linear: LinearMap,
     start: Tensor,
     *,
     k: int = 1,
-    left_space: Space | None = None,
-    right_space: Space | None = None,
     locked: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     negligible: float = 0.0,
     tolerance: float = CONVERGED,
@@ -160,13 +174,10 @@ def leading_triples(
     upper bidiagonal, so the residual of a triple (p, sigma, q) of B is beta |p_j|.
 
     Args:
-        forward: Takes the *dual* of a right vector, returns the image in left coordinates.
-        adjoint: Takes the *dual* of a left vector, returns the image in right coordinates.
+        linear: R.
         start: Right coordinates to start from, float64 or float32 [d']; what is orthogonal to
             it, and of repeated singular values all but one copy, is not found.
         k: Number of singular values.
-        left_space: Inner product of the left coordinates; Euclidean by default.
-        right_space: Inner product of the right coordinates; Euclidean by default.
         locked: Left and right singular vectors to stay orthogonal to.
         negligible: Size at which an image counts as zero.
         tolerance: Relative residual at which a triple counts as converged.
@@ -176,73 +187,79 @@ def leading_triples(
     Returns:
         The triples found: fewer than k when the space that ``start`` generates is smaller.
     """
-    left = _Basis(left_space or Space(), locked[0])
-    right = _Basis(right_space or Space(), locked[1])
-    alphas: list[float] = []
-    betas: list[float] = []
-    sigma, p, qt, residual = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0)), 0.0
+    left, right = _Basis(linear.left, locked[0]), _Basis(linear.right, locked[1])
     largest = float(start.abs().max()) if len(start) else 0.0
     scale = right.append(start / largest) * largest if largest > 0 else 0.0
-    alive = scale > 0
-    breakdown = BREAKDOWN * torch.finfo(start.dtype).eps
+    first = None if locked[1] or image is None or not scale > 0 else image / scale
+    solved, rounds = _bidiagonalized(
+        linear, left, right, k, negligible, tolerance, max_rounds if scale > 0 else 0, first
+    )
+    found = int((solved.sigma[:k] > 0).sum())
+    if found == 0:
+        void = start.new_zeros(len(start), 0)
+        return SingularTriples(torch.zeros(0, dtype=torch.float64), void, void, 0, 0.0)
+    return SingularTriples(
+        values=torch.from_numpy(solved.sigma[:found].copy()),
+        left=left.combine(solved.p[:, :found]),
+        right=right.combine(solved.qt[:found].T),
+        rounds=rounds,
+        residual=solved.residual,
+    )
+
+
+class _Solved(NamedTuple):
+    """B = P diag(sigma) Q^T, and the worst residual of the triples that are wanted."""
+
+    p: np.ndarray
+    sigma: np.ndarray
+    qt: np.ndarray
+    residual: float
+
+
+def _bidiagonalized(
+    linear: LinearMap,
+    left: _Basis,
+    right: _Basis,
+    k: int,
+    negligible: float,
+    tolerance: float,
+    max_rounds: int,
+    image: Tensor | None,
+) -> tuple[_Solved, int]:
+    """The decomposition of B after the rounds that k triples need, and the number of rounds."""
+    alphas: list[float] = []
+    betas: list[float] = []
+    solved = _Solved(np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0)), 0.0)
+    alive = max_rounds > 0
+    breakdown = BREAKDOWN * torch.finfo(right.last_dual.dtype).eps if alive else 0.0
     while alive and len(alphas) < max_rounds:
-        known = None if alphas or locked[1] or image is None else image / scale
-        alpha = left.append(forward(right.last_dual) if known is None else known)
+        known = None if alphas else image
+        alpha = left.append(linear.forward(right.last_dual) if known is None else known)
         if alpha <= max([negligible, *(breakdown * other for other in alphas)]):
             # the last right vector maps into the span that is there: B gains a column only
             if alpha > 0:
                 left.pop()
-            p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas) + 1))
-            residual = 0.0
-            break
+            svd = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas) + 1))
+            return _Solved(*svd, 0.0), len(alphas)
         alphas.append(alpha)
-        beta = right.append(adjoint(left.last_dual))
+        beta = right.append(linear.adjoint(left.last_dual))
         alive = beta > breakdown * max(alphas)
         if not alive or len(alphas) <= 12 or len(alphas) % 4 == 0 or len(alphas) == max_rounds:
             p, sigma, qt = np.linalg.svd(_bidiagonal(alphas, betas, len(alphas)))
             wanted = min(k, len(sigma))
             rest = beta if alive else 0.0
             residual = float((np.abs(rest * p[-1, :wanted]) / sigma[:wanted]).max())
+            solved = _Solved(p, sigma, qt, residual)
             if len(sigma) >= k and residual <= tolerance:
                 break
         betas.append(beta)
-    found = int((sigma[:k] > 0).sum())
-    if found == 0:
-        void = start.new_zeros(len(start), 0)
-        return SingularTriples(torch.zeros(0, dtype=torch.float64), void, void, 0, 0.0)
-    return SingularTriples(
-        values=torch.from_numpy(sigma[:found].copy()),
-        left=left.combine(p[:, :found]),
-        right=right.combine(qt[:found].T),
-        rounds=len(alphas),
-        residual=residual,
-    )
-
-
-def leading_values(
-    forward: Map,
-    adjoint: Map,
-    draw: Callable[[torch.Generator], Tensor],
-    k: int,
-    *,
-    left_space: Space | None = None,
-    right_space: Space | None = None,
-    floor: float = 0.0,
-) -> Tensor:
-    """The values of :func:`repeated_triples`, float64 CPU [j], descending."""
-    return repeated_triples(
-        forward, adjoint, draw, k, left_space=left_space, right_space=right_space, floor=floor
-    ).values
+    return solved, len(alphas)
 
 
 def repeated_triples(
-    forward: Map,
-    adjoint: Map,
+    linear: LinearMap,
     draw: Callable[[torch.Generator], Tensor],
     k: int,
-    *,
-    left_space: Space | None = None,
-    right_space: Space | None = None,
     floor: float = 0.0,
 ) -> SingularTriples:
     """The triples of the k largest singular values, repeated ones as often as they occur.
@@ -251,12 +268,9 @@ def repeated_triples(
     repeated in its complement, until the complement holds nothing larger than the k-th.
 
     Args:
-        forward: As for :func:`leading_triples`.
-        adjoint: Likewise.
+        linear: The map.
         draw: Random right coordinates to start from.
         k: How many.
-        left_space: As for :func:`leading_triples`.
-        right_space: Likewise.
         floor: Values up to this one are of no interest.
 
     Returns:
@@ -267,50 +281,42 @@ def repeated_triples(
     values: list[float] = []
     locked: tuple[list[Tensor], list[Tensor]] = ([], [])
     rounds, residual = 0, 0.0
-
-    def solve(wanted: int, tolerance: float) -> SingularTriples:
-        start = draw(generator)
-        return leading_triples(
-            forward,
-            adjoint,
-            start / torch.linalg.vector_norm(start),
-            k=wanted,
-            left_space=left_space,
-            right_space=right_space,
-            locked=locked,
-            negligible=LOCKING * max([floor, *values]),
-            tolerance=tolerance,
-        )
-
     while True:
         kth = sorted(values, reverse=True)[k - 1] if len(values) >= k else 0.0
         enough = max(floor, kth)
         negligible = LOCKING * max([floor, *values])
+
+        def solve(wanted: int, tolerance: float, negligible: float = negligible) -> SingularTriples:
+            start = draw(generator)
+            start = start / torch.linalg.vector_norm(start)
+            return leading_triples(
+                linear, start, k=wanted, locked=locked, negligible=negligible, tolerance=tolerance
+            )
+
         if enough > 0 and solve(1, PROBED).leading_value <= enough + negligible:
             break
         found = solve(max(1, k - len(values)), CONVERGED)
-        if found.residual > UNCONVERGED:
-            warnings.warn(
-                f"Singular values of R(H) are accurate to {found.residual:.1e} only: "
-                f"{found.rounds} Lanczos rounds did not separate them.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_unconverged(found)
         if found.leading_value <= enough + negligible:
             break
         locked[0].extend(found.left.T)
         locked[1].extend(found.right.T)
         values.extend(found.values.tolist())
-        rounds += found.rounds
-        residual = max(residual, found.residual)
+        rounds, residual = rounds + found.rounds, max(residual, found.residual)
     order = [i for i in np.argsort(values)[::-1][:k].tolist() if values[i] > floor]
-    return SingularTriples(
-        values=torch.tensor([values[i] for i in order], dtype=torch.float64),
-        left=_stacked(locked[0], order),
-        right=_stacked(locked[1], order),
-        rounds=rounds,
-        residual=residual,
-    )
+    kept = torch.tensor([values[i] for i in order], dtype=torch.float64)
+    left, right = (_stacked(vectors, order) for vectors in locked)
+    return SingularTriples(kept, left, right, rounds, residual)
+
+
+def _warn_unconverged(found: SingularTriples) -> None:
+    if found.residual > UNCONVERGED:
+        warnings.warn(
+            f"Singular values of R(H) are accurate to {found.residual:.1e} only: "
+            f"{found.rounds} Lanczos rounds did not separate them.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _stacked(vectors: Sequence[Tensor], order: Sequence[int]) -> Tensor:

@@ -122,3 +122,14 @@ def ring_bytes(shape: tuple[int, int], dtype: torch.dtype, rank: int) -> int:
 def smaller_rank(shape: tuple[int, int], dtype: torch.dtype, rank: int) -> int:
     """``rank`` where factors of that rank take less memory than the matrix, else 0."""
     return rank if ring_bytes(shape, dtype, rank) < ring_bytes(shape, dtype, 0) else 0
+
+
+def energies(gradients: list[Tensor]) -> list[float]:
+    """|G|^2 of each gradient in float64, with one transfer a device."""
+    found = [0.0] * len(gradients)
+    for device in {gradient.device for gradient in gradients}:
+        places = [i for i, gradient in enumerate(gradients) if gradient.device == device]
+        norms = torch._foreach_norm([gradients[i] for i in places], 2, dtype=torch.float64)
+        for place, norm in zip(places, torch.stack(norms).tolist(), strict=True):
+            found[place] = norm**2
+    return found

@@ -22,7 +22,7 @@ from kronecker_probe.gradients.layers.base import matrix_shape
 from kronecker_probe.gradients.parameters import Parameters, chosen_parameters
 from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.gradients.trajectory.budget import check_window, parse_bytes, plan_ranks
-from kronecker_probe.gradients.trajectory.buffers import DenseRing, FactoredRing, Ring
+from kronecker_probe.gradients.trajectory.buffers import DenseRing, FactoredRing, Ring, energies
 from kronecker_probe.linalg.memory import require_memory
 
 # Share of |G|^2 that rounding leaves of an exact factorization: a hundred eps, squared.
@@ -134,8 +134,8 @@ class GradientWindow:
                     f"The gradient of {name!r} is {gradient.dtype} and the parameter "
                     f"{track.parameter.dtype}; leave it out by layers=."
                 )
-        energies = _energies([gradient for _, _, gradient in active])
-        for (name, _, _), energy in zip(active, energies, strict=True):
+        squares = energies([gradient for _, _, gradient in active])
+        for (name, _, _), energy in zip(active, squares, strict=True):
             if not math.isfinite(energy):
                 raise NonFiniteError(
                     f"The gradient of {name!r} holds NaN or infinity, or its norm overflows. "
@@ -146,11 +146,11 @@ class GradientWindow:
         ]
         if self.form == "factored":
             for (name, track, _), (_, dropped), energy in zip(
-                active, encoded, energies, strict=True
+                active, encoded, squares, strict=True
             ):
                 _check_exact(name, track, dropped, energy)
         keep, weight = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
-        for (_, track, _), (parts, dropped), energy in zip(active, encoded, energies, strict=True):
+        for (_, track, _), (parts, dropped), energy in zip(active, encoded, squares, strict=True):
             slot = track.steps % self.size
             track.ring.store(slot, parts)
             track.energy[slot], track.dropped[slot] = energy, dropped
@@ -349,14 +349,3 @@ def _check_exact(name: str, track: _Track, dropped: float, energy: float) -> Non
             "the rank to the batch size (times the shared positions), or use form='low-rank' or "
             "'dense'."
         )
-
-
-def _energies(gradients: list[Tensor]) -> list[float]:
-    """|G|^2 of each gradient in float64, with one transfer a device."""
-    found = [0.0] * len(gradients)
-    for device in {gradient.device for gradient in gradients}:
-        places = [i for i, gradient in enumerate(gradients) if gradient.device == device]
-        norms = torch._foreach_norm([gradients[i] for i in places], 2, dtype=torch.float64)
-        for place, norm in zip(places, torch.stack(norms).tolist(), strict=True):
-            found[place] = norm**2
-    return found

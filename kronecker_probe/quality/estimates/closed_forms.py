@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.operators.factors.vectors import Rows
-from kronecker_probe.operators.second_moment.kernels.factored import unshared
+from kronecker_probe.operators.second_moment.kernels.vectors import unshared
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.examples import Examples, pair_statistic
 from kronecker_probe.quality.estimates.replicates import Replicates, leave_one_out
@@ -62,7 +62,7 @@ class Grams:
     """
 
     def __init__(self, draws: Examples, outputs: Rows, inputs: Rows) -> None:
-        self._draws = draws
+        self._examples = draws
         self.shape = outputs.size, inputs.size
         self._outputs = outputs
         self._inputs = inputs
@@ -85,8 +85,8 @@ class Grams:
 
     @cached_property
     def _pairs(self) -> Tensor:
-        if self.shape == self._draws.target.shape:
-            return self._draws.pairs
+        if self.shape == self._examples.target.shape:
+            return self._examples.pairs
         return self._outputs.squared_gram * self._inputs.squared_gram
 
     def products(self, forms: list[ProductForm]) -> list[Replicates]:
@@ -95,8 +95,8 @@ class Grams:
         x = torch.stack([a if f.outputs_by_norm else torch.ones_like(a) for f in forms], dim=1)
         y = torch.stack([d if f.inputs_by_norm else torch.ones_like(d) for f in forms], dim=1)
         cross, lefts, rights = self._sums(x, y)
-        trace = _mean(self._draws, d * a)
-        target = self._draws.target_squares
+        trace = _mean(self._examples, d * a)
+        target = self._examples.target_squares
         found = []
         for k, form in enumerate(forms):
             scale = trace if form.by_trace else torch.ones_like(trace)
@@ -106,19 +106,19 @@ class Grams:
 
     def _sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """<H, L kron R>, |L|^2 and |R|^2 over distinct draws, each [1 + N, k] of [N, k]."""
-        p = self._draws.shares[:, None]
+        p = self._examples.shares[:, None]
         kd, ka = self._outputs.squared_gram, self._inputs.squared_gram
         px, py = p * x, p * y
         on_left, on_right = _off_diagonal(kd, px), _off_diagonal(ka, py)
-        pairs = _off_diagonal(self._pairs, self._draws.shares)[:, None]
+        pairs = _off_diagonal(self._pairs, self._examples.shares)[:, None]
         # the draw as i, as j and as k of p_i p_j p_k Kd_ij x_j Ka_ik y_k
         first = p * (on_left * on_right - _off_diagonal(self._pairs, px * py))
         second = px * (_off_diagonal(kd, p * on_right) - py * pairs)
         third = py * (_off_diagonal(ka, p * on_left) - px * pairs)
         sums = leave_one_out(first.sum(dim=0), first + second + third)
-        totals = self._draws.pair_totals
+        totals = self._examples.pair_totals
         return (
-            sums / self._draws.triple_totals[:, None],
+            sums / self._examples.triple_totals[:, None],
             pair_statistic(px * on_left, totals),
             pair_statistic(py * on_right, totals),
         )
@@ -126,10 +126,10 @@ class Grams:
     def one_sided(self, side: int) -> Replicates:
         """L kron I / n (side 0), or I / m kron R: <H, P> = |P|^2 = |L|^2 / n."""
         rows = (self._outputs, self._inputs)[side]
-        weights = self._draws.shares * self.sizes[1 - side]
+        weights = self._examples.shares * self.sizes[1 - side]
         form = weights * _off_diagonal(rows.squared_gram, weights)
-        square = pair_statistic(form, self._draws.pair_totals) / self.shape[1 - side]
-        return Replicates(square, self._draws.target_squares, square, single=True)
+        square = pair_statistic(form, self._examples.pair_totals) / self.shape[1 - side]
+        return Replicates(square, self._examples.target_squares, square, single=True)
 
 
 def identity(draws: Examples, sizes: Tensor, shape: tuple[int, int]) -> Replicates:

@@ -10,29 +10,24 @@ from typing import final
 
 from torch import Tensor
 
-from kronecker_probe.approximations import Spec, resolve
+from kronecker_probe.approximations import resolve
 from kronecker_probe.errors import InvalidInputError, MemoryBudgetError, UnsupportedError
-from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
 from kronecker_probe.operators.second_moment.target import SecondMoment
-from kronecker_probe.operators.structures.block import spans
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.quality.estimates import closed_forms
-from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, Grams
 from kronecker_probe.quality.estimates.estimate import Bound, Estimate, abstention
-from kronecker_probe.quality.estimates.examples import Examples, pair_statistic
+from kronecker_probe.quality.estimates.examples import Examples
 from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fixed_operator
 from kronecker_probe.quality.estimates.forms import weakest_direction
-from kronecker_probe.quality.estimates.grouped import Grouped
 from kronecker_probe.quality.estimates.replicates import (
     Jackknifed,
     Replicates,
     jackknife,
 )
+from kronecker_probe.quality.estimates.sample_means import CLOSED_FORMS, SampleMeans
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
 
-CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
 TARGET_METRICS = ("norm", "trace")
 # Approximations of separate means of d and a, which other draws may carry than those of H.
 OF_FACTORS = frozenset({"kfac", "kfac-reduce", "ekfac"})
@@ -81,13 +76,12 @@ class Estimator:
             )
         check_refits(refits)
         self._target = target
-        self._draws = Examples(target)
-        same = self._draws.target is target
+        self._examples = Examples(target)
+        same = self._examples.target is target
         self._fits = dict(fits or {})
-        self._refits = Refits(self._draws, self._fits if same else {})
+        self._refits = Refits(self._examples, self._fits if same else {})
         self._given_count = refits
-        self._grams: Grams | None = None
-        self._products: dict[str, Replicates] = {}
+        self._means = SampleMeans(self._examples)
         self._weaknesses: dict[str, str] = {}
 
     @cached_property
@@ -105,12 +99,12 @@ class Estimator:
     @property
     def n(self) -> int:
         """N, data of positive weight."""
-        return self._draws.count
+        return self._examples.count
 
     @property
     def n_eff(self) -> float:
         """The effective number of draws."""
-        return self._draws.n_eff
+        return self._examples.n_eff
 
     @cached_property
     def _silence(self) -> str:
@@ -123,7 +117,7 @@ class Estimator:
     def _n_eff_for(self, label: str | None) -> float:
         """How many draws carry the numbers of one approximation."""
         of_factors = label is not None and label.partition(":")[0] in OF_FACTORS
-        return self._draws.n_eff_of_factors if of_factors else self.n_eff
+        return self._examples.n_eff_of_factors if of_factors else self.n_eff
 
     def _silence_for(self, label: str) -> str:
         """Why nothing is estimated of one approximation; empty if it may be."""
@@ -138,10 +132,10 @@ class Estimator:
         if self._silence:
             return math.nan
         try:
-            squared = float(self._draws.target_squares[0])
+            squared = float(self._examples.target_squares[0])
         except MemoryBudgetError:
             return math.nan
-        return self._draws.scale * math.sqrt(squared) / self._target.norm()
+        return self._examples.scale * math.sqrt(squared) / self._target.norm()
 
     def of_target(self, metric: str, kind: str) -> Estimate:
         """|H| or Tr H."""
@@ -152,8 +146,8 @@ class Estimator:
             return self._undefined(metric, None, kind, self._silence)
         try:
             values = closed_forms.norm if metric == "norm" else closed_forms.trace
-            found = jackknife(values(self._draws), single=True)
-            copies = self._draws.copies
+            found = jackknife(values(self._examples), single=True)
+            copies = self._examples.copies
         except MemoryBudgetError as error:
             return self._undefined(metric, None, kind, str(error))
         one = self._estimate(metric, None, kind, found)
@@ -194,8 +188,8 @@ class Estimator:
             outcomes |= {label: self._perfect for label in rest if self._is_exact(label)}
             specs = {label: resolve(label) for label in rest if label not in outcomes}
             closed = {k: spec for k, spec in specs.items() if spec.name in CLOSED_FORMS}
-            self._prepare([spec.name for spec in closed.values() if not spec.options])
-            outcomes |= {label: self._closed(spec) for label, spec in closed.items()}
+            self._means.prepare([spec.name for spec in closed.values() if not spec.options])
+            outcomes |= {label: self._means.of(spec) for label, spec in closed.items()}
             outcomes |= self._fitted([label for label in specs if label not in closed])
         return {
             label: [self._of(label, metric, kind, outcomes[label]) for metric in metrics]
@@ -213,7 +207,7 @@ class Estimator:
     @property
     def _perfect(self) -> Replicates | str:
         try:
-            square = self._draws.target_squares
+            square = self._examples.target_squares
         except MemoryBudgetError as error:
             return str(error)
         return Replicates(square, square, square, single=True)
@@ -221,7 +215,7 @@ class Estimator:
     def of_operator(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
         """Population estimates of an operator that was not fitted to these draws."""
         try:
-            found: Replicates | str = self._silence or fixed_operator(self._draws, operator)
+            found: Replicates | str = self._silence or fixed_operator(self._examples, operator)
         except MemoryBudgetError as error:
             found = str(error)
         return [self._of(label, metric, "population", found) for metric in metrics]
@@ -260,7 +254,7 @@ class Estimator:
             return ""
         operator = self._refits.whole(label)
         assert isinstance(operator, KroneckerOperator)
-        weakest = weakest_direction(self._draws.target, operator)
+        weakest = weakest_direction(self._examples.target, operator)
         if weakest >= MIN_DIRECTION:
             return ""
         return (
@@ -268,70 +262,6 @@ class Estimator:
             f"{weakest:.1f} effective draws of {self.n}, under {MIN_DIRECTION:g}; measure more "
             "data, or use q = 1/2"
         )
-
-    @property
-    def _whole_grams(self) -> Grams | None:
-        if self._grams is None:
-            self._grams = Grams.of(self._draws, self._draws.target)
-        return self._grams
-
-    def _prepare(self, names: Sequence[str]) -> None:
-        """The products of two sample means together, in one pass over the Grams."""
-        wanted = [name for name in names if name in PRODUCTS and self._in_sample_space(name)]
-        grams = self._whole_grams if wanted else None
-        if grams is None:
-            return
-        try:
-            forms = list(dict.fromkeys(PRODUCTS[name] for name in wanted))
-            found = dict(zip(forms, grams.products(forms), strict=True))
-        except MemoryBudgetError:  # said when each is asked for
-            return
-        self._products |= {name: found[PRODUCTS[name]] for name in wanted}
-
-    def _in_sample_space(self, name: str) -> bool:
-        """Whether positions do not tell this approximation's factors from G's."""
-        samples = self._draws.target.samples
-        plain = isinstance(samples, FactoredSamples) and samples.n_positions == 1
-        return plain or name not in PRODUCTS or name == "shampoo-squared"
-
-    def _closed(self, spec: Spec) -> Replicates | str:
-        size = dict(spec.options).get("block_size")
-        target = self._draws.target
-        try:
-            if size is None:
-                return self._closed_of(spec.name, target, self._whole_grams)
-            m, n = target.shape
-            whole: Replicates | None = None
-            for rows in spans(m, int(size)):
-                for columns in spans(n, int(size)):
-                    block = target.block(rows, columns)
-                    # all blocks in one way: replicates of draws and of groups do not add up
-                    single = self._whole_grams is not None
-                    grams = Grams.of(self._draws, block) if single else None
-                    one = self._closed_of(spec.name, block, grams)
-                    whole = one if whole is None else whole.plus(one)
-            assert whole is not None
-            return whole
-        except (MemoryBudgetError, UnsupportedError) as error:
-            return str(error)
-
-    def _closed_of(self, name: str, target: SecondMoment, grams: Grams | None) -> Replicates:
-        draws = self._draws
-        if name == "identity":
-            return closed_forms.identity(draws, target.quadratic_forms(None, None), target.shape)
-        if name == "diagonal":
-            forms, norms = kernels_for(target.samples).diagonal_pairs(draws.shares)
-            rows = draws.shares * (forms - draws.shares * norms)
-            square = pair_statistic(rows, draws.pair_totals)
-            return Replicates(square, draws.target_squares, square, single=True)
-        if grams is None or not self._in_sample_space(name):
-            group = Grouped(draws, target)
-            return group.one_sided(ONE_SIDED[name]) if name in ONE_SIDED else group.product(name)
-        if name in ONE_SIDED:
-            return grams.one_sided(ONE_SIDED[name])
-        if target is draws.target and name in self._products:
-            return self._products[name]
-        return grams.products([PRODUCTS[name]])[0]
 
     def _of(
         self, label: str, metric: str, kind: str, outcome: Replicates | Bracket | str

@@ -61,7 +61,7 @@ class Refits:
     """
 
     def __init__(self, draws: Examples, whole: dict[str, Operator]) -> None:
-        self._draws = draws
+        self._examples = draws
         self._whole = whole
         self._half_fits: dict[str, list[Operator] | str] = {}
 
@@ -72,7 +72,7 @@ class Refits:
             UnsupportedError: There is none.
         """
         if name not in self._whole:
-            self._whole[name] = fit(self._draws.target, name)
+            self._whole[name] = fit(self._examples.target, name)
         return self._whole[name]
 
     def jackknifed(self, names: Sequence[str], count: int) -> dict[str, Replicates | str]:
@@ -80,7 +80,7 @@ class Refits:
 
         A name that has no fit on every part has the reason instead.
         """
-        d = self._draws
+        d = self._examples
         found: dict[str, list[Pair]] = {name: [] for name in names}
         reasons: dict[str, str] = {}
         squares = [float(d.target_squares[0])]
@@ -111,7 +111,7 @@ class Refits:
 
     def bracket(self, name: str) -> Bracket | str:
         """In-sample and held-out replicates from the fits to either half."""
-        fits, d = self._of_halves(name), self._draws
+        fits, d = self._of_halves(name), self._examples
         if isinstance(fits, str):
             return fits
         halves = list(zip([half for _, half in self._halves], fits, strict=True))
@@ -133,7 +133,7 @@ class Refits:
 
     @cached_property
     def _halves(self) -> list[tuple[Tensor, SecondMoment]]:
-        return [(group, self._draws.target.subset(group)) for group in self._draws.groups(2)]
+        return [(group, self._examples.target.subset(group)) for group in self._examples.groups(2)]
 
     def _of_halves(self, name: str) -> list[Operator] | str:
         if name not in self._half_fits:
@@ -144,7 +144,7 @@ class Refits:
         return self._half_fits[name]
 
     def _crossed(self, fits: Sequence[Operator]) -> Replicates:
-        d = self._draws
+        d = self._examples
         columns = []
         for (group, half), fitted in zip(self._halves, reversed(fits), strict=True):
             p = d.shares[group]

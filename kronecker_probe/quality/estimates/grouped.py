@@ -52,7 +52,7 @@ class Grouped:
     """
 
     def __init__(self, draws: Examples, target: SecondMoment) -> None:
-        self._draws = draws
+        self._examples = draws
         self._target = target
         self._groups = draws.groups(min(GROUPS, draws.count))
         self._shares = forms_of_groups(draws.shares, self._groups)
@@ -60,13 +60,13 @@ class Grouped:
     @cached_property
     def _target_squares(self) -> Tensor:
         """|H|^2 over distinct draws, of all groups and without each, [1 + g]."""
-        p = self._draws.shares
+        p = self._examples.shares
         member = torch.zeros(len(p), len(self._groups), dtype=p.dtype, device=p.device)
         for k, group in enumerate(self._groups):
             member[group, k] = p[group]
         within = forms_of_groups(p.square(), self._groups).diag()
-        squares = forms_of_groups(p.square() * self._draws.pairs.diagonal(), self._groups).diag()
-        sums = member.T @ self._draws.pairs @ member - squares
+        squares = forms_of_groups(p.square() * self._examples.pairs.diagonal(), self._groups).diag()
+        sums = member.T @ self._examples.pairs @ member - squares
         return _without_each(sums) / _without_each(torch.outer(*[self._shares] * 2) - within)
 
     def product(self, name: str) -> Replicates:
@@ -91,7 +91,7 @@ class Grouped:
         self._check_memory()
         step = self._target.grouped_right_step if side else self._target.grouped_left_step
         factors = torch.stack([factor.matrix for factor in step(None, self._groups)])
-        square = self._pair_square(factors / self._draws.scale) / self._target.shape[1 - side]
+        square = self._pair_square(factors / self._examples.scale) / self._target.shape[1 - side]
         return Replicates(square, self._target_squares, square, single=False)
 
     def _check_memory(self) -> None:
@@ -101,7 +101,7 @@ class Grouped:
         require_memory(needed, what, self._shares.device)
 
     def _shampoo(self) -> _Means:
-        target, scale = self._target, self._draws.scale
+        target, scale = self._target, self._examples.scale
         left, right = (
             torch.stack([factor.matrix for factor in step(None, self._groups)]) / scale
             for step in (target.grouped_left_step, target.grouped_right_step)
@@ -114,10 +114,10 @@ class Grouped:
         for group, share in zip(self._groups, self._shares, strict=True):
             part = approximate(SecondMoment(self._target.samples.subset(group)), name)
             assert isinstance(part, KroneckerOperator)
-            left.append(part.left / self._draws.scale)
+            left.append(part.left / self._examples.scale)
             scaled = name == "tkfac"  # its factors are sums, the others' right one is a mean
-            right.append(part.right / self._draws.scale if scaled else part.right * share)
-            scales.append(1.0 / (part.scale * self._draws.scale) if part.scale > 0 else 0.0)
+            right.append(part.right / self._examples.scale if scaled else part.right * share)
+            scales.append(1.0 / (part.scale * self._examples.scale) if part.scale > 0 else 0.0)
         scale = self._shares.new_tensor(scales) if name == "tkfac" else None
         return _Means(torch.stack(left), torch.stack(right), scale)
 
@@ -130,7 +130,7 @@ class Grouped:
     def _triples(self, means: _Means) -> Tensor:
         """<H, L kron R> over distinct groups, of all groups and without each, [1 + g]."""
         forms = self._target.grouped_forms(means.left, means.right, self._groups)
-        sums = forms.permute(2, 0, 1) / self._draws.scale  # by the group of R, of H, of L
+        sums = forms.permute(2, 0, 1) / self._examples.scale  # by the group of R, of H, of L
         shares = self._shares
         triples = shares[:, None, None] * shares[:, None] * shares
         return _distinct_sums(sums) / _distinct_sums(triples)

@@ -95,7 +95,10 @@ class EmbeddingKernels(Kernels):
 
     def _coefficients(self, parts: Parts, x: Tensor) -> Tensor:
         tokens, d = parts
-        return torch.stack([(one[tokens][:, None] * d).sum(dim=(2, 3)) for one in x])
+        out = x.new_empty(len(x), *d.shape[:2])
+        for one, image in zip(x, out, strict=True):
+            torch.sum(one[tokens][:, None] * d, dim=(2, 3), out=image)
+        return out
 
     def _combine(self, parts: Parts, c: Tensor, out: Tensor) -> None:
         tokens, d = parts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.gradients.samples.base import FactoredSamples, GradientSamples, MatrixSamples
-from kronecker_probe.linalg.golub_kahan import leading_triples, leading_values
+from kronecker_probe.linalg.golub_kahan import LinearMap, leading_triples, repeated_triples
 from kronecker_probe.linalg.symmetric import Packing
 from kronecker_probe.operators.factors.factor import MatrixFactor
 from kronecker_probe.operators.second_moment.kernels.base import Kernels
@@ -47,8 +47,7 @@ def leading(route: Route) -> LeadingProduct | None:
     for dtype in _precisions(route):
         single = dtype == torch.float32
         found = leading_triples(
-            spaces.forward,
-            spaces.adjoint,
+            LinearMap(spaces.forward, spaces.adjoint),
             v.to(dtype),
             tolerance=SINGLE_TOLERANCE if single else TOLERANCE,
             image=None if known is None else known.to(dtype),
@@ -80,7 +79,7 @@ def _values(route: Route, sign: int, k: int, floor: float) -> Tensor:
         noise = torch.randn(len(spaces.right), dtype=torch.float64, generator=generator)
         return noise.to(route.weights.device)
 
-    return leading_values(spaces.forward, spaces.adjoint, draw, k, floor=floor)
+    return repeated_triples(LinearMap(spaces.forward, spaces.adjoint), draw, k, floor).values
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixF
 from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.kernels.base import Kernels
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
-from kronecker_probe.operators.second_moment.kernels.factored import vectors
+from kronecker_probe.operators.second_moment.kernels.vectors import vectors
 
 # Singular values that a route gives where the whole spectrum is out of reach.
 DEFAULT_LEADING = 16

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.golub_kahan import SingularTriples, leading_triples
+from kronecker_probe.linalg.golub_kahan import LinearMap, SingularTriples, leading_triples
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.linalg.rearrangement import project_rearranged, restore
 from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor
@@ -55,9 +55,8 @@ class DenseSpace(Route):
 
     def leading(self) -> LeadingProduct:
         found = leading_triples(
-            forward=lambda v: self.rearranged @ v,
-            adjoint=lambda u: self.rearranged.T @ u,
-            start=self.rearranged.T @ self.left.matrix.reshape(-1),
+            LinearMap(lambda v: self.rearranged @ v, lambda u: self.rearranged.T @ u),
+            self.rearranged.T @ self.left.matrix.reshape(-1),
         )
         return _matrix_product(found) or self.void()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.golub_kahan import Map, SingularTriples, Space, repeated_triples
+from kronecker_probe.linalg.golub_kahan import LinearMap, repeated_triples
 from kronecker_probe.linalg.symmetric import Packing
 from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.second_moment.routes.base import Route
@@ -66,25 +66,16 @@ def leading_terms(route: Route, k: int) -> LeadingTerms:
 class _Coordinates:
     """R(H) / scale in coordinates of one parity, and what vectors of coordinates stand for."""
 
-    forward: Map
-    adjoint: Map
+    linear: LinearMap
     draw: Callable[[torch.Generator], Tensor]
     factors: tuple[Callable[[Tensor], Factor], Callable[[Tensor], Factor]]
-    spaces: tuple[Space | None, Space | None]
     scale: float
     skew: bool
 
 
 def _solve(coordinates: _Coordinates, k: int, floor: float) -> LeadingTerms:
-    triples: SingularTriples = repeated_triples(
-        coordinates.forward,
-        coordinates.adjoint,
-        coordinates.draw,
-        k,
-        left_space=coordinates.spaces[0],
-        right_space=coordinates.spaces[1],
-        floor=floor / coordinates.scale if coordinates.scale > 0 else 0.0,
-    )
+    least = floor / coordinates.scale if coordinates.scale > 0 else 0.0
+    triples = repeated_triples(coordinates.linear, coordinates.draw, k, least)
     terms = []
     for sigma, u, v in zip(triples.values.tolist(), triples.left.T, triples.right.T, strict=True):
         left, right = coordinates.factors[0](u), coordinates.factors[1](v)
@@ -111,11 +102,9 @@ def _coordinates(route: Route, sign: int) -> _Coordinates:
         return right.pack(route.right_step(MatrixFactor(matrix)).matrix)
 
     return _Coordinates(
-        forward,
-        adjoint,
+        LinearMap(forward, adjoint),
         lambda generator: _noise(len(right), generator).to(device),
         (lambda u: MatrixFactor(left.unpack(u)), lambda v: MatrixFactor(right.unpack(v))),
-        (None, None),
         1.0,
         sign < 0,
     )
@@ -124,21 +113,15 @@ def _coordinates(route: Route, sign: int) -> _Coordinates:
 def _of_samples(route: SampleSpace) -> _Coordinates:
     b = route.balanced
     return _Coordinates(
-        _unchanged,
-        _unchanged,
+        b.linear,
         lambda generator: b.kd @ _noise(len(b.root), generator).to(b.kd.device),
         (
             lambda u: SampleFactor(route.outputs, b.s * u),
             lambda v: SampleFactor(route.inputs, b.t * v),
         ),
-        (Space(b.kd), Space(b.ka)),
         b.scale,
         False,
     )
-
-
-def _unchanged(dual: Tensor) -> Tensor:
-    return dual
 
 
 def _noise(size: int, generator: torch.Generator) -> Tensor:

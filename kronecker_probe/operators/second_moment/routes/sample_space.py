@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.linalg.eigenbasis import eigh_descending
-from kronecker_probe.linalg.golub_kahan import Space, leading_triples, leading_values
+from kronecker_probe.linalg.golub_kahan import LinearMap, Space, leading_triples, repeated_triples
 from kronecker_probe.operators.factors.factor import Eigenbasis, Factor, MatrixFactor, SampleFactor
 from kronecker_probe.operators.factors.vectors import Rows
-from kronecker_probe.operators.second_moment.kernels.factored import vectors
+from kronecker_probe.operators.second_moment.kernels.vectors import vectors
 from kronecker_probe.operators.second_moment.routes.base import Group, LeadingProduct, Route
 
 # Half steps of plain power iteration after the Lanczos solve: they certify the fixed point and
@@ -124,13 +124,7 @@ class SampleSpace(Route):
     @cached_property
     def _leading(self) -> LeadingProduct:
         b = self.balanced
-        found = leading_triples(
-            _unchanged,
-            _unchanged,
-            b.kd @ b.root,
-            left_space=Space(b.kd),
-            right_space=Space(b.ka),
-        )
+        found = leading_triples(b.linear, b.kd @ b.root)
         if found.leading_value == 0.0:
             return self.void()
         right = found.right[:, 0] * torch.sign(found.right.sum())
@@ -164,9 +158,7 @@ class SampleSpace(Route):
             noise = torch.randn(len(b.root), dtype=torch.float64, generator=generator)
             return b.kd @ noise.to(b.kd.device)
 
-        values = leading_values(
-            _unchanged, _unchanged, draw, k, left_space=Space(b.kd), right_space=Space(b.ka)
-        )
+        values = repeated_triples(b.linear, draw, k).values
         values *= b.scale
         values[:1] = self._leading.singular_value
         return values
@@ -182,6 +174,11 @@ class Balanced:
     t: Tensor
     root: Tensor
     scale: float
+
+    @property
+    def linear(self) -> LinearMap:
+        """R(H) / q between the two metrics."""
+        return LinearMap(_unchanged, _unchanged, Space(self.kd), Space(self.ka))
 
 
 def _weighted(rows: Rows, weights: Tensor) -> Factor:
