@@ -56,7 +56,7 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def add(self, column: int, gradients: Mapping[Call, Tensor]) -> None:
-        """Take in the gradients of one column of all data."""
+        """Take in the gradients of one column of all examples."""
 
     @abc.abstractmethod
     def samples(self, weights: Tensor) -> GradientSamples:

@@ -16,7 +16,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def several_pairs(data: object) -> TypeGuard[Iterable[Pair]]:
-    """Whether the data are several pairs, and not one."""
+    """Whether the examples are several pairs, and not one."""
     if isinstance(data, (Tensor, Mapping, str, bytes)):
         return False
     if isinstance(data, (tuple, list)):
@@ -28,7 +28,7 @@ def check_batch(batch: object) -> Pair:
     """Inputs and targets of one batch.
 
     Raises:
-        InvalidInputError: Not a pair of tensors with the same, positive number of data.
+        InvalidInputError: Not a pair of tensors with the same, positive number of examples.
     """
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else None
     if isinstance(first, (tuple, list)) and len(first) != 2:
@@ -51,10 +51,10 @@ def check_batch(batch: object) -> Pair:
     if targets.ndim == 0 or inputs.ndim == 0 or len(inputs) != len(targets):
         raise InvalidInputError(
             f"inputs {list(inputs.shape)} and targets {list(targets.shape)} must have the same "
-            "number of data in their first dimension."
+            "number of examples in their first dimension."
         )
     if len(targets) == 0:
-        raise InvalidInputError("The batch is empty; give at least one datum.")
+        raise InvalidInputError("The batch is empty; give at least one example.")
     return inputs, targets
 
 
@@ -62,7 +62,7 @@ def check_outputs(outputs: object, n_examples: int) -> Tensor:
     """What the model returned, if it can be measured.
 
     Raises:
-        InvalidInputError: Not a tensor with the data in front, or without a gradient.
+        InvalidInputError: Not a tensor with the examples in front, or without a gradient.
     """
     if not isinstance(outputs, Tensor):
         raise InvalidInputError(
@@ -71,8 +71,8 @@ def check_outputs(outputs: object, n_examples: int) -> Tensor:
         )
     if outputs.ndim == 0 or outputs.shape[0] != n_examples:
         raise InvalidInputError(
-            f"The model returned {list(outputs.shape)} for {n_examples} data; the first dimension "
-            "must be the batch (do not flatten positions into it)."
+            f"The model returned {list(outputs.shape)} for {n_examples} examples; the first "
+            "dimension must be the batch (do not flatten positions into it)."
         )
     if not outputs.requires_grad:
         raise InvalidInputError(
@@ -86,7 +86,7 @@ def origin_of_nan(inputs: Tensor, parameters: Mapping[str, Tensor], record: Reco
     """Where NaN or infinity in the outputs come from, as far back as can be told."""
     if not all_finite(inputs):
         bad = int((~torch.isfinite(inputs)).sum())
-        return f"The inputs of the batch hold {bad} NaN or infinite values; remove those data."
+        return f"The inputs of the batch hold {bad} NaN or infinite values; remove those examples."
     if broken := not_finite(parameters):
         return broken
     for call in record.calls:

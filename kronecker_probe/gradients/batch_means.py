@@ -1,4 +1,4 @@
-"""Second moments of mini-batch mean gradients at fixed weights, from per-datum draws."""
+"""Second moments of mini-batch mean gradients at fixed weights, from per-example samples."""
 
 from __future__ import annotations
 
@@ -52,44 +52,41 @@ def batch_gradients(
     seed: int = 0,
     replacement: bool = True,
 ) -> GradientSamples | Capture:
-    """The draws whose second moment is E[gbar gbar^T], gbar the mean gradient of a mini-batch.
+    """The samples whose second moment is E[gbar gbar^T], gbar the mean gradient of a mini-batch.
 
-    With g one datum's gradient, mu = E[g] and c = 1/B (batches with replacement) or
-    (N - B) / (B (N - 1)) (without, as an epoch's loader draws them),
+    With g one example's gradient, mu = E[g] and c = 1/B (batches with replacement) or
+    (N - B) / (B (N - 1)) (without, as in an epoch of a loader),
 
         E[gbar gbar^T] = c E[g g^T] + (1 - c) mu mu^T.
 
-    ``batches=None`` gives this exactly, without drawing any batch: the N draws and mu. For a
-    capture of sampled labels ("fisher") mu is zero at every input, so that the result is the same
-    draws with 1/B of their weight, whatever ``replacement`` says (Morwani et al., arXiv
-    2406.17748); for given labels ("empirical-fisher"), and for samples of your own, mu is the
-    mean of the draws.
+    ``batches=None`` gives this exactly, from the N samples and mu, without forming any batch. For
+    sampled labels ("fisher") mu is zero at every input, so that the result is the same samples
+    with 1/B of their weight, whatever ``replacement`` says (Morwani et al., arXiv 2406.17748); for
+    given labels ("empirical-fisher"), and for samples of your own, mu is their mean.
 
-    A number of ``batches`` draws so many. They regroup the draws at hand, sampled labels
-    included: with B near N times the label draws, these labels' own mean shows.
-
-    Data are drawn in proportion to their weights. A loss that normalizes by the batch, by class
-    weights or by the labels that it does not ignore, does so over all N here.
+    A number of ``batches`` forms so many from the samples at hand, sampled labels included: with B
+    near N times the labels per example, the mean of these labels shows. Examples are chosen in
+    proportion to their weights. A loss that normalizes by the batch, by class weights or by the
+    labels that it does not ignore, does so over all N here.
 
     Args:
-        samples: ``kp.capture`` of "empirical-fisher" or "fisher", or samples with one column a
-            datum.
+        samples: ``kp.capture`` of "empirical-fisher" or "fisher", or samples with one column per
+            example.
         batch_size: B.
-        batches: How many to draw; None for the exact expectation.
+        batches: How many to form; None for the exact expectation.
         seed: Of the batches, the same for all parameters of a capture.
-        replacement: Draw the data of a batch with replacement.
+        replacement: Choose the examples of a batch with replacement.
 
     Returns:
-        Samples, or a capture with draws "batch-gradient" whose note says which batches, held in
-        factors or as matrices, whichever takes less memory. Drawn batches weigh 1/batches each.
-        Neither they, which share the data, nor the N + 1 draws of the exact expectation are
-        ``independent``.
+        Samples, or a capture of target "batch-gradient" whose note says which batches, in factors
+        or as matrices, whichever take less memory. Batches weigh 1/batches each. Neither they
+        (they share the examples) nor the N + 1 samples of the expectation are ``independent``.
 
     Raises:
         InvalidInputError: A size out of range, unequal weights without replacement, or weights
             that are all zero.
-        UnsupportedError: Draws that are no gradients of single data: Gauss-Newton columns, batch
-            gradients, gradients along a run.
+        UnsupportedError: Samples that are no gradients of single examples: Gauss-Newton columns,
+            batch gradients, gradients along a run.
         MemoryBudgetError: The result would not fit.
     """
     check_count("batch_size", batch_size)
@@ -99,10 +96,16 @@ def batch_gradients(
     if isinstance(samples, GradientSamples):
         if samples.n_columns > 1:
             raise UnsupportedError(
-                f"The samples have {samples.n_columns} columns a datum, which are no gradients of "
-                "a label; give one column, or the whole result of kp.capture(target='fisher')."
+                f"The samples have {samples.n_columns} columns per example, which are no gradients "
+                "of a label; give one column, or the whole result of kp.capture(target='fisher')."
             )
         return _of(samples, _Batches(samples, batch_size, batches, seed, replacement), False)
+    return _of_capture(samples, batch_size, batches, seed, replacement)
+
+
+def _of_capture(
+    samples: Capture, batch_size: int, batches: int | None, seed: int, replacement: bool
+) -> Capture:
     if not isinstance(samples, Capture):
         raise InvalidInputError(
             f"batch_gradients got a {type(samples).__name__}; give GradientSamples or the result "
@@ -110,31 +113,32 @@ def batch_gradients(
         )
     if samples.target not in ("fisher", "empirical-fisher"):
         raise UnsupportedError(
-            f"batch_gradients needs gradients of single data, and target={samples.target!r} are "
-            "none; capture with target='empirical-fisher' (true labels) or 'fisher' (sampled ones)."
+            f"batch_gradients needs gradients of single examples, and target={samples.target!r} "
+            "gives none; capture with target='empirical-fisher' (true labels) or 'fisher' (sampled "
+            "ones)."
         )
-    drawn: _Batches | None = None
+    formed: _Batches | None = None
     found: dict[str, GradientSamples] = {}
     for name, one in samples.items():
-        drawn = drawn or _Batches(one, batch_size, batches, seed, replacement)
-        found[name] = _of(one, drawn, samples.target == "fisher")
+        formed = formed or _Batches(one, batch_size, batches, seed, replacement)
+        found[name] = _of(one, formed, samples.target == "fisher")
     how = "with" if replacement else "without"
     which = "exact expectation" if batches is None else f"{batches} batches"
-    note = f"batches of {batch_size} {how} replacement from {samples.target} draws, {which}"
+    note = f"batches of {batch_size} {how} replacement from {samples.target} samples, {which}"
     note = f"{samples.note}; {note}" if samples.note else note
     return dataclasses.replace(samples, samples=found, target=BATCH_GRADIENT, note=note)
 
 
 @dataclass(frozen=True)
 class _Members:
-    """Which datum, and which of its columns, each place of each batch holds; [M, B]."""
+    """Which example, and which of its columns, each place of each batch holds; [M, B]."""
 
-    data: Tensor
+    examples: Tensor
     columns: Tensor
 
 
 class _Batches:
-    """How batches are drawn from N weighted data, the same for all parameters."""
+    """How batches are drawn from N weighted examples, the same for all parameters."""
 
     def __init__(
         self,
@@ -147,20 +151,21 @@ class _Batches:
         weights, count = samples.weights.cpu(), samples.n_examples
         if not samples.independent:
             raise UnsupportedError(
-                "batch_gradients needs independent draws of single data; these are a closed form "
-                "or gradients along a run."
+                "batch_gradients needs independent samples of single examples; these are a closed "
+                "form or gradients along a run."
             )
         total = float(weights.sum())
         if total <= 0:
-            raise InvalidInputError("All weights are zero; give at least one datum a weight.")
+            raise InvalidInputError("All weights are zero; give at least one example a weight.")
         if not replacement and size > count:
             raise InvalidInputError(
-                f"batch_size={size} without replacement from {count} data; give at most {count}."
+                f"batch_size={size} without replacement from {count} examples; give at most "
+                f"{count}."
             )
         if not replacement and not bool((weights == weights[0]).all()):
             raise InvalidInputError(
-                "The data have unequal weights, which draws without replacement cannot follow; "
-                "use replacement=True."
+                "The examples have unequal weights, which batches without replacement cannot "
+                "follow; use replacement=True."
             )
         self.size = size
         self.shares = weights / total
@@ -177,17 +182,17 @@ class _Batches:
         generator = torch.Generator().manual_seed(seed)
         if replacement:
             places = math.prod(shape)
-            data = torch.multinomial(self.shares, places, replacement=True, generator=generator)
+            examples = torch.multinomial(self.shares, places, replacement=True, generator=generator)
         else:
             orders = (torch.randperm(count, generator=generator) for _ in range(batches))
-            data = torch.cat([order[: self.size] for order in orders])
-        return _Members(data.view(shape), torch.randint(columns, shape, generator=generator))
+            examples = torch.cat([order[: self.size] for order in orders])
+        return _Members(examples.view(shape), torch.randint(columns, shape, generator=generator))
 
 
 def _of(samples: GradientSamples, batches: _Batches, zero_mean: bool) -> GradientSamples:
     if batches.members is not None:
         found = _drawn(samples, batches.members)
-        found.independent = False  # they share the data: their spread is not that of new data
+        found.independent = False  # they share the examples: their spread is not that of new ones
         return found
     shares = batches.shares.to(samples.device)
     if zero_mean:
@@ -195,14 +200,14 @@ def _of(samples: GradientSamples, batches: _Batches, zero_mean: bool) -> Gradien
         return samples.with_tensors(samples.tensors, weights)
     first = torch.zeros(samples.n_examples, dtype=torch.long, device=samples.device)
     mean = _as_samples(_weighted_sum(samples, shares, first), samples)
-    of_data = samples.with_tensors(samples.tensors, batches.noise_share * shares)
-    found = GradientSamples.stack([of_data, mean], [1.0, 1.0 - batches.noise_share])
+    of_examples = samples.with_tensors(samples.tensors, batches.noise_share * shares)
+    found = GradientSamples.stack([of_examples, mean], [1.0, 1.0 - batches.noise_share])
     found.independent = False
     return found
 
 
 def _weighted_sum(samples: GradientSamples, shares: Tensor, columns: Tensor) -> Tensor:
-    """sum_i p_i G_ic with one column c for each datum, float64 [m, n]."""
+    """sum_i p_i G_ic with one column c for each example, float64 [m, n]."""
     m, n = samples.shape
     total = torch.zeros(m, n, dtype=torch.float64, device=samples.device)
     factored = isinstance(samples, FactoredSamples)
@@ -228,7 +233,7 @@ def _dtype(samples: GradientSamples) -> torch.dtype:
 
 
 def _as_samples(mean: Tensor, samples: GradientSamples) -> GradientSamples:
-    """mu as one draw: factored where all draws then take less memory than as matrices."""
+    """mu as one sample: factored where all samples then take less memory than as matrices."""
     dtype = _dtype(samples)
     weight = torch.ones(1, dtype=torch.float64, device=mean.device)
     if isinstance(samples, FactoredSamples):
@@ -244,8 +249,8 @@ def _as_samples(mean: Tensor, samples: GradientSamples) -> GradientSamples:
 
 def _drawn(samples: GradientSamples, members: _Members) -> GradientSamples:
     """The mean gradients of the batches, weight 1/M each."""
-    data, columns = members.data.to(samples.device), members.columns.to(samples.device)
-    (count, size), (m, n) = data.shape, samples.shape
+    examples, columns = members.examples.to(samples.device), members.columns.to(samples.device)
+    (count, size), (m, n) = examples.shape, samples.shape
     weights = torch.full((count,), 1.0 / count, dtype=torch.float64, device=samples.device)
     dtype = _dtype(samples)
     positions = size * (samples.n_slots or 0)
@@ -255,14 +260,14 @@ def _drawn(samples: GradientSamples, members: _Members) -> GradientSamples:
     what = f"{count} mean gradients of batches of {size}"
     require_memory(count * elements * dtype.itemsize, what, samples.device)
     if isinstance(samples, EmbeddingSamples) and factored:
-        d = samples.output_grads[data, columns].flatten(1, 2) / size
-        tokens = samples.tokens[data].flatten(1, 2)
+        d = samples.output_grads[examples, columns].flatten(1, 2) / size
+        tokens = samples.tokens[examples].flatten(1, 2)
         return EmbeddingSamples(tokens, d[:, None], samples.vocabulary, weights)
     if isinstance(samples, FactoredSamples) and factored:
-        d = samples.output_grads[data, columns].flatten(1, 2) / size
-        return FactoredSamples(d[:, None], samples.inputs[data].flatten(1, 2), weights)
+        d = samples.output_grads[examples, columns].flatten(1, 2) / size
+        return FactoredSamples(d[:, None], samples.inputs[examples].flatten(1, 2), weights)
     values = torch.empty(count, 1, m, n, dtype=dtype, device=samples.device)
     shares = torch.full((size,), 1.0 / size, dtype=torch.float64, device=samples.device)
     for batch in range(count):
-        values[batch, 0] = _weighted_sum(samples.subset(data[batch]), shares, columns[batch])
+        values[batch, 0] = _weighted_sum(samples.subset(examples[batch]), shares, columns[batch])
     return MatrixSamples(values, weights)

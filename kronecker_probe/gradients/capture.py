@@ -253,7 +253,7 @@ def _require(
     if sizes:
         largest = max(sizes, key=lambda name: sizes[name])
         what = (
-            f"The samples ({extent.columns} gradient columns a datum; {largest!r} alone takes "
+            f"The samples ({extent.columns} gradient columns per example; {largest!r} alone takes "
             f"{sizes[largest] / 1e9:.2f} GB, and layers= can leave it out)"
         )
         require_memory(sum(sizes.values()), what, device)
@@ -272,8 +272,8 @@ def _pull_back(
     columns = batch.columns(request)
     if request.target == "ggn" and columns > MANY_COLUMNS:
         warnings.warn(
-            f"target='ggn' takes {columns} backward passes here, one for each output of a datum; "
-            "target='fisher' takes one a label draw.",
+            f"target='ggn' takes {columns} backward passes here, one for each output of an "
+            "example; target='fisher' takes one per label sample.",
             UserWarning,
             stacklevel=5,
         )

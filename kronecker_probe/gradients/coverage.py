@@ -29,7 +29,7 @@ class Capture(Mapping[str, GradientSamples]):
         loss: The loss of the batch.
         accuracy: Share of correct labels; None for regression.
         note: How the batch was measured where that differs from training, or "".
-        reduction: "mean" or "sum": how the loss combines data.
+        reduction: "mean" or "sum": how the loss combines examples.
         fallback: Name to why it was measured by per-sample gradients and not from its layer's
             inputs and output gradients.
     """

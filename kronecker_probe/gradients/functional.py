@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError
 from kronecker_probe.gradients.batch_checks import check_batch, check_outputs, not_finite
+from kronecker_probe.gradients.capture import check_model
 from kronecker_probe.gradients.curvature_products import (
     Forward,
     GaussNewtonProducts,
@@ -96,30 +97,29 @@ def curvature_operator(
 ) -> CurvatureOperator:
     """The curvature matrix of the selected parameters together, as matrix-vector products.
 
-    With f_i a datum's outputs, J_i their Jacobian in the parameters, and l_i the datum's share of
-    the batch loss (times N for a mean, times 1 for a sum), all but the last are the mean over
-    data of J_i^T M_i J_i:
+    With f_i the outputs of example i, J_i their Jacobian in the parameters, and l_i its share of
+    the batch loss (times N for a mean, times 1 for a sum), all but the last are the mean of
+    J_i^T M_i J_i over examples:
 
     - "ggn": M_i the Hessian of l_i in f_i (Schraudolph, Neural Computation 14, 2002), whether or
       not l_i is convex;
-    - "fisher": M_i = c c^T, c the output gradient for a label drawn from the model, a mean over
-      ``label_draws``; the same labels as ``kp.capture`` draws with this seed;
+    - "fisher": M_i = c c^T, c the output gradient for a label sampled from the model, a mean over
+      ``label_draws``; the same labels as in ``kp.capture`` with this seed;
     - "empirical-fisher": M_i = c c^T for the given label;
     - "hessian": the Hessian of the mean of l_i in the parameters.
 
     The diagonal block of a parameter is the second moment that ``kp.capture`` samples; blocks off
-    the diagonal couple layers, which no sampled operator holds. Each product takes a forward, a
-    forward-mode and a backward pass (Pearlmutter, Neural Computation 6, 1994); where an operation
-    has no forward mode, two backward passes. Evaluation mode, as in ``kp.capture``; parameters,
-    buffers and batch are those at the time of this call.
+    the diagonal couple layers. Each product takes a forward, a forward-mode and a backward pass
+    (Pearlmutter, Neural Computation 6, 1994); where an operation has no forward mode, two backward
+    passes. Evaluation mode, and parameters, buffers and batch as they are at this call.
 
     Args:
         model: Any module.
-        loss_fn: ``loss_fn(outputs, targets)``, a mean or a sum over data.
-        batch: (inputs, targets), data in the first dimension of both.
-        kind: See above.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean or a sum over examples.
+        batch: (inputs, targets), examples in the first dimension of both.
+        kind: One of the four above.
         layers: Glob, or several, of parameter names.
-        label_draws: Sampled labels a datum, for "fisher".
+        label_draws: Sampled labels per example, for "fisher".
         seed: Of the sampled labels.
 
     Returns:
@@ -128,13 +128,11 @@ def curvature_operator(
     Raises:
         InvalidInputError: The batch is empty or malformed, or no parameter is selected.
         NonFiniteError: NaN or infinity in parameters, outputs, loss or a product.
-        UnsupportedError: The loss is none of the supported ones, or the model cannot be
-            differentiated this way.
+        UnsupportedError: The loss, or an operation of the model, cannot be differentiated so.
         UnknownNameError: Unknown ``kind``, or a glob that matches nothing.
     """
     check_target(kind, label_draws, "kind", KINDS)
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    check_model(model, loss_fn)
     inputs, targets = check_batch(batch)
     chosen, skipped = select(model, layers)
     if not chosen:
@@ -142,9 +140,22 @@ def curvature_operator(
         raise InvalidInputError(f"No parameter can be differentiated. {reasons}.")
     if broken := not_finite(dict(model.named_parameters())):
         raise NonFiniteError(broken)
+    return _operator(model, loss_fn, (inputs, targets), list(chosen), kind, label_draws, seed)
+
+
+def _operator(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: tuple[Tensor, Tensor],
+    chosen: Sequence[str],
+    kind: str,
+    label_draws: int,
+    seed: int,
+) -> CurvatureOperator:
     with isolated(model):
-        state = _state(model)
-        inputs, targets = inputs.detach().clone(), targets.detach().clone()
+        named = (*model.named_parameters(), *model.named_buffers())
+        state = {name: tensor.detach().clone() for name, tensor in named}
+        inputs, targets = (part.detach().clone() for part in batch)
         outputs = check_outputs(model(inputs.clone()), len(targets))
         if not bool(torch.isfinite(outputs).all()):
             raise NonFiniteError("The model's outputs on this batch hold NaN or infinite values.")
@@ -161,16 +172,10 @@ def curvature_operator(
     return CurvatureOperator(kind, loss.value, products, selected)
 
 
-def _state(model: nn.Module) -> Tensors:
-    """Copies of all parameters and buffers, tied ones once."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in named.items()}
-
-
 def _output_map(
     kind: str, loss: ResolvedLoss, outputs: Tensor, targets: Tensor, label_draws: int, seed: int
 ) -> OutputMap:
-    """u_i -> M_i u_i / N for all data."""
+    """u_i -> M_i u_i / N for all examples."""
     n_examples = len(outputs)
     if kind == "ggn":
         return lambda u: loss.hessian_product(outputs, u) / n_examples

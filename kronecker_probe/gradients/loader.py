@@ -46,23 +46,22 @@ def capture_loader(
     max_batches: int | None = None,
     **options: Any,
 ) -> Capture:
-    """Capture every batch of a loader; one set of samples with weights over all N data.
+    """Capture every batch of a loader; one set of samples with weights over all N examples.
 
-    The result is that of ``kp.capture`` on all data at once. Each batch is moved to the model's
+    The result is that of ``kp.capture`` on all examples at once. Each batch is moved to the model's
     device and read once, so that a generator will do. What a loss normalizes within a batch (by
     class weights, or by the labels that are not ignored) it normalizes within each batch here.
-    The loss and the accuracy are means over the data.
+    The loss and the accuracy are means over the examples.
 
-    With ``spill_to`` the draws go to files as they come, and the samples read them from there
-    (memory-mapped, on the CPU): any length in bounded memory. The files lie in a directory of
-    their own and go with the samples; on POSIX systems their names are gone at once, so that a
-    killed process leaves nothing behind either.
+    With ``spill_to`` the samples go to memory-mapped files as they come, on the CPU: any length in
+    bounded memory. The files vanish with the samples; on POSIX systems their names are gone at
+    once, so that a killed process leaves nothing behind.
 
     Args:
         model: As for ``kp.capture``, like ``loss_fn``.
-        loss_fn: A mean or a sum over data.
-        loader: Yields (inputs, targets). Batches may differ in size; where they differ in shared
-            positions or columns they are padded with zeros, in memory only.
+        loss_fn: A mean or a sum over examples.
+        loader: Yields (inputs, targets). Batches of other sizes are welcome; other numbers of
+            shared positions or columns are padded with zeros, in memory only.
         seed: Of the sampled labels. Batch k takes seed + 1,000,003 k, so that the first one has
             the labels that ``kp.capture`` would sample.
         spill_to: Directory for the files, which is made if it is not there; None: in memory.

@@ -22,11 +22,11 @@ MADE_OTHERWISE = {
 def check_target(
     target: str, label_draws: int, option: str = "target", known: Sequence[str] = CAPTURE_TARGETS
 ) -> None:
-    """Refuse an unknown kind, and label draws where no labels are drawn.
+    """Refuse an unknown kind, and label samples where no labels are drawn.
 
     Args:
         target: The kind.
-        label_draws: Sampled labels a datum.
+        label_draws: Sampled labels per example.
         option: What the caller's argument is called.
         known: Kinds that the caller knows.
 
@@ -51,7 +51,7 @@ def check_target(
 
 
 def n_columns(target: str, loss: ResolvedLoss, outputs: Tensor, label_draws: int) -> int:
-    """C, the gradient columns of a datum."""
+    """C, the gradient columns of an example."""
     if target == "ggn":
         return loss.n_columns(outputs)
     return label_draws if target == "fisher" else 1
@@ -65,7 +65,7 @@ def output_gradients(
     label_draws: int,
     seed: int,
 ) -> Iterator[Tensor]:
-    """The C cotangents of the outputs, of their shape, at least float32; all data at once."""
+    """The C cotangents of the outputs, of their shape, at least float32; all examples at once."""
     if target == "ggn":
         yield from loss.root_columns(outputs)
     elif target == "fisher":

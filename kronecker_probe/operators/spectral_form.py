@@ -29,7 +29,7 @@ from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
-# Largest matrix (the Gram of the draws, or a dense operator) that is decomposed.
+# Largest matrix (the Gram of the samples, or a dense operator) that is decomposed.
 EXACT_SIZE = 4096
 # Eigenvalues that are negative by more than this share of the largest are no rounding.
 INDEFINITE = 1e-8
@@ -192,22 +192,22 @@ class DenseForm(SpectralForm):
 
 
 @final
-class DrawForm(SpectralForm):
-    """Eigenvectors X^T u / |X^T u| of H = X^T X, from the Gram X X^T of the draws."""
+class SampleForm(SpectralForm):
+    """Eigenvectors X^T u / |X^T u| of H = X^T X, from the Gram X X^T of the samples."""
 
-    def __init__(self, draws: SampleRows) -> None:
-        values, vectors = eigh_descending(draws.gram())
+    def __init__(self, rows: SampleRows) -> None:
+        values, vectors = eigh_descending(rows.gram())
         floor = len(values) * torch.finfo(torch.float64).eps * max(0.0, float(values[0]))
-        rank = min(int((values > floor).sum()), draws.shape[0] * draws.shape[1])
-        super().__init__(draws.shape, values[:rank])
-        self.draws = draws
+        rank = min(int((values > floor).sum()), rows.shape[0] * rows.shape[1])
+        super().__init__(rows.shape, values[:rank])
+        self.rows = rows
         self.vectors = vectors[:, :rank]
 
     def rotate(self, x: Tensor) -> Tensor:
-        return (self.draws.coefficients(x) @ self.vectors) / self.values.sqrt()
+        return (self.rows.coefficients(x) @ self.vectors) / self.values.sqrt()
 
     def restore(self, y: Tensor) -> Tensor:
-        return self.draws.combine((y / self.values.sqrt()) @ self.vectors.T)
+        return self.rows.combine((y / self.values.sqrt()) @ self.vectors.T)
 
     def diagonal_of(self, other: Operator) -> Tensor:
         m, n = self.shape
@@ -215,7 +215,7 @@ class DrawForm(SpectralForm):
         step = chunk_rows(m * n)
         for start in range(0, len(out), step):
             part = slice(start, min(start + step, len(out)))
-            q = self.draws.combine((self.vectors[:, part] / self.values[part].sqrt()).T)
+            q = self.rows.combine((self.vectors[:, part] / self.values[part].sqrt()).T)
             out[part] = (other.apply(q) * q).sum(dim=(1, 2))
         return out
 
@@ -224,7 +224,7 @@ def spectral_form(operator: Operator) -> SpectralForm | None:
     """The exact eigenvalues and eigenvectors of ``operator``, or None where they are too many.
 
     Kronecker, eigen and diagonal operators, and blocks of them, hold them at any size. A second
-    moment has at most as many as draws, and a matrix of any structure at most mn: those up to
+    moment has at most as many as samples, and a matrix of any structure at most mn: those up to
     :data:`EXACT_SIZE` are found, once for each second moment.
 
     Raises:
@@ -269,13 +269,13 @@ _KNOWN: WeakKeyDictionary[SecondMoment, SpectralForm | None] = WeakKeyDictionary
 
 
 def _second_moment_form(target: SecondMoment) -> SpectralForm | None:
-    draws = SampleRows(target.samples)
-    if target.shape[0] * target.shape[1] <= draws.count:
+    rows = SampleRows(target.samples)
+    if target.shape[0] * target.shape[1] <= rows.count:
         return _dense_form(target)
-    if draws.count > EXACT_SIZE:
+    if rows.count > EXACT_SIZE:
         return None
-    require_memory(40 * draws.count**2, f"A Gram of {draws.count} draws", target.device)
-    return DrawForm(draws)
+    require_memory(40 * rows.count**2, f"A Gram of {rows.count} samples", target.device)
+    return SampleForm(rows)
 
 
 def _block_form(operator: BlockOperator) -> SpectralForm | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -14,7 +13,23 @@ from kronecker_probe.gradients.layers.base import Call, Form, Rule, total
 
 
 class NormalizationRule(Rule):
-    """An m x 1 weight and bias; ``normalized`` is the same function without both."""
+    """A function of torch with an m x 1 weight and bias, whose channels are the second dimension.
+
+    xhat is what the same function gives without both.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: str) -> None:
+        self.function = function
+        self.arguments = ("input", *arguments)
+
+    def problem(self, options: Mapping[str, Any]) -> str:
+        return "it uses the statistics of the batch" if options.get("training") else ""
+
+    def n_lead(self, call: Call) -> int:
+        return 1
+
+    def width(self, call: Call) -> int:
+        return call.output_shape[1]
 
     def form(self, role: str, call: Call) -> Form:
         return Form.VECTOR
@@ -23,19 +38,26 @@ class NormalizationRule(Rule):
         if role == "bias":
             return self.rows(gradient)
         x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
-        return self.rows(gradient.to(x.dtype) * self.normalized(call, x))
+        return self.rows(gradient.to(x.dtype) * self.normalized(x, call))
 
-    @abc.abstractmethod
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
+    def normalized(self, x: Tensor, call: Call) -> Tensor:
         """xhat, of the input's shape."""
+        options = dict(call.options)
+        if self.function is F.instance_norm and options.get("use_input_stats", True):
+            # they would be written into the running ones
+            options |= {"running_mean": None, "running_var": None}
+        wide = {k: v.to(x.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+        found: Tensor = self.function(x, **wide)
+        return found
 
-    @abc.abstractmethod
     def rows(self, product: Tensor) -> Tensor:
         """[*lead, m] from a tensor of the output's shape."""
+        return product if product.ndim == 2 else total(product.flatten(2))
 
 
+@final
 class LastDimensionRule(NormalizationRule):
-    """Features are the last dimension, every other may be the batch."""
+    """Channels are the last dimension, and every other may be the batch."""
 
     def problem(self, options: Mapping[str, Any]) -> str:
         shape = tuple(options["normalized_shape"])
@@ -47,102 +69,25 @@ class LastDimensionRule(NormalizationRule):
     def width(self, call: Call) -> int:
         return call.output_shape[-1]
 
+    def normalized(self, x: Tensor, call: Call) -> Tensor:
+        if self.function is F.rms_norm and call.options.get("eps") is None:
+            # the default depends on the input's own dtype
+            return F.rms_norm(call.x, call.options["normalized_shape"]).to(x.dtype)
+        return super().normalized(x, call)
+
     def rows(self, product: Tensor) -> Tensor:
         return product
 
 
-@final
-class LayerNormRule(LastDimensionRule):
-    """F.layer_norm over one dimension."""
-
-    function = staticmethod(F.layer_norm)
-    arguments = ("input", "normalized_shape", "weight", "bias", "eps")
-
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
-        return F.layer_norm(x, call.options["normalized_shape"], eps=call.options.get("eps", 1e-5))
-
-
-@final
-class RMSNormRule(LastDimensionRule):
-    """F.rms_norm over one dimension."""
-
-    function = staticmethod(F.rms_norm)
-    arguments = ("input", "normalized_shape", "weight", "eps")
-
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
-        shape, eps = call.options["normalized_shape"], call.options.get("eps")
-        if eps is None:  # the default depends on the input's own dtype
-            return F.rms_norm(call.x, shape).to(x.dtype)
-        return F.rms_norm(x, shape, eps=eps)
-
-
-class ChannelRule(NormalizationRule):
-    """Channels are the second dimension, the first is the batch."""
-
-    def problem(self, options: Mapping[str, Any]) -> str:
-        return ""
-
-    def n_lead(self, call: Call) -> int:
-        return 1
-
-    def width(self, call: Call) -> int:
-        return call.output_shape[1]
-
-    def rows(self, product: Tensor) -> Tensor:
-        return product if product.ndim == 2 else total(product.flatten(2))
-
-
-@final
-class BatchNormRule(ChannelRule):
-    """F.batch_norm with running statistics."""
-
-    function = staticmethod(F.batch_norm)
-    arguments = (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-    )  # fmt: skip
-
-    def problem(self, options: Mapping[str, Any]) -> str:
-        return "it uses the statistics of the batch" if options.get("training") else ""
-
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
-        mean, var = call.options["running_mean"], call.options["running_var"]
-        eps = call.options.get("eps", 1e-5)
-        return F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), eps=eps)
-
-
-@final
-class GroupNormRule(ChannelRule):
-    """F.group_norm."""
-
-    function = staticmethod(F.group_norm)
-    arguments = ("input", "num_groups", "weight", "bias", "eps")
-
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
-        return F.group_norm(x, call.options["num_groups"], eps=call.options.get("eps", 1e-5))
-
-
-@final
-class InstanceNormRule(ChannelRule):
-    """F.instance_norm, by its own or by running statistics."""
-
-    function = staticmethod(F.instance_norm)
-    arguments = (
-        "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum",
-        "eps",
-    )  # fmt: skip
-
-    def normalized(self, call: Call, x: Tensor) -> Tensor:
-        options, eps = call.options, call.options.get("eps", 1e-5)
-        if options.get("use_input_stats", True):
-            return F.instance_norm(x, eps=eps)
-        mean, var = options["running_mean"].to(x.dtype), options["running_var"].to(x.dtype)
-        return F.instance_norm(x, mean, var, use_input_stats=False, eps=eps)
-
-
 NORMALIZATIONS: tuple[Rule, ...] = (
-    LayerNormRule(),
-    RMSNormRule(),
-    BatchNormRule(),
-    GroupNormRule(),
-    InstanceNormRule(),
-)
+    LastDimensionRule(F.layer_norm, "normalized_shape", "weight", "bias", "eps"),
+    LastDimensionRule(F.rms_norm, "normalized_shape", "weight", "eps"),
+    NormalizationRule(
+        F.batch_norm, "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+    ),
+    NormalizationRule(F.group_norm, "num_groups", "weight", "bias", "eps"),
+    NormalizationRule(
+        F.instance_norm, "running_mean", "running_var", "weight", "bias", "use_input_stats",
+        "momentum", "eps",
+    ),
+)  # fmt: skip

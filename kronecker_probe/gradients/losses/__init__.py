@@ -1,4 +1,4 @@
-"""What the user's loss is: recognized by its gradients, split into one share a datum."""
+"""What the user's loss is: recognized by its gradients, split into one share per example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of no known family: are they a mean or a sum of one term a datum?"""
+"""Losses of no known family: are they a mean or a sum of one term per example?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reduction_of(single: Tensor, repeated: Tensor, copies: int, tolerance: float
         single: Gradient of the batch alone, [N, ...].
         repeated: Gradient of the first copy among ``copies`` of them, at other outputs.
         copies: Of the batch.
-        tolerance: Relative, of a datum's gradient.
+        tolerance: Relative, of an example's gradient.
 
     Returns:
         "mean", "sum", or None where it is neither, or all gradients are zero.
@@ -34,7 +34,7 @@ def reduction_of(single: Tensor, repeated: Tensor, copies: int, tolerance: float
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Equal datum by datum, up to rounding; a datum counts at a hundredth of the largest's size."""
+    """Equal for each example up to rounding, relative to it or a hundredth of the largest one."""
     rows = len(other)
     error = (one - other).reshape(rows, -1).norm(dim=1)
     size = other.reshape(rows, -1).norm(dim=1)
@@ -47,12 +47,12 @@ def custom_loss(
     """The loss as a sum of shares, if it is one.
 
     Checked at the model's outputs and at others near them: on the batch followed by a copy of it,
-    where a mean halves the gradient and a sum keeps it, and with the outputs of every other datum
+    where a mean halves the gradient and a sum keeps it, and with the outputs of every other example
     exchanged, which must leave the gradients of the rest as they are.
 
     Raises:
         InvalidInputError: The loss does not depend on the outputs at all.
-        UnsupportedError: It is no mean or sum of terms of one datum each, or it is random.
+        UnsupportedError: It is no mean or sum of terms of one example each, or it is random.
     """
     tolerance = min(SLACK * evaluator.tolerance, COARSEST)
     near = _near(outputs)
@@ -63,15 +63,15 @@ def custom_loss(
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedError(
-            f"loss_fn fails on this batch followed by a copy of it ({error}), so that it cannot be "
-            "told whether it is a mean or a sum over data; if it holds values for each datum, make "
-            "these part of the targets."
+            f"loss_fn fails on this batch followed by a copy of it ({error}), so that it is "
+            "unknown whether it is a mean or a sum over examples; if it holds values for each "
+            "example, make these part of the targets."
         ) from error
     check_broadcast(evaluator, near, targets, other)
     if not bool(gradient.any()) and not bool(other.any()):
         raise InvalidInputError(
             "The gradient of loss_fn is zero at the model's outputs and near them: every label is "
-            "ignored, or every datum is beyond a margin; give a batch that the loss depends on."
+            "ignored, or every example is beyond a margin; give a batch that the loss depends on."
         )
     single = torch.cat([gradient, other])
     reduction = reduction_of(single, both, 2, tolerance)
@@ -88,12 +88,12 @@ def custom_loss(
 def check_broadcast(
     evaluator: Evaluator, outputs: Tensor, targets: Tensor, gradient: Tensor
 ) -> None:
-    """Refuse [N] against [N, 1], where each output meets the targets of all data.
+    """Refuse [N] against [N, 1], where each output meets the targets of all examples.
 
     What a batch's labels normalize may differ by one factor between the batch and half of it.
 
     Raises:
-        InvalidInputError: A datum's gradient changes otherwise with the targets of others.
+        InvalidInputError: An example's gradient changes otherwise with the targets of others.
     """
     usual = [outputs.shape[:d] + outputs.shape[d + 1 :] for d in range(1, outputs.ndim)]
     if targets.shape == outputs.shape or len(outputs) < 3:
@@ -108,15 +108,15 @@ def check_broadcast(
     ratio = (fewer * kept).sum() / kept.square().sum()
     if not agree(fewer, ratio * kept, max(evaluator.tolerance, 1e-3)):
         raise InvalidInputError(
-            f"targets {list(targets.shape)} with outputs {list(outputs.shape)}: a datum's gradient "
-            "changes with the targets of others, as by broadcasting one against the other; give "
-            "targets of the outputs' shape."
+            f"targets {list(targets.shape)} with outputs {list(outputs.shape)}: an example's "
+            "gradient changes with the targets of others, as by broadcasting one against the "
+            "other; give targets of the outputs' shape."
         )
 
 
 _WHY = (
-    "so that no datum has a share of its own; give the data term alone, as a mean or a sum over "
-    "data, without roots, ranks, other normalizers or weights by place in the batch."
+    "so that no example has a share of its own; give the data term alone, as a mean or a sum over "
+    "examples, without roots, ranks, other normalizers or weights by place in the batch."
 )
 _NEITHER = (
     "loss_fn is neither a mean nor a sum over data: on this batch followed by a copy of it the "
@@ -125,14 +125,14 @@ _NEITHER = (
 _COUPLED = f"loss_fn couples data: one's gradient changes with the outputs of others, {_WHY}"
 _RANDOM = (
     "loss_fn is random: two calls on the same outputs and targets differ; draw its noise in the "
-    "data, or pass the loss without it."
+    "examples, or pass the loss without it."
 )
 
 
 def _coupled(
     evaluator: Evaluator, outputs: Tensor, near: Tensor, targets: Tensor, single: Tensor
 ) -> bool:
-    """Whether a datum's gradient depends on the outputs of another."""
+    """Whether an example's gradient depends on the outputs of another."""
     tolerance = min(SLACK * evaluator.tolerance, COARSEST)
     here, there = single.chunk(2)
     generator = torch.Generator("cpu").manual_seed(1)
@@ -145,7 +145,7 @@ def _coupled(
 def _near(outputs: Tensor) -> Tensor:
     """Other outputs that a loss will take where it takes these.
 
-    Between those of neighbouring data, and 1 to 5 % nearer to zero: probabilities, positive or
+    Between those of neighbouring examples, and 1 to 5 % nearer to zero: probabilities, positive or
     negative numbers stay what they are.
     """
     generator = torch.Generator(outputs.device).manual_seed(2)

@@ -112,7 +112,7 @@ def scalar(value: object) -> Tensor:
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise UnsupportedError(
         f"loss_fn(outputs, targets) returned {got}; it must return a scalar tensor, the mean or "
-        "sum over data (not reduction='none')."
+        "sum over examples (not reduction='none')."
     )
 
 

@@ -25,7 +25,7 @@ from kronecker_probe.gradients.losses.resolved import ResolvedLoss
 from kronecker_probe.gradients.losses.targets import check_device_labels, explained
 from kronecker_probe.gradients.tracing.isolation import modules_restored
 
-# Outputs up to which a few data stand for all, where the family and the reduction are sought.
+# Outputs up to which a few examples stand for all, where the family and the reduction are sought.
 FEW_OUTPUTS = 1 << 11
 # Relative change of outputs that float32 rounds away.
 UNSEEN = 2.0**-30
@@ -37,9 +37,9 @@ def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Res
     The cross-entropy family (class indices, probabilities, label smoothing, class weights,
     ignored targets; classes in dimension 1 or last), squared errors and binary cross-entropies on
     logits (with weights and ``pos_weight``) have gradients s (phi(f) - q): two random outputs
-    give s, a third and the model's own must fit, those of a few data in float64 where the loss
+    give s, a third and the model's own must fit, those of a few examples in float64 where the loss
     computes in it, which shows a penalty far below the rounding of float32. Any other loss is
-    custom: it must be a mean or a sum over data, which is checked.
+    custom: it must be a mean or a sum over examples, which is checked.
 
     Nothing is drawn from the global random generators, and the loss is called with copies.
 
@@ -53,7 +53,7 @@ def resolve_loss(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Res
             that does not depend on this batch.
         NonFiniteError: The loss or its gradient is NaN or infinite.
         UnsupportedError: The loss is no scalar, has no gradient in the outputs, is no mean or sum
-            over data, is random, or depends on parameters besides the outputs.
+            over examples, is random, or depends on parameters besides the outputs.
     """
     check_device_labels(loss_fn, outputs, targets)
     if isinstance(loss_fn, nn.Module):
@@ -144,12 +144,12 @@ def _recognized(
 
 @dataclass(frozen=True)
 class _Probes:
-    """Gradients at random outputs: two of all data and three of a few, or three of all.
+    """Gradients at random outputs: two of all examples and three of a few, or three of all.
 
     Attributes:
         reduction: "mean" or "sum".
-        all_data: Of all data.
-        few: Of a few data; empty where these are all.
+        all_data: Of all examples.
+        few: Of a few examples; empty where these are all.
         precise: Of a few at two random outputs and at the model's, in float64; empty where the
             loss does not compute in it, or all is in float64 anyway.
     """
@@ -248,7 +248,7 @@ def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -
 
 
 def _alternating(outputs: Tensor) -> Tensor:
-    """1 and -1 in turn along every dimension but the first, for one datum."""
+    """1 and -1 in turn along every dimension but the first, for one example."""
     sign = outputs.new_ones((1,) * outputs.ndim)
     for d in range(1, outputs.ndim):
         along = 1 - 2 * (torch.arange(outputs.shape[d], device=outputs.device) % 2)
@@ -257,7 +257,7 @@ def _alternating(outputs: Tensor) -> Tensor:
 
 
 def _some_rows(gradient: Tensor) -> Tensor:
-    """Data on which the loss depends, few enough, spread over the batch."""
+    """Examples on which the loss depends, few enough, spread over the batch."""
     rows = torch.arange(len(gradient), device=gradient.device)
     if gradient.numel() > FEW_OUTPUTS:
         rows = gradient.reshape(len(gradient), -1).any(1).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""A batch loss as a sum of shares, one a datum: Hessians, their roots, and sampled labels."""
+"""A batch loss as a sum of shares, one per example: Hessians, their roots, and sampled labels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kronecker_probe.linalg.memory import require_memory
 
 @dataclass(frozen=True)
 class ResolvedLoss(abc.ABC):
-    """The loss of one batch, datum by datum, as a function of the model's outputs.
+    """The loss of one batch, example by example, as a function of the model's outputs.
 
-    l_i is datum i's additive share of the batch loss, times N for a mean and times 1 for a sum.
+    l_i is example i's additive share of the batch loss, times N for a mean and times 1 for a sum.
     What a loss normalizes by the batch (class weights, labels that are not ignored) stays as it
     is in this batch, and a weight that depends on the label is that of the given label: Hessians
     are those of the loss at hand, and sampled labels have them as covariance.
 
     Attributes:
         kind: "cross-entropy", "mse", "binary-cross-entropy" or "custom".
-        reduction: "mean" or "sum": how the loss combines data.
+        reduction: "mean" or "sum": how the loss combines examples.
         value: The loss of the whole batch, as loss_fn returned it.
         evaluator: Calls loss_fn.
         factor: N for a mean, 1 for a sum.
@@ -47,7 +47,7 @@ class ResolvedLoss(abc.ABC):
         return self.factor * self.evaluator.gradient(outputs, targets)
 
     def n_columns(self, outputs: Tensor) -> int:
-        """Columns of the loss-Hessian root of one datum: its number of outputs.
+        """Columns of the loss-Hessian root of one example: its number of outputs.
 
         Ignored positions have zero columns, so that all batches have as many.
         """
@@ -55,7 +55,7 @@ class ResolvedLoss(abc.ABC):
 
     @abc.abstractmethod
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Columns s of S with S S^T = the Hessian of l_i in the outputs, all data at once.
+        """Columns s of S with S S^T = the Hessian of l_i in the outputs, all examples at once.
 
         Yields:
             Tensors of the outputs' shape, at least float32.
@@ -66,7 +66,7 @@ class ResolvedLoss(abc.ABC):
 
     @abc.abstractmethod
     def hessian_product(self, outputs: Tensor, direction: Tensor) -> Tensor:
-        """The Hessian of each l_i in its outputs, times that datum's part of ``direction``."""
+        """The Hessian of each l_i in its outputs, times that example's part of ``direction``."""
 
     @abc.abstractmethod
     def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -193,7 +193,7 @@ class ElementwiseLoss(ResolvedLoss):
 @final
 @dataclass(frozen=True)
 class CustomLoss(ResolvedLoss):
-    """Any other mean or sum over data, by its own derivatives.
+    """Any other mean or sum over examples, by its own derivatives.
 
     Attributes:
         targets: Of the batch.
@@ -202,7 +202,7 @@ class CustomLoss(ResolvedLoss):
     targets: Tensor
 
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
-        """sqrt(lambda) v of each datum's output Hessian, largest lambda first."""
+        """sqrt(lambda) v of each example's output Hessian, largest lambda first."""
         hessians = self._hessians(outputs)
         values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
         self._check_eigenvalues(values, outputs)
@@ -227,7 +227,7 @@ class CustomLoss(ResolvedLoss):
         n_examples, size = outputs.shape[0], outputs[0].numel()
         require_memory(
             4 * 8 * n_examples * size**2,  # the Hessians, their eigenvectors, and scratch
-            f"The Hessian of loss_fn in {size} outputs of each of {n_examples} data "
+            f"The Hessian of loss_fn in {size} outputs of each of {n_examples} examples "
             "('empirical-fisher' takes none)",
             outputs.device,
         )
@@ -263,7 +263,7 @@ class CustomLoss(ResolvedLoss):
         return torch.zeros_like(leaf) if found is None else found
 
     def _check_eigenvalues(self, values: Tensor, outputs: Tensor) -> None:
-        """``values`` ascend for each datum."""
+        """``values`` ascend for each example."""
         if not bool(torch.isfinite(values).all()):
             raise UnsupportedError(
                 "The Hessian of loss_fn in the outputs is not finite at the model's outputs; use "
@@ -280,9 +280,9 @@ class CustomLoss(ResolvedLoss):
         given = replace(self.evaluator, dtype=at_least_float32(outputs).dtype)
         tolerance = max(self.evaluator.tolerance, given.tolerance)
         if smallest < -tolerance * largest * outputs[0].numel() ** 0.5:
-            datum = int(values[:, 0].argmin())
+            example = int(values[:, 0].argmin())
             raise UnsupportedError(
-                f"loss_fn is not convex in the outputs: at datum {datum} its Hessian has the "
+                f"loss_fn is not convex in the outputs: at example {example} its Hessian has the "
                 f"eigenvalue {smallest:.3g} (the largest of the batch is {largest:.3g}), so that "
                 "the Gauss-Newton matrix is not positive semidefinite; use 'empirical-fisher'."
             )

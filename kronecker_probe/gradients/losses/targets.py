@@ -33,7 +33,7 @@ def labels_outside(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int] | Non
 def check_device_labels(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> None:
     """Refuse labels outside the classes where they would stop the device for good.
 
-    A kernel that meets one leaves a CUDA device unusable for the process. So the data that hold
+    A kernel that meets one leaves a CUDA device unusable for the process. So the examples that hold
     them are tried on the CPU; where the loss itself holds tensors on the device and cannot run
     there, only its ``ignore_index`` is let through.
 

@@ -1,9 +1,9 @@
-"""Per-sample gradients of arbitrary parameters: vmap over data, or a loop where vmap has no rule.
+"""Per-sample gradients of arbitrary parameters: vmap over examples, or a loop without vmap.
 
 The way for parameters whose modules no rule can factor: recurrent layers, transposed convolutions,
-a custom ``x @ W``. It costs a gradient matrix per datum and column, and it is exact or refused: a
-datum alone must give the outputs that it gives in the batch, and the gradients of the data must add
-up to the gradient of the batch.
+a custom ``x @ W``. It costs a gradient matrix per example and column, and it is exact or refused: a
+example alone must give the outputs that it gives in the batch, and the gradients of the examples
+must add up to the gradient of the batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PerSampleGradients(NamedTuple):
     Attributes:
         gradients: Parameter name to G, [N, C, m, n], in the dtype of the parameter.
         reasons: Parameter name to the reason why it has no exact per-sample gradient.
-        way: How they were computed: "vmap", or "loop over data (...)" with what vmap failed
+        way: How they were computed: "vmap", or "loop over examples (...)" with what vmap failed
             with, or both; empty where nothing was.
     """
 
@@ -55,7 +55,7 @@ def per_sample_gradients(
     parameters: Mapping[str, nn.Parameter],
     n_columns: int,
 ) -> PerSampleGradients:
-    """The gradient of <outputs_i, cotangent_ic> in each parameter, for each datum i and column c.
+    """The gradient of <outputs_i, cotangent_ic> in each parameter, for each example i and column c.
 
     Call it within ``isolated(model)``. Tied weights and modules that are called several times have
     one gradient, the sum over all uses. Hooks on parameters do not act; those on modules do.
@@ -63,7 +63,7 @@ def per_sample_gradients(
     Args:
         model: Maps inputs to one tensor of outputs, the batch in the first dimension of both.
         inputs: [N, ...], of any dtype.
-        cotangents: C tensors of the outputs' shape, all data at once.
+        cotangents: C tensors of the outputs' shape, all examples at once.
         parameters: Name, as ``model.named_parameters()`` gives it, to the parameter.
         n_columns: C.
 
@@ -111,7 +111,8 @@ def _unhooked(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def _require_memory(outputs: Tensor, parameters: Mapping[str, Tensor], columns: int) -> None:
     per_column = sum(p.nbytes for p in parameters.values()) + outputs[0].nbytes
     size = outputs.shape[0] * columns * per_column
-    what = f"Per-sample gradients ({columns} columns a datum) of {', '.join(list(parameters)[:5])}"
+    of = ", ".join(list(parameters)[:5])
+    what = f"Per-sample gradients ({columns} columns per example) of {of}"
     require_memory(size, what, outputs.device)
 
 
@@ -154,16 +155,16 @@ def _batch_gradients(
 
 
 def _differentiate(problem: Problem) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """By vmap if every operation of the model has a rule, else datum by datum."""
+    """By vmap if every operation of the model has a rule, else example by example."""
     way = "vmap"
     try:
         gradients, failure = _try_vmap(problem)
         if failure:
-            way = f"loop over data (vmap fails with {failure})"
+            way = f"loop over examples (vmap fails with {failure})"
             gradients = by_loop(problem)
         refused = _doubts(problem, gradients)
         if refused and not failure:  # the loop reads the parameters themselves
-            way = f"vmap; loop over data for {', '.join(refused)}"
+            way = f"vmap; loop over examples for {', '.join(refused)}"
             gradients = {name: G for name, G in gradients.items() if name not in refused}
             again = by_loop(problem.part(refused))
             refused = _doubts(problem, again)
@@ -173,7 +174,7 @@ def _differentiate(problem: Problem) -> tuple[dict[str, Tensor], dict[str, str],
     except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except Exception as error:  # the model's own, of any kind
-        reason = f"the model does not run on one datum alone ({_first_line(error)})"
+        reason = f"the model does not run on one example alone ({_first_line(error)})"
         return {}, dict.fromkeys(problem.parameters, reason), ""
     return {name: G for name, G in gradients.items() if name not in refused}, refused, way
 
@@ -195,7 +196,7 @@ def _try_vmap(problem: Problem) -> tuple[dict[str, Tensor], str]:
 
 
 def _coupling(problem: Problem) -> str:
-    """Why a datum alone gives other outputs than in the batch."""
+    """Why an example alone gives other outputs than in the batch."""
     with isolated(problem.model), torch.no_grad():
         again = [run(problem.model, {}, problem.inputs) for _ in range(2)][1]
     if not torch.equal(again, problem.outputs):
@@ -204,8 +205,8 @@ def _coupling(problem: Problem) -> str:
             "a state that changes)"
         )
     return (
-        "a datum alone gives other outputs than in the batch: the model couples the data, or the "
-        "first dimension of its inputs is not the batch"
+        "an example alone gives other outputs than in the batch: the model couples the examples, "
+        "or the first dimension of its inputs is not the batch"
     )
 
 
@@ -229,7 +230,7 @@ def _doubt(problem: Problem, name: str, gradients: Tensor) -> str:
         return ""
     return (
         "its per-sample gradients do not add up to the gradient of the batch: the model couples "
-        "the data, or keeps what it computes from the parameter for one batch"
+        "the examples, or keeps what it computes from the parameter for one batch"
     )
 
 

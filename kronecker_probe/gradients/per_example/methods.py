@@ -1,4 +1,4 @@
-"""Two ways to per-sample gradients: vmap over data, and one datum after the other."""
+"""Two ways to per-sample gradients: vmap over examples, and one example after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK_BYTES = 128 << 20
 
 
 class CoupledError(Exception):
-    """A datum alone gives other outputs than in the batch."""
+    """An example alone gives other outputs than in the batch."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Problem:
 
     @cached_property
     def norms(self) -> Tensor:
-        """Of each datum's outputs, [N]."""
+        """Of each example's outputs, [N]."""
         outputs = self.outputs.double().reshape(self.n_examples, -1)
         norms: Tensor = torch.linalg.vector_norm(outputs, dim=1)
         return norms
@@ -93,13 +93,13 @@ class Problem:
         return float(64 * self.eps * torch.linalg.vector_norm(mixed) * (1 + self.norms.max()))
 
     def run_one(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Outputs [1, ...] of one datum [1, ...], with ``values`` in place of the parameters."""
+        """Outputs [1, ...] of one example [1, ...], with ``values`` in place of the parameters."""
         outputs = run(self.model, values, x)
         # A model that squeezes its outputs drops the batch dimension, too.
         return outputs.reshape(1, *self.outputs.shape[1:])
 
     def chunks(self) -> tuple[int, int]:
-        """Data and columns treated at once.
+        """Examples and columns treated at once.
 
         No more rows than the batch has, so that activations take no more than in training, and
         no more than CHUNK_BYTES of gradients.
@@ -118,16 +118,16 @@ def run(model: nn.Module, values: Mapping[str, Tensor], inputs: Tensor) -> Tenso
 
 
 def mix(cotangents: Tensor, mixture: Tensor) -> Tensor:
-    """One cotangent of the whole batch, [N, ...]: each datum's columns with random weights."""
+    """One cotangent of the whole batch, [N, ...]: each example's columns with random weights."""
     weights = mixture.to(cotangents.dtype)
     return (cotangents * weights.view(*weights.shape, *[1] * (cotangents.ndim - 2))).sum(1)
 
 
 def by_vmap(problem: Problem) -> dict[str, Tensor]:
-    """G, [N, C, m, n], through one vjp a chunk of data.
+    """G, [N, C, m, n], through one vjp per chunk of examples.
 
     Raises:
-        CoupledError: A datum alone gives other outputs than in the batch.
+        CoupledError: An example alone gives other outputs than in the batch.
         Exception: Of any kind, where an operation has no rule.
     """
     size, columns = problem.chunks()
@@ -138,12 +138,12 @@ def by_vmap(problem: Problem) -> dict[str, Tensor]:
         return outputs, vmap(pull_back, chunk_size=columns)(cotangents)[0]
 
     result = _allocate(problem)
-    # Each datum draws random numbers of its own, as it does within the batch.
+    # Each example draws random numbers of its own, as it does within the batch.
     batched = vmap(one, in_dims=(0, 0), randomness="different")
     with isolated(problem.model), torch.no_grad():
         for start in range(0, problem.n_examples, size):
             part = slice(start, start + size)
-            # Batches of one datum, [k, 1, ...], because models count on a batch dimension.
+            # Batches of one example, [k, 1, ...], because models count on a batch dimension.
             outputs, gradients = batched(
                 problem.inputs[part, None], problem.cotangents[part, :, None]
             )
@@ -154,14 +154,14 @@ def by_vmap(problem: Problem) -> dict[str, Tensor]:
 
 
 def by_loop(problem: Problem) -> dict[str, Tensor]:
-    """G, [N, C, m, n], through a forward pass a datum, whatever its operations.
+    """G, [N, C, m, n], through a forward pass per example, whatever its operations.
 
     The parameters themselves are differentiated, where they have no hooks: a weight that was
     computed from them and kept, or a reference outside of the module, is differentiated, too.
 
     Raises:
-        CoupledError: A datum alone gives other outputs than in the batch.
-        Exception: Of any kind, where the model does not run on one datum.
+        CoupledError: An example alone gives other outputs than in the batch.
+        Exception: Of any kind, where the model does not run on one example.
     """
     leaves = {**problem.parameters, **problem.stand_ins}
     leaves = {name: leaves[name] for name in problem.parameters}
@@ -182,7 +182,7 @@ def by_loop(problem: Problem) -> dict[str, Tensor]:
 def _pull_back(
     outputs: Tensor, cotangents: Tensor, leaves: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Gradients [k, *parameter] of k cotangents; zero where this datum does not use a parameter."""
+    """Gradients [k, *parameter] of k cotangents; zero for parameters without use here."""
     if not outputs.requires_grad:
         return {name: leaf.new_zeros(len(cotangents), *leaf.shape) for name, leaf in leaves.items()}
 

@@ -19,15 +19,13 @@ from kronecker_probe.linalg.rearrangement import one_hot_products
 class GradientSamples(abc.ABC):
     """N weighted samples of an m x n gradient matrix, C columns each.
 
-    Example i contributes the C matrices G_ic with the same weight w_i, so that the second moment is
-    H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T. The gradient for one sampled label, or of one
-    mini-batch, has C = 1; the exact Gauss-Newton has one column per class.
-
-    Build them with :meth:`from_factors`, :meth:`from_matrices` or ``kp.capture``.
+    Their second moment is H = sum_i w_i sum_c vec(G_ic) vec(G_ic)^T. The gradient for one sampled
+    label, or of one mini-batch, has C = 1; the exact Gauss-Newton has one column per class. Build
+    them with :meth:`from_factors`, :meth:`from_matrices` or ``kp.capture``.
 
     Attributes:
         weights: float64 [N], used as given, never renormalized.
-        independent: Whether the examples are independent draws from one distribution, which error
+        independent: Whether the examples are independent samples from one distribution, which error
             bars need. False for the closed form of ``kp.batch_gradients`` and for gradients along
             a run: there the weighted sum is the target itself, without sampling error.
         dropped_energy: Share of Tr H that truncation to a low rank left out of these samples. A
@@ -53,7 +51,7 @@ class GradientSamples(abc.ABC):
             weights: [N], nonnegative, used as given; None means 1/N each.
 
         Returns:
-            The samples; the tensors are kept as they are, without a copy.
+            Samples that hold these tensors, without a copy.
 
         Raises:
             InvalidInputError: The shapes do not fit, or a dtype is not floating point.
@@ -65,14 +63,11 @@ class GradientSamples(abc.ABC):
     def from_matrices(
         matrices: Tensor, weights: Tensor | Sequence[float] | None = None
     ) -> MatrixSamples:
-        """Samples given as matrices.
+        """Samples that hold these matrices, without a copy.
 
         Args:
             matrices: G, [N, m, n], or [N, C, m, n] with C columns per example.
             weights: [N], nonnegative, used as given; None means 1/N each.
-
-        Returns:
-            The samples; the tensor is kept as it is, without a copy.
 
         Raises:
             InvalidInputError: The shape does not fit, or the dtype is not floating point.
@@ -215,7 +210,7 @@ class GradientSamples(abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the gradients take."""
+        """Bytes of the gradients."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -233,12 +228,11 @@ class GradientSamples(abc.ABC):
 
     def __repr__(self) -> str:
         m, n = self.shape
-        shared = "" if self.n_positions is None else f", T={self.n_positions}"
-        dropped = f", {self.dropped_energy:.2g} dropped" if self.dropped_energy > 0 else ""
-        return (
-            f"{type(self).__name__}({m} x {n}, N={self.n_examples}, C={self.n_columns}{shared}, "
-            f"{self.nbytes / 1e6:.1f} MB{dropped})"
-        )
+        parts = [f"{m} x {n}, N={self.n_examples}, C={self.n_columns}"]
+        parts += [] if self.n_positions is None else [f"T={self.n_positions}"]
+        size = f"{self.nbytes / 1e6:.1f} MB"
+        parts.append(f"{size}, {self.dropped_energy:.2g} dropped" if self.dropped_energy else size)
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 @final
@@ -249,7 +243,6 @@ class FactoredSamples(GradientSamples):
     Attributes:
         output_grads: d, [N, C, T, m].
         inputs: a, [N, T, n].
-        weights: float64 [N].
     """
 
     output_grads: Tensor
@@ -284,7 +277,6 @@ class MatrixSamples(GradientSamples):
 
     Attributes:
         values: G, [N, C, m, n].
-        weights: float64 [N].
     """
 
     values: Tensor
@@ -301,7 +293,7 @@ class MatrixSamples(GradientSamples):
         return self.values[start:stop].double()
 
     def _block(self, rows: slice, columns: slice) -> MatrixSamples:
-        return self.with_tensors((self.values[..., rows, columns],), self.weights)
+        return self.with_tensors([self.values[..., rows, columns]], self.weights)
 
 
 @final
@@ -315,7 +307,6 @@ class EmbeddingSamples(GradientSamples):
         tokens: k, int64 [N, T].
         output_grads: d, [N, C, T, D].
         vocabulary: V.
-        weights: float64 [N].
     """
 
     tokens: Tensor

@@ -84,13 +84,13 @@ def check_values(name: str, tensor: Tensor) -> None:
         )
     if tensor.numel() == 0:
         raise InvalidInputError(
-            f"{name} are empty, {dims(tensor)}; at least one datum, row and column is needed."
+            f"{name} are empty, {dims(tensor)}; at least one example, row and column is needed."
         )
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"{name} {dims(tensor)} hold {bad} NaN or infinite values; remove those data or find "
-            "the step that produced them."
+            f"{name} {dims(tensor)} hold {bad} NaN or infinite values; remove those examples or "
+            "find the step that produced them."
         )
 
 
@@ -100,7 +100,7 @@ def check_weights(
     """Weights as float64 [N]; 1/N each for None.
 
     Raises:
-        InvalidInputError: Complex, negative, or not one a datum.
+        InvalidInputError: Complex, negative, or not one per example.
         NonFiniteError: A NaN or an infinity.
     """
     if weights is None:
@@ -109,7 +109,9 @@ def check_weights(
         raise InvalidInputError(f"weights have dtype {weights.dtype}; give real ones.")
     given = torch.as_tensor(weights, dtype=torch.float64, device=device).detach()
     if given.shape != (count,):
-        raise InvalidInputError(f"weights are {dims(given)}; {count} data need shape [{count}].")
+        raise InvalidInputError(
+            f"weights are {dims(given)}; {count} examples need shape [{count}]."
+        )
     if not bool(torch.isfinite(given).all()):
         raise NonFiniteError("weights hold NaN or infinite values; give finite, nonnegative ones.")
     if bool((given < 0).any()):

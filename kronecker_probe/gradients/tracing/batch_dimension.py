@@ -1,4 +1,4 @@
-"""Which rows of a call belong to which datum, and whether the data of a batch stay apart."""
+"""Which rows of a call belong to which example, and whether the examples of a batch stay apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kronecker_probe.gradients.layers.base import Call, Layout, all_finite, layo
 from kronecker_probe.gradients.tracing.graph import Uses, account, pull_back
 from kronecker_probe.gradients.tracing.record import recording
 
-# Data of the small forward pass that stands for the whole batch, and the batch from which on.
+# Examples of the small forward pass that stands for the whole batch, and the batch from which on.
 PART = 16
 SMALLEST_PART = 8
 
@@ -26,16 +26,16 @@ Candidates = list[list[Layout]]  # for each call
 
 @dataclass(frozen=True)
 class Separation:
-    """Where the data lie in each call.
+    """Where the examples lie in each call.
 
     Attributes:
-        layouts: Of the calls whose rows belong to one datum each.
+        layouts: Of the calls whose rows belong to one example each.
     """
 
     layouts: Mapping[Call, Layout]
 
     def problem(self, uses: Uses, n_examples: int) -> str:
-        """Why the data are not apart in a parameter's calls; empty if they are."""
+        """Why the examples are not apart in a parameter's calls; empty if they are."""
         for call, _ in uses:
             if call in self.layouts:
                 continue
@@ -45,8 +45,8 @@ class Separation:
                     f"{n_examples} examples: no dimension is the batch"
                 )
             return (
-                f"gradients of different data mix in layer {call.name!r}: no dimension is the "
-                "batch, or a later layer couples the data"
+                f"gradients of different examples mix in layer {call.name!r}: no dimension is the "
+                "batch, or a later layer couples the examples"
             )
         return ""
 
@@ -60,15 +60,15 @@ def separate(
     *,
     once: bool,
 ) -> Separation:
-    """Find the batch in every call by what its rows do as single data's output gradients change.
+    """Find the batch in every call by what its rows do as single examples' output gradients change.
 
-    If the output gradients of the data are scaled by different powers of two, then so must be
+    If the output gradients of the examples are scaled by different powers of two, then so must be
     their rows in every call, to the bit; or rows must vanish with the output gradients of their
-    datum. Every pair of data is told apart. A batch of more than 2 SMALLEST_PART data is tested
-    on a forward pass of a random part, about a tenth and at most PART data, which must also
-    reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss a
-    coupling among other data than those, or one that changes no output by that much. Where the
-    part differs in any way, the whole batch is tested.
+    example. Every pair of examples is told apart. A batch of more than 2 SMALLEST_PART examples is
+    tested on a forward pass of a random part, about a tenth and at most PART examples, which must
+    also reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss
+    a coupling among other examples than those, or one that changes no output by that much. Where
+    the part differs in any way, the whole batch is tested.
 
     Args:
         model: The model.
@@ -82,7 +82,7 @@ def separate(
     calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
     n_examples = outputs.shape[0]
     if n_examples == 1:
-        # a call without rows, as of an expert without data, has no datum
+        # a call without rows, as of an expert without examples, has no example
         whole = {call: math.prod(call.lead) for call in calls}
         return Separation({call: Layout(1, rows) for call, rows in whole.items() if rows})
     possible = [layouts(call.lead, n_examples) for call in calls]
@@ -136,15 +136,15 @@ def _by_a_part(
         found = _apart(part, list(pairs.values()), fitting)
     except NonFiniteError:
         return None
-    # rows that do not grow with the batch belong to no datum, and only others leave a doubt
+    # rows that do not grow with the batch belong to no example, and only others leave a doubt
     doubt = any(fits and not left for fits, left in zip(fitting, found, strict=True))
     return None if doubt else found
 
 
 def _apart(outputs: Tensor, calls: Sequence[Call], possible: Candidates) -> Candidates:
-    """The layouts under which each datum's rows depend on its own output gradients alone.
+    """The layouts under which each example's rows depend on its own output gradients alone.
 
-    Scaled output gradients tell for all pairs of data in two or three passes. What they refuse
+    Scaled output gradients tell for all pairs of examples in two or three passes. What they refuse
     may have been refused for rounding (underflow, or kernels that add in no fixed order), and is
     asked again by zeros.
     """
@@ -165,9 +165,9 @@ def _apart(outputs: Tensor, calls: Sequence[Call], possible: Candidates) -> Cand
 def _by_scales(
     outputs: Tensor, cotangent: Tensor, calls: Sequence[Call], possible: Candidates
 ) -> Candidates:
-    """Layouts whose rows scale exactly as the output gradients of their datum do.
+    """Layouts whose rows scale exactly as the output gradients of their example do.
 
-    Powers of two commute with rounding. Data k and l get different powers in one of the passes,
+    Powers of two commute with rounding. Examples k and l get different powers in one of the passes,
     in which k's rows would show what they get from l.
     """
     plain = _gradients(outputs, cotangent, calls)
@@ -187,10 +187,10 @@ def _by_scales(
 def _by_zeros(
     outputs: Tensor, cotangent: Tensor, calls: Sequence[Call], possible: Candidates
 ) -> Candidates:
-    """Layouts whose rows are exactly zero where the output gradients of their datum are.
+    """Layouts whose rows are exactly zero where the output gradients of their example are.
 
-    The data are split by each bit of their index, which parts every pair once, and either half is
-    set to zero, because couplings have directions.
+    The examples are split by each bit of their index, which parts every pair once, and either half
+    is set to zero, because couplings have directions.
     """
     index = torch.arange(len(outputs), device=outputs.device)
     for bit in range((len(outputs) - 1).bit_length()):

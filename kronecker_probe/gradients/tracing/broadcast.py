@@ -1,7 +1,7 @@
-"""What is computed once for all data, and then broadcast to each: a table of positions.
+"""What is computed once for all examples, and then broadcast to each: a table of positions.
 
 A look-up ``table(arange(T))`` has an output [T, D] without a batch, but where it is added to
-activations [N, T, D], the gradient of the sum holds each datum's own. So it does for a parameter
+activations [N, T, D], the gradient of the sum holds each example's own. So it does for a parameter
 that is added, or expanded over the batch.
 """
 
@@ -40,8 +40,8 @@ def spread(
 ) -> None:
     """Let the record see where what has no batch gets one.
 
-    A call whose only reader broadcasts its output over the data is replaced by the call on inputs
-    that are expanded so; parameters that are added or expanded directly get a call.
+    A call whose only reader broadcasts its output over the examples is replaced by the call on
+    inputs that are expanded so; parameters that are added or expanded directly get a call.
 
     Args:
         record: Of one forward pass; changed in place.
@@ -64,7 +64,7 @@ def spread(
 
 
 def _may_lack(call: Call, n_examples: int) -> bool:
-    """Whether the output may be the same for all data, as [T, D] or [1, T, D]."""
+    """Whether the output may be the same for all examples, as [T, D] or [1, T, D]."""
     lead = call.lead
     if isinstance(call.rule, ModuleRule):
         return False
@@ -82,7 +82,7 @@ def _consumers(nodes: Collection[Any]) -> Consumers:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a tensor is broadcast over the data.
+    """Where a tensor is broadcast over the examples.
 
     Attributes:
         node: That does it.
@@ -122,7 +122,7 @@ def _place(
 
 
 def _expanded(call: Call, consumers: Consumers, n_examples: int) -> Call:
-    """The call as if its inputs had been expanded over the data; as it is where they are."""
+    """The call as if its inputs had been expanded over the examples; as it is where they are."""
     assert call.edge is not None
     source = (call.edge.node, call.edge.output_nr)
     readers = consumers.get(source, [])
@@ -176,7 +176,7 @@ def _read(name: str, parameter: Tensor, place: _Place) -> Call:
 
 @final
 class TableRule(ProductRule):
-    """A parameter broadcast over the data: G is the datum's gradient of the result, summed to it.
+    """A parameter broadcast over the examples: G is the gradient of each result, summed to it.
 
     The options of its calls are ``operand``, the shape of what is broadcast, and ``views``, the
     nodes of the views that lead from the parameter to it.

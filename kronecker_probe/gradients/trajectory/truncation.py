@@ -17,8 +17,8 @@ ROUGH = 1e-4
 def truncate(samples: GradientSamples, tolerance: float) -> GradientSamples:
     """Matrices by their leading singular vectors, as shared positions of a layer.
 
-    Every draw keeps the same number T of vectors: the smallest that drops at most ``tolerance``
-    of sum_i w_i |G_i|^2. Sums over the draws cost T / min(m, n) of what they did, roughly.
+    Every sample keeps the same number T of vectors: the smallest that drops at most ``tolerance``
+    of sum_i w_i |G_i|^2. Sums over the samples cost T / min(m, n) of what they did, roughly.
 
     Args:
         samples: Any; only matrices with one column are truncated.

@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from kronecker_probe.errors import (
-    InvalidInputError,
-    NonFiniteError,
-    UnsupportedError,
-)
+from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.gradients.layers.base import matrix_shape
 from kronecker_probe.gradients.parameters import Parameters, chosen_parameters
 from kronecker_probe.gradients.samples.base import GradientSamples
@@ -58,7 +54,7 @@ class GradientWindow:
     their age.
 
     Forms: "dense" keeps matrices. "factored" keeps thin factors of ``rank`` terms that must hold
-    the gradient exactly (a batch of B data gives an unshared layer rank B at most). "low-rank"
+    the gradient exactly (a batch of B examples gives an unshared layer rank B at most). "low-rank"
     keeps the ``rank`` leading singular vectors and reports the energy they drop. Both leave
     matrices whole that are not larger. "auto" is dense if ``memory`` allows, else low-rank at the
     largest rank that fits.
@@ -179,7 +175,7 @@ class GradientWindow:
         return optimizer.register_step_pre_hook(hook)
 
     def samples(self) -> dict[str, GradientSamples]:
-        """The draws of every parameter that had a gradient, oldest first, copied.
+        """The samples of every parameter that had a gradient, oldest first, copied.
 
         Returns:
             Name to samples with weights 1, or (1 - beta) beta^age, not ``independent``, with the

@@ -22,7 +22,7 @@ from kronecker_probe.operators.factors.vectors import Rows
 
 # Gram eigenvalues below this share of the largest carry no correct digit of their eigenvector.
 GRAM_CUTOFF = 1e-13
-# Where a datum's root weight is below this share of the largest, dividing by it loses digits.
+# Where an example's root weight is below this share of the largest, dividing by it loses digits.
 ROOT_CUTOFF = 1e-4
 
 

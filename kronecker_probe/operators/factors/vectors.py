@@ -14,7 +14,7 @@ from kronecker_probe.linalg import gram
 
 @final
 class Rows:
-    """x_ic in R^k for N data and C columns: output gradients (k = m) or inputs (k = n).
+    """x_ic in R^k for N examples and C columns: output gradients (k = m) or inputs (k = n).
 
     All factors built from one target share its Rows, hence their Grams.
 
@@ -27,7 +27,7 @@ class Rows:
         self._whole: tuple[Rows, slice | Tensor | Sequence[int]] | None = None
 
     def subset(self, index: slice | Tensor | Sequence[int]) -> Rows:
-        """The vectors of some of the data; their Grams are cut out of these."""
+        """The vectors of some of the examples; their Grams are cut out of these."""
         part = Rows(self.values[index])
         part._whole = self, index
         return part

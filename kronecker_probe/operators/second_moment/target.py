@@ -44,7 +44,7 @@ class SecondMoment(Operator):
     that there is; the rest raises a MemoryBudgetError.
 
     Args:
-        samples: The draws.
+        samples: The samples.
         route: "auto", "sample" (factored samples with T = 1 only), "parameter" or "dense".
 
     Raises:
@@ -135,18 +135,18 @@ class SecondMoment(Operator):
     def grouped_left_step(
         self, right: Factor | Tensor | None, groups: Sequence[Group]
     ) -> list[Factor]:
-        """:meth:`left_step` of each group of data by itself; they add up to the whole.
+        """:meth:`left_step` of each group of examples by itself; they add up to the whole.
 
         Args:
             right: V, as for :meth:`left_step`.
-            groups: Data of each group, as slices or indices; weights stay as they are.
+            groups: Examples of each group, as slices or indices; weights stay as they are.
         """
         return self._route.grouped_left_step(self._right(right), groups)
 
     def grouped_right_step(
         self, left: Factor | Tensor | None, groups: Sequence[Group]
     ) -> list[Factor]:
-        """:meth:`right_step` of each group of data by itself."""
+        """:meth:`right_step` of each group of examples by itself."""
         return self._route.grouped_right_step(self._left(left), groups)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -155,14 +155,14 @@ class SecondMoment(Operator):
         Args:
             lefts: A, PSD, float64 [B, m, m].
             rights: C, PSD, float64 [E, n, n].
-            groups: Data of each group, as slices or indices.
+            groups: Examples of each group, as slices or indices.
         """
         return self._route.grouped_forms(lefts, rights, groups)
 
     def quadratic_forms(
         self, left: Factor | Tensor | None, right: Factor | Tensor | None
     ) -> Tensor:
-        """sum_c <G_ic, A G_ic C> of each datum, without its weight, float64 [N].
+        """sum_c <G_ic, A G_ic C> of each example, without its weight, float64 [N].
 
         Args:
             left: A, symmetric [m, m]; None is the identity.
@@ -171,17 +171,17 @@ class SecondMoment(Operator):
         return self._route.quadratic_forms(self._left(left), self._right(right))
 
     def pair_products(self) -> Tensor:
-        """K_ij = sum_cd <G_ic, G_jd>^2 of all pairs of data, float64 [N, N]; |H|^2 = w^T K w."""
+        """K_ij = sum_cd <G_ic, G_jd>^2 of all examples, float64 [N, N]; |H|^2 = w^T K w."""
         known = self._known_pairs
         return self._route.pair_products() if known is None else known
 
     def sample_rows(self) -> tuple[Rows, Rows] | None:
-        """d and a of unshared factored draws with their Grams; None outside of sample space."""
+        """d and a of unshared factored samples with their Grams; None outside of sample space."""
         route = self._route
         return (route.outputs, route.inputs) if isinstance(route, SampleSpace) else None
 
     def subset(self, index: Group) -> SecondMoment:
-        """The second moment of some of the data, with their weights as they are.
+        """The second moment of some of the examples, with their weights as they are.
 
         It shares this one's pair products, and its Grams in sample space, so that neither is
         computed again.

@@ -14,7 +14,7 @@ from kronecker_probe.quality.estimates.estimate import MIN_N_EFF, Estimate, chec
 from kronecker_probe.quality.estimates.estimator import TARGET_METRICS, Estimator
 from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
 
-# Of the standard error now to the one wanted: more data than its square are no plan.
+# Of the standard error now to the one wanted: more examples than its square are no plan.
 LARGEST_RATIO = 1e6
 
 
@@ -29,35 +29,30 @@ def estimate(
 ) -> Estimate:
     """A quality number with its standard error.
 
-    "population" is the limit of infinitely many draws. Approximations with closed forms in sample
-    means (Shampoo^2, K-FAC, TKFAC, left-only, right-only, diagonal, identity) have U-statistics
-    over distinct draws, from which all coincident-index terms are removed; for shared positions
-    these are incomplete, over 16 groups. Fitted ones (optimal, Shampoo's roots, the trace-power
-    family, eigenvalue-corrected) are scored in sample against |H|^2 over distinct draws. The
-    jackknife over independent draws (over refits without a group of them for the fitted ones)
-    corrects the bias and gives the standard error. "held-out" is the quality of factors fitted to
-    half of the draws, scored on the other half, cross-fitted. "plugin" is the sample matrix
-    itself, without an error bar.
-
-    Under about 30 effective draws nothing is estimated: the value is NaN and the note says why.
+    "population" is the limit of infinitely many examples. Approximations that are sample means
+    (Shampoo^2, K-FAC, TKFAC, left-only, right-only, diagonal, identity) have U-statistics over
+    distinct examples, without any coincident-index term; for shared positions these are incomplete,
+    over 16 groups. Fitted ones (optimal, Shampoo's roots, the trace-power family,
+    eigenvalue-corrected) are scored in sample against |H|^2 over distinct examples. The jackknife
+    over examples (for fitted ones over refits without a group of them) corrects the bias and gives
+    the standard error. "held-out" is the quality of factors fitted to half of the examples, scored
+    on the other half, cross-fitted. "plugin" is the sample matrix itself, without an error bar.
+    Under about 30 effective examples the value is NaN and the note says why.
 
     Args:
         H: The target.
         approximation: A name or spec, as for ``kp.approximate``; or an operator that was not
-            fitted to these draws (kinds "plugin" and "population"); None for the metrics "norm"
+            fitted to these examples (kinds "plugin" and "population"); None for the metrics "norm"
             and "trace" of H itself.
         metric: "cosine", "relative_error", "best_scale_error" or "best_scale"; or "norm", "trace".
             The errors are estimated as squares.
         kind: "plugin", "held-out" or "population".
-        refits: For fitted approximations, the groups of draws of their jackknife, at least 4; 0
+        refits: For fitted approximations, the groups of examples of their jackknife, at least 4; 0
             for a bracket from two halves, held-out to in-sample; None for 8, or a bracket where
             shared positions make refits expensive, and for a sum of r products where fewer than
-            30 r draws are effective. KL (``q`` < 1/2) abstains where an eigenvector of its
+            30 r examples are effective. KL (``q`` < 1/2) abstains where an eigenvector of its
             factors rests on fewer than 5.
         options: Options of the approximation (``q``, ``rank``, ``block_size``).
-
-    Returns:
-        The estimate.
 
     Raises:
         UnknownNameError: No such approximation, option, metric or kind.
@@ -122,22 +117,22 @@ def samples_needed(
     metric: str = "cosine",
     **options: Any,
 ) -> int:
-    """About how many data bring the standard error of a population estimate to ``stderr``.
+    """About how many examples bring the standard error of a population estimate to ``stderr``.
 
-    It extrapolates the standard error of these draws as 1 / sqrt(N) and the effective number of
-    draws as N, of which at least 30 are needed. It is a forecast from a standard error that is
-    itself known to some 20% at 50 effective draws, which the answer squares: take twice as many
+    It extrapolates the standard error of these examples as 1 / sqrt(N) and the effective number of
+    examples as N, of which at least 30 are needed. It is a forecast from a standard error that is
+    itself known to some 20% at 50 effective examples, which the answer squares: take twice as many
     to be sure. Where the quality is nearly perfect the error falls faster, and fewer do.
 
     Args:
-        H: The target, with at least 30 effective draws.
+        H: The target, with at least 30 effective examples.
         stderr: The standard error wanted; of the squared error for the errors.
         approximation: A name or spec.
         metric: As for :func:`estimate`.
         options: As for :func:`estimate`.
 
     Raises:
-        InvalidInputError: ``stderr`` is not positive, or so small that no data would do.
+        InvalidInputError: ``stderr`` is not positive, or so small that no examples would do.
         UnsupportedError: There is no standard error to extrapolate; the message says why.
     """
     if isinstance(stderr, bool) or not isinstance(stderr, Real) or not 0 < stderr < math.inf:
@@ -152,7 +147,7 @@ def samples_needed(
     ratio = found.stderr / float(stderr)
     if not ratio < LARGEST_RATIO:
         raise InvalidInputError(
-            f"stderr={stderr!r} is out of reach: with {found.n} data it is {found.stderr:.2g}."
+            f"stderr={stderr!r} is out of reach: with {found.n} examples it is {found.stderr:.2g}."
         )
     wanted = found.n * ratio**2
     return math.ceil(max(wanted, found.n * MIN_N_EFF / found.n_eff))

@@ -6,9 +6,9 @@ R = E[y A], has
 
     <H, L kron R> = E[Kd_ij x_j Ka_ik y_k],   |L|^2 = E[x_i x_j Kd_ij],   |R|^2 = E[y_i y_j Ka_ij]
 
-over *distinct* indices, which removes all that a draw has to do with itself. What a draw adds in
-each of its roles are row sums, so that all leave-one-out values cost a few N x N products with
-vectors (Hoeffding, 1948; the jackknife of U-statistics: Arvesen, 1969).
+over *distinct* indices, which removes all that an example has to do with itself. What an example
+adds in each of its roles are row sums, so that all leave-one-out values cost a few N x N products
+with vectors (Hoeffding, 1948; the jackknife of U-statistics: Arvesen, 1969).
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ ONE_SIDED = {"left-only": 0, "right-only": 1}
 
 @final
 class Grams:
-    """Kd, Ka and what they give for one target (or one block of it) of unshared draws.
+    """Kd, Ka and what they give for one target (or one block of it) of unshared examples.
 
     Args:
-        draws: The draws of the target that the numbers are for.
+        examples: The examples of the target that the numbers are for.
         outputs: d, [N, C, m], of that target or of a block of it.
         inputs: a, [N, 1, n].
     """
 
-    def __init__(self, draws: Examples, outputs: Rows, inputs: Rows) -> None:
-        self._examples = draws
+    def __init__(self, examples: Examples, outputs: Rows, inputs: Rows) -> None:
+        self._examples = examples
         self.shape = outputs.size, inputs.size
         self._outputs = outputs
         self._inputs = inputs
 
     @staticmethod
-    def of(draws: Examples, target: SecondMoment) -> Grams | None:
-        """Those of ``target``, H itself or a block; None where its draws are no d a^T."""
+    def of(examples: Examples, target: SecondMoment) -> Grams | None:
+        """Those of ``target``, H itself or a block; None where its examples are no d a^T."""
         rows = target.sample_rows()
         if rows is None:
             samples = unshared(target.samples)
             if samples is None:
                 return None
             rows = Rows(samples.output_grads[:, :, 0]), Rows(samples.inputs)
-        return Grams(draws, *rows)
+        return Grams(examples, *rows)
 
     @cached_property
     def sizes(self) -> tuple[Tensor, Tensor]:
@@ -105,13 +105,13 @@ class Grams:
         return found
 
     def _sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """<H, L kron R>, |L|^2 and |R|^2 over distinct draws, each [1 + N, k] of [N, k]."""
+        """<H, L kron R>, |L|^2 and |R|^2 over distinct examples, each [1 + N, k] of [N, k]."""
         p = self._examples.shares[:, None]
         kd, ka = self._outputs.squared_gram, self._inputs.squared_gram
         px, py = p * x, p * y
         on_left, on_right = _off_diagonal(kd, px), _off_diagonal(ka, py)
         pairs = _off_diagonal(self._pairs, self._examples.shares)[:, None]
-        # the draw as i, as j and as k of p_i p_j p_k Kd_ij x_j Ka_ik y_k
+        # the example as i, as j and as k of p_i p_j p_k Kd_ij x_j Ka_ik y_k
         first = p * (on_left * on_right - _off_diagonal(self._pairs, px * py))
         second = px * (_off_diagonal(kd, p * on_right) - py * pairs)
         third = py * (_off_diagonal(ka, p * on_left) - px * pairs)
@@ -132,27 +132,27 @@ class Grams:
         return Replicates(square, self._examples.target_squares, square, single=True)
 
 
-def identity(draws: Examples, sizes: Tensor, shape: tuple[int, int]) -> Replicates:
-    """(Tr H / mn) I: <H, P> = |P|^2 = (Tr H)^2 / mn, of draws with sizes |G_i|^2."""
-    parts = draws.shares * sizes
+def identity(examples: Examples, sizes: Tensor, shape: tuple[int, int]) -> Replicates:
+    """(Tr H / mn) I: <H, P> = |P|^2 = (Tr H)^2 / mn, of examples with sizes |G_i|^2."""
+    parts = examples.shares * sizes
     rows = parts * (parts.sum() - parts)
-    square = pair_statistic(rows, draws.pair_totals) / (shape[0] * shape[1])
-    return Replicates(square, draws.target_squares, square, single=True)
+    square = pair_statistic(rows, examples.pair_totals) / (shape[0] * shape[1])
+    return Replicates(square, examples.target_squares, square, single=True)
 
 
-def trace(draws: Examples) -> Tensor:
-    """Tr H of all draws and without each, of the scale of H."""
-    return draws.scale * _mean(draws, draws.sizes)
+def trace(examples: Examples) -> Tensor:
+    """Tr H of all examples and without each, of the scale of H."""
+    return examples.scale * _mean(examples, examples.sizes)
 
 
-def norm(draws: Examples) -> Tensor:
+def norm(examples: Examples) -> Tensor:
     """|H| likewise."""
-    return draws.scale * draws.target_squares.sqrt()
+    return examples.scale * examples.target_squares.sqrt()
 
 
-def _mean(draws: Examples, values: Tensor) -> Tensor:
-    parts = draws.shares * values
-    return leave_one_out(parts.sum(), parts) / draws.totals
+def _mean(examples: Examples, values: Tensor) -> Tensor:
+    parts = examples.shares * values
+    return leave_one_out(parts.sum(), parts) / examples.totals
 
 
 def _off_diagonal(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from kronecker_probe.errors import InvalidInputError, unknown_name
 KINDS = ("plugin", "held-out", "population")
 # Metrics that are estimated as squares, which may come out negative.
 SQUARED = frozenset({"relative_error", "best_scale_error"})
-# Effective draws under which no population or held-out number is given.
+# Effective examples under which no population or held-out number is given.
 MIN_N_EFF = 30.0
 # Above this share of N, N_eff is low because N is.
 MOSTLY = 0.8
@@ -57,11 +57,11 @@ class Estimate:
         metric: "norm", "trace", "cosine", "relative_error", "best_scale_error", "best_scale".
         approximation: Its label; None for the norm and the trace of H itself.
         kind: What is estimated. "plugin": the sample matrix itself. "held-out": the quality of
-            factors fitted on half of the data. "population": the limit of infinitely many data.
+            factors fitted on half of the examples. "population": the limit of infinitely many.
         value: The number, a squared error for the errors; NaN where it abstains or is undefined.
         stderr: Its standard error; NaN for plug-in numbers, whose bias is the larger part.
-        n: Independent draws N (data of positive weight).
-        n_eff: (sum |G_i|^2)^2 / sum |G_i|^4, weights included: how many draws carry the numbers.
+        n: Independent examples N (examples of positive weight).
+        n_eff: (sum |G_i|^2)^2 / sum |G_i|^4, weights included: how many examples carry the numbers.
         df: Degrees of freedom of Student's t in :meth:`interval`.
         note: Why it abstains, or how it was found where that matters.
         bracket: For a number without a standard error, the held-out and the in-sample number,
@@ -159,16 +159,16 @@ def check_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def abstention(n: int, n_eff: float) -> str:
-    """Why nothing is estimated from so few effective draws, and what to do; empty if it may be."""
+    """Why so few effective examples give no estimate, and what to do; empty if they do."""
     if n_eff >= MIN_N_EFF:
         return ""
     # just as many would leave half of all samples below again
     needed = math.ceil(n * max(MIN_N_EFF / max(n_eff, 1.0), LEAST_MORE) / 10) * 10
     # three digits, for 29.8 is not yet 30
-    few = f"N_eff = {n_eff:.3g} of N = {n}: a few data carry the numbers, and"
+    few = f"N_eff = {n_eff:.3g} of N = {n}: a few examples carry the numbers, and"
     if n < MIN_N_EFF or n_eff > MOSTLY * n:
-        few = f"N = {n} data (N_eff = {n_eff:.3g}) are few:"
+        few = f"N = {n} examples (N_eff = {n_eff:.3g}) are few:"
     return (
-        f"{few} under {MIN_N_EFF:.0f} effective draws no estimate can be trusted; measure about "
-        f"{needed} data"
+        f"{few} under {MIN_N_EFF:.0f} effective examples no estimate can be trusted; measure about "
+        f"{needed} examples"
     )

@@ -29,19 +29,19 @@ from kronecker_probe.quality.estimates.sample_means import CLOSED_FORMS, SampleM
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
 
 TARGET_METRICS = ("norm", "trace")
-# Approximations of separate means of d and a, which other draws may carry than those of H.
+# Approximations of separate means of d and a, which other examples may carry than those of H.
 OF_FACTORS = frozenset({"kfac", "kfac-reduce", "ekfac"})
 NOT_INDEPENDENT = (
-    "these draws are not independent: their weighted sum is the target itself, and the plug-in "
+    "these examples are not independent: their weighted sum is the target itself, and the plug-in "
     "number has no sampling error"
 )
-# Effective draws for each product of a sum under which refits are too uneven: a bracket instead.
+# Effective examples for each product of a sum under which refits are too uneven: a bracket instead.
 MIN_REFITTED = 30.0
-# Effective draws along each eigenvector that a fit with q < MILD_Q needs.
+# Effective examples along each eigenvector that a fit with q < MILD_Q needs.
 MIN_DIRECTION, MILD_Q = 5.0, 0.5
 UNDEFINED = (
-    "|H|^2 or |P|^2 over distinct draws is not positive, of all draws or without some of them: "
-    "P = 0, or hardly any two draws share a direction; measure more data"
+    "|H|^2 or |P|^2 over distinct examples is not positive, of all or without some of them: P = 0, "
+    "or hardly any two examples share a direction; measure more examples"
 )
 # Rules that give H itself wherever it acts on vectors, m or n = 1, in any sample.
 EXACT_ON_VECTORS = frozenset({"optimal", "shampoo-squared", "shampoo-squared-sequential"})
@@ -55,10 +55,10 @@ class Estimator:
     Args:
         target: H.
         refits: For fitted approximations, the groups of the jackknife over refits, at least 4;
-            0 for a bracket from the two halves; None for 8 where draws have no shared positions
+            0 for a bracket from the two halves; None for 8 where examples have no shared positions
             (or layers are small), 0 elsewhere, and for a sum of r products where fewer than
-            30 r draws are effective.
-        fits: Label -> operator fitted to all draws, for those known already.
+            30 r examples are effective.
+        fits: Label -> operator fitted to all examples, for those known already.
 
     Raises:
         InvalidInputError: ``target`` is no SecondMoment, or ``refits`` is out of range.
@@ -98,12 +98,12 @@ class Estimator:
 
     @property
     def n(self) -> int:
-        """N, data of positive weight."""
+        """N, examples of positive weight."""
         return self._examples.count
 
     @property
     def n_eff(self) -> float:
-        """The effective number of draws."""
+        """The effective number of examples."""
         return self._examples.n_eff
 
     @cached_property
@@ -115,7 +115,7 @@ class Estimator:
         return unusable or abstention(self.n, self.n_eff)
 
     def _n_eff_for(self, label: str | None) -> float:
-        """How many draws carry the numbers of one approximation."""
+        """How many examples carry the numbers of one approximation."""
         of_factors = label is not None and label.partition(":")[0] in OF_FACTORS
         return self._examples.n_eff_of_factors if of_factors else self.n_eff
 
@@ -153,7 +153,7 @@ class Estimator:
         one = self._estimate(metric, None, kind, found)
         if not copies or one.note:
             return one
-        note = f"{copies} of {self.n} data have the same gradients as another"
+        note = f"{copies} of {self.n} examples have the same gradients as another"
         return replace(one, note=f"{note}: if they are copies of it, measure each once")
 
     def plugin(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
@@ -197,7 +197,7 @@ class Estimator:
         }
 
     def _is_exact(self, label: str) -> bool:
-        """Whether P = H for any draws."""
+        """Whether P = H for any examples."""
         spec, (m, n) = resolve(label), self._target.shape
         if "block_size" in dict(spec.options):
             return False
@@ -213,7 +213,7 @@ class Estimator:
         return Replicates(square, square, square, single=True)
 
     def of_operator(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
-        """Population estimates of an operator that was not fitted to these draws."""
+        """Population estimates of an operator that was not fitted to these examples."""
         try:
             found: Replicates | str = self._silence or fixed_operator(self._examples, operator)
         except MemoryBudgetError as error:
@@ -242,7 +242,7 @@ class Estimator:
             return dict.fromkeys(labels, str(error))
 
     def _ill_founded(self, label: str) -> str:
-        """Why an inverse of the factors rests on too few draws; empty if it does not."""
+        """Why an inverse of the factors rests on too few examples; empty if it does not."""
         if label not in self._weaknesses:
             self._weaknesses[label] = self._weakness(label)
         return self._weaknesses[label]
@@ -259,8 +259,8 @@ class Estimator:
             return ""
         return (
             f"it divides by the eigenvalues of both factors, and one eigenvector rests on "
-            f"{weakest:.1f} effective draws of {self.n}, under {MIN_DIRECTION:g}; measure more "
-            "data, or use q = 1/2"
+            f"{weakest:.1f} effective examples of {self.n}, under {MIN_DIRECTION:g}; measure more "
+            "examples, or use q = 1/2"
         )
 
     def _of(

@@ -1,10 +1,10 @@
 """Approximations that are fitted: the jackknife over refits, brackets, and held-out halves.
 
 In sample, <H_N, P_N> / |P_N| is too large (P_N has seen H_N), and |H_N| is too large (it holds
-what each draw has to do with itself). The second is removed exactly, by |H|^2 over distinct
-draws; the first is of order 1/N for a smooth fit, and leaving out one of g groups of draws at a
-time removes it. With g = 8, on populations with known values, what is left is under a tenth of the
-plug-in's bias at N = 128 for most, and under a third for all (benchmarks/estimate_coverage.py).
+what each example has to do with itself). The second is removed exactly, by |H|^2 over distinct
+examples; the first is of order 1/N for a smooth fit, and leaving out one of g groups of examples at
+a time removes it. With g = 8, on populations with known values, what is left is under a tenth of
+the plug-in's bias at N = 128 for most, and under a third for all (benchmarks/estimate_coverage.py).
 
 Where refits cost too much (shared positions), the halves give a bracket instead.
 """
@@ -40,9 +40,9 @@ class Bracket:
     """What bounds the quality of a fit whose own error bar would take too many refits.
 
     Attributes:
-        inside: In-sample, over |H|^2 of distinct draws: of all draws, and of either half.
-        held_out: The factors of either half on the draws of the other.
-        fixed: In-sample without each draw, the factors held as they are: to first order in 1/N
+        inside: In-sample, over |H|^2 of distinct examples: of all examples, and of either half.
+        held_out: The factors of either half on the examples of the other.
+        fixed: In-sample without each example, the factors held as they are: to first order in 1/N
             the jackknife of a fit that maximizes the cosine, whose derivative in P is zero.
     """
 
@@ -53,20 +53,20 @@ class Bracket:
 
 @final
 class Refits:
-    """Fits to all draws, to all but some, and to either half.
+    """Fits to all examples, to all but some, and to either half.
 
     Args:
-        draws: The draws.
+        examples: The examples.
         whole: Label -> operator fitted to all of them, for those known already.
     """
 
-    def __init__(self, draws: Examples, whole: dict[str, Operator]) -> None:
-        self._examples = draws
+    def __init__(self, examples: Examples, whole: dict[str, Operator]) -> None:
+        self._examples = examples
         self._whole = whole
         self._half_fits: dict[str, list[Operator] | str] = {}
 
     def whole(self, name: str) -> Operator:
-        """The fit to all draws.
+        """The fit to all examples.
 
         Raises:
             UnsupportedError: There is none.
@@ -76,7 +76,7 @@ class Refits:
         return self._whole[name]
 
     def jackknifed(self, names: Sequence[str], count: int) -> dict[str, Replicates | str]:
-        """In-sample replicates of each name, of all draws and without each of ``count`` groups.
+        """In-sample replicates of each name, of all examples and without each of ``count`` groups.
 
         A name that has no fit on every part has the reason instead.
         """
@@ -99,7 +99,7 @@ class Refits:
         reasons: dict[str, str],
         known: Mapping[str, Operator],
     ) -> None:
-        """One more part of the draws for each name; its factors are dropped at once."""
+        """One more part of the examples for each name; its factors are dropped at once."""
         for name, pairs in found.items():
             if name in reasons:
                 continue
@@ -107,7 +107,7 @@ class Refits:
                 one = known[name] if name in known else fit(target, name)
                 pairs.append(_pair(target, one))
             except UnsupportedError as error:
-                reasons[name] = f"not for every part of the draws: {error}"
+                reasons[name] = f"not for every part of the examples: {error}"
 
     def bracket(self, name: str) -> Bracket | str:
         """In-sample and held-out replicates from the fits to either half."""
@@ -123,9 +123,9 @@ class Refits:
         return Bracket(inside, self._crossed(fits), fixed_operator(d, whole))
 
     def held_out(self, name: str) -> Replicates | str:
-        """Cross-fitted replicates: the factors of one half on the draws of the other.
+        """Cross-fitted replicates: the factors of one half on the examples of the other.
 
-        The parts left out are single draws of the scored half; the factors stay as they are, so
+        The parts left out are single examples of the scored half; the factors stay as they are, so
         that the standard error is that of measuring these factors.
         """
         fits = self._of_halves(name)
@@ -140,7 +140,7 @@ class Refits:
             try:
                 self._half_fits[name] = [fit(half, name) for _, half in self._halves]
             except UnsupportedError as error:
-                self._half_fits[name] = f"not for either half of the draws: {error}"
+                self._half_fits[name] = f"not for either half of the examples: {error}"
         return self._half_fits[name]
 
     def _crossed(self, fits: Sequence[Operator]) -> Replicates:
@@ -157,13 +157,13 @@ class Refits:
         return Replicates(cross, d.target_squares, square, single=True)
 
 
-def fixed_operator(draws: Examples, operator: Operator) -> Replicates:
-    """Replicates of an operator that does not depend on the draws: <H, P> is a plain mean."""
-    parts = draws.shares * example_forms(draws.target, operator) / draws.scale
+def fixed_operator(examples: Examples, operator: Operator) -> Replicates:
+    """Replicates of an operator that does not depend on the examples: <H, P> is a plain mean."""
+    parts = examples.shares * example_forms(examples.target, operator) / examples.scale
     whole = parts.sum()
-    cross = torch.cat([whole[None], (whole - parts) / (1.0 - draws.shares)])
-    square = torch.full_like(cross, (operator.norm() / draws.scale) ** 2)
-    return Replicates(cross, draws.target_squares, square, single=True)
+    cross = torch.cat([whole[None], (whole - parts) / (1.0 - examples.shares)])
+    square = torch.full_like(cross, (operator.norm() / examples.scale) ** 2)
+    return Replicates(cross, examples.target_squares, square, single=True)
 
 
 def _pair(target: SecondMoment, operator: Operator) -> Pair:

@@ -1,7 +1,7 @@
-"""Incomplete U-statistics over groups of draws: any layer, shared positions included.
+"""Incomplete U-statistics over groups of examples: any layer, shared positions included.
 
-With the draws in g groups, <H_A, L_B kron R_C> summed over *distinct* groups A, B, C leaves out
-some triples of distinct draws (for g = 16, 18 % of them) and holds no draw twice, so it is
+With the examples in g groups, <H_A, L_B kron R_C> summed over *distinct* groups A, B, C leaves out
+some triples of distinct examples (for g = 16, 18 % of them) and holds no example twice, so it is
 unbiased like the complete statistic. It takes g half steps, where that takes N^2 of them: the
 half step of every group with each R_C, <E_A[G R_C G^T], L_B>. What a group adds in its three roles
 gives all values without one group.
@@ -23,13 +23,13 @@ from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.quality.estimates.examples import Examples, forms_of_groups
 from kronecker_probe.quality.estimates.replicates import Replicates
 
-# Groups of the incomplete statistics; with fewer draws, each is a group of its own.
+# Groups of the incomplete statistics; with fewer examples, each is a group of its own.
 GROUPS = 16
 
 
 @dataclass(frozen=True)
 class _Means:
-    """Sums over each group's draws, with their shares, whose totals are L, R and a scale.
+    """Sums over each group's examples, with their shares, whose totals are L, R and a scale.
 
     Attributes:
         left: [g, m, m].
@@ -47,19 +47,19 @@ class Grouped:
     """Group statistics of one target.
 
     Args:
-        draws: The draws of the target that the numbers are for.
-        target: That target, or a block of it, with the same data.
+        examples: The examples of the target that the numbers are for.
+        target: That target, or a block of it, with the same examples.
     """
 
-    def __init__(self, draws: Examples, target: SecondMoment) -> None:
-        self._examples = draws
+    def __init__(self, examples: Examples, target: SecondMoment) -> None:
+        self._examples = examples
         self._target = target
-        self._groups = draws.groups(min(GROUPS, draws.count))
-        self._shares = forms_of_groups(draws.shares, self._groups)
+        self._groups = examples.groups(min(GROUPS, examples.count))
+        self._shares = forms_of_groups(examples.shares, self._groups)
 
     @cached_property
     def _target_squares(self) -> Tensor:
-        """|H|^2 over distinct draws, of all groups and without each, [1 + g]."""
+        """|H|^2 over distinct examples, of all groups and without each, [1 + g]."""
         p = self._examples.shares
         member = torch.zeros(len(p), len(self._groups), dtype=p.dtype, device=p.device)
         for k, group in enumerate(self._groups):
@@ -97,7 +97,7 @@ class Grouped:
     def _check_memory(self) -> None:
         m, n = self._target.shape
         needed = 8.0 * len(self._groups) * (3 * m * m + n * n)
-        what = f"The factors of {len(self._groups)} groups of draws of a {m} x {n} layer"
+        what = f"The factors of {len(self._groups)} groups of examples of a {m} x {n} layer"
         require_memory(needed, what, self._shares.device)
 
     def _shampoo(self) -> _Means:

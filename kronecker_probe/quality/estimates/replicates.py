@@ -1,4 +1,4 @@
-"""The three inner products of a pair, with and without each part of the data; the jackknife."""
+"""The three inner products of a pair, with and without each part of the examples; the jackknife."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUALITY_METRICS = ("cosine", "relative_error", "best_scale_error", "best_scale")
 
 @dataclass(frozen=True)
 class Replicates:
-    """<H, P>, |H|^2 and |P|^2: of all the data, then of the data without one of K parts.
+    """<H, P>, |H|^2 and |P|^2: of all the examples, then of the examples without one of K parts.
 
     Weights are normalized to sum 1 in each replicate, so that all are of one scale. A second
     dimension holds several P whose numbers are averaged.
@@ -23,7 +23,7 @@ class Replicates:
         cross: <H, P>, float64 [1 + K] or [1 + K, r].
         target: |H|^2, float64 [1 + K].
         approximation: |P|^2, float64 [1 + K] or [1 + K, r].
-        single: Whether a part is one draw, else a group of them.
+        single: Whether a part is one example, else a group of them.
     """
 
     cross: Tensor
@@ -63,12 +63,12 @@ def jackknife(values: Tensor, single: bool) -> Jackknifed:
     With pseudo-values p_k = K t - (K - 1) t_(k) of the whole's t, the value is their mean and
     its variance sum_k psi_k^2 / (K (K - 1)), psi_k = p_k - mean. The degrees of freedom are those
     of a chi-square with the same first two moments, (sum psi^2)^2 / (2 sum psi^4), few where
-    some draws dominate; and K - 1 where a part is a group of draws, near normal as their sums
+    some examples dominate; and K - 1 where a part is a group of examples, near normal as their sums
     are.
 
     Args:
         values: t, t_(1), ..., t_(K), float64 [1 + K].
-        single: Whether a part is one draw.
+        single: Whether a part is one example.
     """
     count = len(values) - 1
     if count < 2 or not bool(torch.isfinite(values).all()):

@@ -35,7 +35,7 @@ class FactorKernels(Kernels):
         super().__init__(samples)
         m, n = samples.shape
         c, t = samples.n_columns, samples.n_positions
-        # elements of one datum in float64, with the images of d and a and the T x T products
+        # elements of one example in float64, with the images of d and a and the T x T products
         self._per_example = 2 * c * t * m + 2 * t * n + (2 * t * t if t > 1 else 2)
 
     def _read(
@@ -84,7 +84,7 @@ class FactorKernels(Kernels):
         )
 
     def many_forms(self, lefts: Tensor, rights: Tensor) -> Tensor:
-        """sum_c <G_ic, A_b G_ic C_e> of each datum and pair of matrices, float64 [N, B, E].
+        """sum_c <G_ic, A_b G_ic C_e> of each example and pair of matrices, float64 [N, B, E].
 
         Args:
             lefts: A, symmetric [B, m, m]; the products run in its dtype, float64 or float32.
@@ -114,7 +114,7 @@ class FactorKernels(Kernels):
         return total
 
     def _by_position_pairs(self) -> bool:
-        """Whether T (T + 1) / 2 products of positions cost less than the C matrices of a datum."""
+        """Whether T (T + 1) / 2 products of positions cost less than C matrices per example."""
         pairs, formed = self._diagonal_work()
         return pairs.flops + 4 * pairs.stream <= formed.flops + 4 * formed.stream
 
@@ -239,7 +239,7 @@ class FactorKernels(Kernels):
         moved = 8 * 4 * count * (c * t * m + t * n)
         passes = Work(stream=moved, calls=30 * (chunks + 1))
         shared = Work(stream=8 * 4 * count * t * t) if t > 1 else Work()
-        # a product with one row a datum is an element-wise pass
+        # a product with one row per example is an element-wise pass
         inputs = product(t, n, t, count) if t > 1 else Work(stream=8 * 2 * count * n)
         outputs = product(t, c * m, t, count) if t > 1 else Work(stream=8 * 2 * count * c * m)
         on_n = product(count * t, n, n) * panel_share(n)
@@ -298,7 +298,7 @@ def _paired_diagonal(weights: Tensor, d: Tensor, a: Tensor) -> Tensor:
 
 
 def _formed_diagonal(total: Tensor | None, weights: Tensor, d: Tensor, a: Tensor) -> Tensor:
-    """``total`` + sum_i w_i sum_c G^{o2} with G = d^T a formed a few data at a time."""
+    """``total`` + sum_i w_i sum_c G^{o2} with G = d^T a formed a few examples at a time."""
     step = chunk_rows(CACHED * d.shape[1] * d.shape[3] * a.shape[2])
     for i in range(0, d.shape[0], step):
         g = d[i : i + step].mT @ a[i : i + step, None]

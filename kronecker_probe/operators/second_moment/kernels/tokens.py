@@ -19,7 +19,7 @@ from kronecker_probe.operators.second_moment.kernels.matrix import sum_of_square
 class EmbeddingKernels(Kernels):
     """From G = sum_t e_k(t) d_t^T: products with one-hot vectors are look-ups and scatters.
 
-    Tokens that repeat within a datum are added up first, so that its rows are distinct.
+    Tokens that repeat within an example are added up first, so that its rows are distinct.
     """
 
     samples: EmbeddingSamples
@@ -148,9 +148,9 @@ class EmbeddingKernels(Kernels):
 
 
 def _distinct(tokens: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Each datum's distinct tokens [k, U], and the sums of their rows [k, C, U, D].
+    """Each example's distinct tokens [k, U], and the sums of their rows [k, C, U, D].
 
-    Data with fewer are filled up with zero rows of token 0.
+    Examples with fewer are filled up with zero rows of token 0.
     """
     ordered, order = tokens.sort(dim=1)
     steps = torch.zeros_like(ordered)

@@ -127,7 +127,7 @@ def _precisions(route: Route) -> list[torch.dtype]:
 
 
 def iterates_in_float32(kernels: Kernels, samples: GradientSamples) -> bool:
-    """Whether half steps are large, and the draws known to no more than float32."""
+    """Whether half steps are large, and the samples known to no more than float32."""
     costs = kernels.costs()
     return costs.left.flops + costs.right.flops >= SINGLE_FLOPS and _at_most_single(samples)
 

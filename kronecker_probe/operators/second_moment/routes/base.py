@@ -22,7 +22,7 @@ from kronecker_probe.operators.second_moment.kernels.vectors import vectors
 # Singular values that a route gives where the whole spectrum is out of reach.
 DEFAULT_LEADING = 16
 
-# Some of the data.
+# Some of the examples.
 Group: TypeAlias = slice | Tensor | Sequence[int]
 
 
@@ -87,7 +87,7 @@ class Route(abc.ABC):
         """E[G^T U G], [n, n], of a symmetric ``left`` U [m, m]; None is the identity."""
 
     def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        """The half step of each group of data by itself, with the weights as they are."""
+        """The half step of each group of examples by itself, with the weights as they are."""
         matrix = None if right is None else right.matrix
         parts = (kernels_for(self.samples.subset(group)) for group in groups)
         return [MatrixFactor(part.left_step(matrix)) for part in parts]
@@ -104,7 +104,7 @@ class Route(abc.ABC):
         Args:
             lefts: A, PSD, float64 [B, m, m].
             rights: C, PSD, float64 [E, n, n].
-            groups: Data of each group.
+            groups: Examples of each group.
         """
         columns = []
         for right in rights:
@@ -114,7 +114,7 @@ class Route(abc.ABC):
         return torch.stack(columns, dim=2)
 
     def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
-        """sum_c <G_ic, A G_ic C> of each datum, without its weight, float64 [N]."""
+        """sum_c <G_ic, A G_ic C> of each example, without its weight, float64 [N]."""
         return self.kernels.quadratic_forms(
             None if left is None else left.matrix, None if right is None else right.matrix
         )

@@ -46,7 +46,7 @@ def leading_terms(route: Route, k: int) -> LeadingTerms:
     """The k leading terms, fewer where R(H) has a smaller rank.
 
     R(H) takes symmetric matrices to symmetric ones and skew to skew, and both kinds are solved
-    by themselves. On unshared factored draws a skew image is zero.
+    by themselves. On unshared factored samples a skew image is zero.
     """
     symmetric = _solve(_coordinates(route, 1), k, 0.0)
     found = [symmetric]

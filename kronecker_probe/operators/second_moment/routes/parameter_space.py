@@ -1,4 +1,4 @@
-"""Parameter space: m x m and n x n matrices, half steps over chunks of data."""
+"""Parameter space: m x m and n x n matrices, half steps over chunks of examples."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ParameterSpace(Route):
         return self.left_step(right).inner(left)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
-        """As on every route; large layers of float32 draws multiply in float32.
+        """As on every route; large layers of float32 samples multiply in float32.
 
         PSD factors make every term nonnegative, so that the sums keep seven digits.
         """

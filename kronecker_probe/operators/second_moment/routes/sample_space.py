@@ -42,7 +42,7 @@ class SampleSpace(Route):
         self.outputs, self.inputs = vectors(samples)
 
     def subset(self, samples: FactoredSamples, index: Group) -> SampleSpace:
-        """The same for some of the data; their Grams are cut out of these."""
+        """The same for some of the examples; their Grams are cut out of these."""
         part = SampleSpace(samples)
         part.outputs, part.inputs = self.outputs.subset(index), self.inputs.subset(index)
         return part
@@ -103,7 +103,7 @@ class SampleSpace(Route):
 
     @cached_property
     def balanced(self) -> Balanced:
-        """Coordinates in which no datum, large in d and small in a, drowns the others.
+        """Coordinates in which no example, large in d and small in a, drowns the others.
 
         With u = s o y, v = t o z and s o t = w / q, R(H) / q takes the dual of one side to the
         other unchanged; s and t are such that both metrics have diagonals of w |d|^2 |a|^2 / q.
@@ -166,7 +166,7 @@ class SampleSpace(Route):
 
 @dataclass(frozen=True)
 class Balanced:
-    """The metrics s Kd s and t Ka t, their scalings, the data's shares of Tr H, and q."""
+    """The metrics s Kd s and t Ka t, their scalings, the examples' shares of Tr H, and q."""
 
     kd: Tensor
     ka: Tensor
