@@ -15,7 +15,7 @@ from kronecker_probe.errors import InvalidInputError, NonFiniteError, Unsupporte
 from kronecker_probe.operators import spectral_form as module
 from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.spectral_form import (
-    DrawForm,
+    SampleForm,
     SpectralForm,
     exact_form,
     spectral_form,
@@ -200,7 +200,7 @@ def test_functions_of_H_equal_scipy(case: Case) -> None:
 def test_gram_and_dense_eigenvectors_agree(case: Case) -> None:
     H, x = case.operator(), probe(case.shape)
     form = spectral_form(H)
-    assert isinstance(form, DrawForm)
+    assert isinstance(form, SampleForm)
     dense = exact_form(kp.DenseOperator(torch.tensor(case.H), case.shape))
     d = 1e-6 * H.trace()
     for f in (lambda v: (v + d).rsqrt(), lambda v: (v + d).log()):

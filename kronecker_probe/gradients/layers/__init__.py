@@ -1,4 +1,8 @@
-"""Which torch functions have an exact rule for the gradients of the parameters that they read."""
+"""One rule per kind of read: how an input and an output gradient give a parameter's samples.
+
+In: one call of a torch function, or of a user's module. Out: d and a, tokens, a vector or G.
+May import: linalg and errors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the user's loss is: recognized by its gradients, split into one share per example."""
+"""What the user's loss is: recognized by its gradients, split into one share per example.
+
+In: a loss function, outputs and targets. Out: ``ResolvedLoss``, with Hessian roots and labels.
+May import: gradients.tracing.isolation, linalg and errors.
+"""
 
 from __future__ import annotations
 

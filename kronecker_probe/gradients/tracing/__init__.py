@@ -1,1 +1,5 @@
-"""kronecker_probe/gradients/tracing."""
+"""Observing a forward pass, which leaves no trace: who reads each parameter, and where the batch is.
+
+In: a model and a batch. Out: calls with their inputs and output gradients, and an account of what
+they leave out. May import: gradients.layers, linalg and errors.
+"""

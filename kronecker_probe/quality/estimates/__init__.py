@@ -1,1 +1,5 @@
-"""Estimates with error bars: of the sample, of held-out factors, and of the population."""
+"""Quality numbers with their errors: plug-in, held-out and population; the jackknife.
+
+In: a ``SecondMoment`` and names of approximations. Out: ``Estimate``.
+May import: quality.metrics, approximations, operators and errors.
+"""
