@@ -189,9 +189,9 @@ def test_grouped_steps_add_up_and_are_those_of_subsets(case: Case, route: str) -
     m, n = case.shape
     C, A = torch.eye(n) + 1.0, torch.eye(m) + 1.0
     for found, whole, alone in (
-        (H.grouped_left_step(C, groups), H.left_step(C), lambda part: part.left_step(C)),
-        (H.grouped_right_step(A, groups), H.right_step(A), lambda part: part.right_step(A)),
-        (H.grouped_left_step(None, groups), H.left_factor, lambda part: part.left_factor),
+        (H.grouped_step(0, C, groups), H.left_step(C), lambda part: part.left_step(C)),
+        (H.grouped_step(1, A, groups), H.right_step(A), lambda part: part.right_step(A)),
+        (H.grouped_step(0, None, groups), H.left_factor, lambda part: part.left_factor),
     ):
         total = sum(as_numpy(one.matrix) for one in found)
         assert_close(total, as_numpy(whole.matrix), ENTRIES)

@@ -125,29 +125,27 @@ class SecondMoment(Operator):
             InvalidInputError: V has another shape.
         """
         V = self._right(right)
-        return self.left_factor if V is None else self._route.left_step(V)
+        return self.left_factor if V is None else self._route.step(0, V)
 
     def right_step(self, left: Factor | Tensor | None) -> Factor:
         """E[G^T U G] of symmetric U [m, m]; None is the identity, which gives R."""
         U = self._left(left)
-        return self.right_factor if U is None else self._route.right_step(U)
+        return self.right_factor if U is None else self._route.step(1, U)
 
-    def grouped_left_step(
-        self, right: Factor | Tensor | None, groups: Sequence[Group]
+    def grouped_step(
+        self, side: int, given: Factor | Tensor | None, groups: Sequence[Group]
     ) -> list[Factor]:
-        """:meth:`left_step` of each group of examples by itself; they add up to the whole.
+        """:meth:`left_step` (side 0) or :meth:`right_step` of each group of examples by itself.
+
+        They add up to the whole.
 
         Args:
-            right: V, as for :meth:`left_step`.
+            side: 0 or 1.
+            given: V [n, n] or U [m, m]; None is the identity.
             groups: Examples of each group, as slices or indices; weights stay as they are.
         """
-        return self._route.grouped_left_step(self._right(right), groups)
-
-    def grouped_right_step(
-        self, left: Factor | Tensor | None, groups: Sequence[Group]
-    ) -> list[Factor]:
-        """:meth:`right_step` of each group of examples by itself."""
-        return self._route.grouped_right_step(self._left(left), groups)
+        checked = self._left(given) if side else self._right(given)
+        return self._route.grouped_step(side, checked, groups)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
         """sum_{i in group} w_i sum_c <G_ic, A_b G_ic C_e>, float64 [groups, B, E].

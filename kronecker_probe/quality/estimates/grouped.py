@@ -89,8 +89,7 @@ class Grouped:
     def one_sided(self, side: int) -> Replicates:
         """L kron I / n (side 0), or I / m kron R."""
         self._check_memory()
-        step = self._target.grouped_right_step if side else self._target.grouped_left_step
-        factors = torch.stack([factor.matrix for factor in step(None, self._groups)])
+        factors = self._half_steps(side)
         square = self._pair_square(factors / self._examples.scale) / self._target.shape[1 - side]
         return Replicates(square, self._target_squares, square, single=False)
 
@@ -100,12 +99,14 @@ class Grouped:
         what = f"The factors of {len(self._groups)} groups of examples of a {m} x {n} layer"
         require_memory(needed, what, self._shares.device)
 
+    def _half_steps(self, side: int) -> Tensor:
+        """E[G G^T] or E[G^T G] of each group, [g, k, k]."""
+        steps = self._target.grouped_step(side, None, self._groups)
+        return torch.stack([factor.matrix for factor in steps])
+
     def _shampoo(self) -> _Means:
-        target, scale = self._target, self._examples.scale
-        left, right = (
-            torch.stack([factor.matrix for factor in step(None, self._groups)]) / scale
-            for step in (target.grouped_left_step, target.grouped_right_step)
-        )
+        scale = self._examples.scale
+        left, right = (self._half_steps(side) / scale for side in (0, 1))
         return _Means(left, right, left.diagonal(dim1=1, dim2=2).sum(dim=1))
 
     def _by_name(self, name: str) -> _Means:

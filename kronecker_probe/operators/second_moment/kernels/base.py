@@ -39,6 +39,10 @@ class Kernels(abc.ABC):
     def right_step(self, left: Tensor | None, sign: int = 1) -> Tensor:
         """sum_i w_i sum_c G^T U G, float64 [n, n], of symmetric U, or of skew U for sign -1."""
 
+    def step(self, side: int, given: Tensor | None, sign: int = 1) -> Tensor:
+        """:meth:`left_step` (side 0) or :meth:`right_step` (side 1)."""
+        return self.right_step(given, sign) if side else self.left_step(given, sign)
+
     @abc.abstractmethod
     def quadratic_forms(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """sum_c <G_ic, A G_ic C> of each example, without its weight, float64 [N]."""

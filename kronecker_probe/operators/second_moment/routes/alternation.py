@@ -6,8 +6,8 @@ themselves, at half the size. The leading pair is symmetric: it is PSD.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,14 +40,14 @@ def leading(route: Route) -> LeadingProduct | None:
     size = start.norm()
     if not size > 0:
         return None
-    image = spaces.left.pack(route.left_step(start).matrix) / size
+    image = spaces.left.pack(route.step(0, start).matrix) / size
     v = spaces.right.pack(start.matrix) / size
     known: Tensor | None = image
     rounds = 0
     for dtype in _precisions(route):
         single = dtype == torch.float32
         found = leading_triples(
-            LinearMap(spaces.forward, spaces.adjoint),
+            spaces.linear,
             v.to(dtype),
             tolerance=SINGLE_TOLERANCE if single else TOLERANCE,
             image=None if known is None else known.to(dtype),
@@ -79,7 +79,7 @@ def _values(route: Route, sign: int, k: int, floor: float) -> Tensor:
         noise = torch.randn(len(spaces.right), dtype=torch.float64, generator=generator)
         return noise.to(route.weights.device)
 
-    return repeated_triples(LinearMap(spaces.forward, spaces.adjoint), draw, k, floor).values
+    return repeated_triples(spaces.linear, draw, k, floor).values
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,22 @@ class _Spaces:
         (m, n), device = route.shape, route.weights.device
         return _Spaces(route.kernels, Packing(m, device, sign), Packing(n, device, sign))
 
-    def forward(self, v: Tensor) -> Tensor:
-        """R(H) v, in the dtype of ``v``."""
-        step: Callable[[Tensor, int], Tensor] = self.kernels.left_step
-        return self.left.pack(step(self.right.unpack(v), self.right.sign)).to(v.dtype)
+    @property
+    def linear(self) -> LinearMap:
+        """R(H) and its adjoint, in the dtype of what they get."""
+        return LinearMap(partial(self._step, 0), partial(self._step, 1))
 
-    def adjoint(self, u: Tensor) -> Tensor:
-        """R(H)^T u, in the dtype of ``u``."""
-        step: Callable[[Tensor, int], Tensor] = self.kernels.right_step
-        return self.right.pack(step(self.left.unpack(u), self.left.sign)).to(u.dtype)
+    def _step(self, side: int, given: Tensor) -> Tensor:
+        own, other = (self.right, self.left) if side else (self.left, self.right)
+        return own.pack(self.kernels.step(side, other.unpack(given), other.sign)).to(given.dtype)
 
 
 def _certified(spaces: _Spaces, v: Tensor, rounds: int) -> tuple[LeadingProduct, Tensor]:
-    v = v / torch.linalg.vector_norm(v)
-    u = spaces.forward(v)
+    linear, v = spaces.linear, v / torch.linalg.vector_norm(v)
+    u = linear.forward(v)
     sigma = torch.linalg.vector_norm(u)
     u = u / sigma
-    back = spaces.adjoint(u)
+    back = linear.adjoint(u)
     residual = float(torch.linalg.vector_norm(back - sigma * v) / sigma)
     sigma = torch.linalg.vector_norm(back)
     improved = back / sigma

@@ -71,32 +71,27 @@ class Route(abc.ABC):
     @cached_property
     def left(self) -> Factor:
         """L = E[G G^T], [m, m]."""
-        return self.left_step(None)
+        return self.step(0, None)
 
     @cached_property
     def right(self) -> Factor:
         """R = E[G^T G], [n, n]."""
-        return self.right_step(None)
+        return self.step(1, None)
 
     @abc.abstractmethod
-    def left_step(self, right: Factor | None) -> Factor:
-        """E[G V G^T], [m, m], of a symmetric ``right`` V [n, n]; None is the identity."""
+    def step(self, side: int, given: Factor | None) -> Factor:
+        """E[G V G^T] (side 0) of symmetric V [n, n], or E[G^T V G] (side 1) of V [m, m].
 
-    @abc.abstractmethod
-    def right_step(self, left: Factor | None) -> Factor:
-        """E[G^T U G], [n, n], of a symmetric ``left`` U [m, m]; None is the identity."""
+        None is the identity.
+        """
 
-    def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
+    def grouped_step(
+        self, side: int, given: Factor | None, groups: Sequence[Group]
+    ) -> list[Factor]:
         """The half step of each group of examples by itself, with the weights as they are."""
-        matrix = None if right is None else right.matrix
+        matrix = None if given is None else given.matrix
         parts = (kernels_for(self.samples.subset(group)) for group in groups)
-        return [MatrixFactor(part.left_step(matrix)) for part in parts]
-
-    def grouped_right_step(self, left: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        """Likewise."""
-        matrix = None if left is None else left.matrix
-        parts = (kernels_for(self.samples.subset(group)) for group in groups)
-        return [MatrixFactor(part.right_step(matrix)) for part in parts]
+        return [MatrixFactor(part.step(side, matrix)) for part in parts]
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
         """sum_{i in group} w_i sum_c <G_ic, A_b G_ic C_e>, float64 [groups, B, E].
@@ -108,7 +103,7 @@ class Route(abc.ABC):
         """
         columns = []
         for right in rights:
-            images = self.grouped_left_step(MatrixFactor(right), groups)
+            images = self.grouped_step(0, MatrixFactor(right), groups)
             stacked = torch.stack([image.matrix.flatten() for image in images])
             columns.append(stacked @ lefts.flatten(1).T)
         return torch.stack(columns, dim=2)

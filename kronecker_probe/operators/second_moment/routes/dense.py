@@ -35,16 +35,14 @@ class DenseSpace(Route):
     def norm_squared(self) -> float:
         return float(torch.linalg.vector_norm(self.rearranged).square())
 
-    def left_step(self, right: Factor | None) -> MatrixFactor:
-        matrix = self._identity(self.shape[1]) if right is None else right.matrix
-        return MatrixFactor((self.rearranged @ matrix.reshape(-1)).view(2 * self.shape[:1]))
-
-    def right_step(self, left: Factor | None) -> MatrixFactor:
-        matrix = self._identity(self.shape[0]) if left is None else left.matrix
-        return MatrixFactor((self.rearranged.T @ matrix.reshape(-1)).view(2 * self.shape[1:]))
-
-    def _identity(self, size: int) -> Tensor:
-        return torch.eye(size, dtype=torch.float64, device=self.weights.device)
+    def step(self, side: int, given: Factor | None) -> MatrixFactor:
+        matrix = (
+            torch.eye(self.shape[1 - side], dtype=torch.float64, device=self.weights.device)
+            if given is None
+            else given.matrix
+        )
+        rearranged = self.rearranged.T if side else self.rearranged
+        return MatrixFactor((rearranged @ matrix.reshape(-1)).view(2 * (self.shape[side],)))
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         return float(left.matrix.reshape(-1) @ (self.rearranged @ right.matrix.reshape(-1)))

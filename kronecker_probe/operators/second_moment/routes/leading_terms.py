@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,20 +90,15 @@ def _coordinates(route: Route, sign: int) -> _Coordinates:
     (m, n), device = route.shape, route.weights.device
     left, right = Packing(m, device, sign), Packing(n, device, sign)
 
-    def forward(v: Tensor) -> Tensor:
-        matrix = right.unpack(v)
+    def step(side: int, given: Tensor) -> Tensor:
+        own, other = (right, left) if side else (left, right)
+        matrix = other.unpack(given)
         if isinstance(route, ParameterSpace):
-            return left.pack(route.kernels.left_step(matrix, sign))
-        return left.pack(route.left_step(MatrixFactor(matrix)).matrix)
-
-    def adjoint(u: Tensor) -> Tensor:
-        matrix = left.unpack(u)
-        if isinstance(route, ParameterSpace):
-            return right.pack(route.kernels.right_step(matrix, sign))
-        return right.pack(route.right_step(MatrixFactor(matrix)).matrix)
+            return own.pack(route.kernels.step(side, matrix, sign))
+        return own.pack(route.step(side, MatrixFactor(matrix)).matrix)
 
     return _Coordinates(
-        LinearMap(forward, adjoint),
+        LinearMap(partial(step, 0), partial(step, 1)),
         lambda generator: _noise(len(right), generator).to(device),
         (lambda u: MatrixFactor(left.unpack(u)), lambda v: MatrixFactor(right.unpack(v))),
         1.0,

@@ -29,25 +29,19 @@ class OneSided(Route):
 
     name: ClassVar[str] = "one-sided"
 
-    def left_step(self, right: Factor | None) -> Factor:
-        if self._tall or not _is_identity(right):
-            self._refuse()
-        return MatrixFactor(self.kernels.left_step(None))
+    def step(self, side: int, given: Factor | None) -> Factor:
+        self._check(side, given)
+        return MatrixFactor(self.kernels.step(side, None))
 
-    def right_step(self, left: Factor | None) -> Factor:
-        if not self._tall or not _is_identity(left):
-            self._refuse()
-        return MatrixFactor(self.kernels.right_step(None))
+    def grouped_step(
+        self, side: int, given: Factor | None, groups: Sequence[Group]
+    ) -> list[Factor]:
+        self._check(side, given)
+        return super().grouped_step(side, None, groups)
 
-    def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        if self._tall or not _is_identity(right):
+    def _check(self, side: int, given: Factor | None) -> None:
+        if side != int(self._tall) or not _is_identity(given):
             self._refuse()
-        return super().grouped_left_step(None, groups)
-
-    def grouped_right_step(self, left: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        if not self._tall or not _is_identity(left):
-            self._refuse()
-        return super().grouped_right_step(None, groups)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
         self._refuse()

@@ -35,36 +35,25 @@ class ParameterSpace(Route):
 
     def __init__(self, samples: GradientSamples) -> None:
         super().__init__(samples)
-        self._left_images: list[tuple[Factor, MatrixFactor]] = []
-        self._right_images: list[tuple[Factor, MatrixFactor]] = []
+        self._images: tuple[list[tuple[Factor, MatrixFactor]], ...] = ([], [])
 
-    def left_step(self, right: Factor | None) -> MatrixFactor:
-        if right is None:
-            return MatrixFactor(self.kernels.left_step(None))
-        image = _known(right, self._left_images)
-        if image is None and (scale := _identity_scale(right.matrix)) is not None:
-            image = MatrixFactor(scale * self.left.matrix)
-        if image is None:
-            image = MatrixFactor(self.kernels.left_step(right.matrix))
-            _keep(right, image, self._left_images)
-        return image
-
-    def right_step(self, left: Factor | None) -> MatrixFactor:
-        if left is None:
-            return MatrixFactor(self.kernels.right_step(None))
-        image = _known(left, self._right_images)
-        if image is None and (scale := _identity_scale(left.matrix)) is not None:
-            image = MatrixFactor(scale * self.right.matrix)
-        if image is None:
-            image = MatrixFactor(self.kernels.right_step(left.matrix))
-            _keep(left, image, self._right_images)
+    def step(self, side: int, given: Factor | None) -> MatrixFactor:
+        if given is None:
+            return MatrixFactor(self.kernels.step(side, None))
+        if (image := _known(given, self._images[side])) is not None:
+            return image
+        if (scale := _identity_scale(given.matrix)) is not None:
+            return MatrixFactor(scale * (self.right if side else self.left).matrix)
+        image = MatrixFactor(self.kernels.step(side, given.matrix))
+        self._images[side].append((given, image))
+        del self._images[side][:-KEPT_IMAGES]
         return image
 
     def factor_inner(self, left: Factor, right: Factor) -> float:
         # a half step takes no more than the inner product, and serves others
-        if (image := _known(left, self._right_images)) is not None:
+        if (image := _known(left, self._images[1])) is not None:
             return image.inner(right)
-        return self.left_step(right).inner(left)
+        return self.step(0, right).inner(left)
 
     def grouped_forms(self, lefts: Tensor, rights: Tensor, groups: Sequence[Group]) -> Tensor:
         """As on every route; large layers of float32 samples multiply in float32.
@@ -99,11 +88,6 @@ class ParameterSpace(Route):
 
 def _known(factor: Factor, images: list[tuple[Factor, MatrixFactor]]) -> MatrixFactor | None:
     return next((image for one, image in images if one is factor), None)
-
-
-def _keep(factor: Factor, image: MatrixFactor, images: list[tuple[Factor, MatrixFactor]]) -> None:
-    images.append((factor, image))
-    del images[:-KEPT_IMAGES]
 
 
 def _identity_scale(matrix: Tensor) -> float | None:

@@ -39,33 +39,40 @@ class SampleSpace(Route):
 
     def __init__(self, samples: FactoredSamples) -> None:
         super().__init__(samples)
-        self.outputs, self.inputs = vectors(samples)
+        self.sides = vectors(samples)
+
+    @property
+    def outputs(self) -> Rows:
+        """d, with the Gram Kd."""
+        return self.sides[0]
+
+    @property
+    def inputs(self) -> Rows:
+        """a, with the Gram Ka."""
+        return self.sides[1]
 
     def subset(self, samples: FactoredSamples, index: Group) -> SampleSpace:
         """The same for some of the examples; their Grams are cut out of these."""
         part = SampleSpace(samples)
-        part.outputs, part.inputs = self.outputs.subset(index), self.inputs.subset(index)
+        part.sides = self.outputs.subset(index), self.inputs.subset(index)
         return part
 
     @cached_property
     def _pairs(self) -> Tensor:
         return self.outputs.squared_gram * self.inputs.squared_gram
 
-    def left_step(self, right: Factor | None) -> Factor:
-        forms = self.inputs.squared_norms if right is None else right.quadratic_forms(self.inputs)
-        return _weighted(self.outputs, self.weights * forms)
+    def step(self, side: int, given: Factor | None) -> Factor:
+        return _weighted(self.sides[side], self.weights * self._forms(1 - side, given))
 
-    def right_step(self, left: Factor | None) -> Factor:
-        forms = self.outputs.squared_norms if left is None else left.quadratic_forms(self.outputs)
-        return _weighted(self.inputs, self.weights * forms)
+    def grouped_step(
+        self, side: int, given: Factor | None, groups: Sequence[Group]
+    ) -> list[Factor]:
+        forms = self._forms(1 - side, given)
+        return [_weighted(self.sides[side], part) for part in self._parts(forms, groups)]
 
-    def grouped_left_step(self, right: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        forms = self.inputs.squared_norms if right is None else right.quadratic_forms(self.inputs)
-        return [_weighted(self.outputs, part) for part in self._parts(forms, groups)]
-
-    def grouped_right_step(self, left: Factor | None, groups: Sequence[Group]) -> list[Factor]:
-        forms = self.outputs.squared_norms if left is None else left.quadratic_forms(self.outputs)
-        return [_weighted(self.inputs, part) for part in self._parts(forms, groups)]
+    def _forms(self, side: int, factor: Factor | None) -> Tensor:
+        rows = self.sides[side]
+        return rows.squared_norms if factor is None else factor.quadratic_forms(rows)
 
     def _parts(self, forms: Tensor, groups: Sequence[Group]) -> Iterator[Tensor]:
         weighted = self.weights * forms
@@ -81,11 +88,7 @@ class SampleSpace(Route):
         return torch.stack([on_left[group].T @ on_right[group] for group in groups])
 
     def quadratic_forms(self, left: Factor | None, right: Factor | None) -> Tensor:
-        on_left, on_right = (
-            rows.squared_norms if factor is None else factor.quadratic_forms(rows)
-            for rows, factor in ((self.outputs, left), (self.inputs, right))
-        )
-        return on_left * on_right
+        return self._forms(0, left) * self._forms(1, right)
 
     def _outer_factors(
         self, outputs: Rows, inputs: Rows, input_weights: Tensor
