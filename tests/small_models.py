@@ -182,7 +182,7 @@ _LINEAR = (
             lambda m, x: m.c(m.rnn(m.a(x))[0][:, -1]),
             a=nn.Linear(3, 4), rnn=nn.GRU(4, 4, batch_first=True), c=nn.Linear(4, CLASSES),
         ),
-        (2, 3), {"rnn.*": "operations that have no rule.*loop over data"}, batchable=False,
+        (2, 3), {"rnn.*": "operations that have no rule.*loop over examples"}, batchable=False,
     ),
 )  # fmt: skip
 

@@ -263,7 +263,7 @@ def test_a_capture_keeps_what_it_knows():
         ({"batch_size": 2.5}, InvalidInputError, "batch_size=2.5"),
         ({"batch_size": True}, InvalidInputError, "batch_size=True"),
         ({"batch_size": 2, "batches": 0}, InvalidInputError, "batches=0"),
-        ({"batch_size": 5, "replacement": False}, InvalidInputError, "from 4 data"),
+        ({"batch_size": 5, "replacement": False}, InvalidInputError, "from 4 examples"),
         ({"batch_size": 2, "batches": 10**13}, MemoryBudgetError, "GB"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_named_tuple_or_a_list_is_a_batch() -> None:
         ((INPUTS, LABELS[:-1]), ["[4, 3]", "[3]", "first dimension"]),
         ((INPUTS, LABELS[0]), ["[4, 3]", "[]"]),
         ((INPUTS[0, 0], LABELS), ["[]", "first dimension"]),
-        ((INPUTS[:0], LABELS[:0]), ["empty", "at least one datum"]),
+        ((INPUTS[:0], LABELS[:0]), ["empty", "at least one example"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -176,7 +176,7 @@ def test_samples_that_would_not_fit_are_refused_with_the_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
-    message = refused(MemoryBudgetError, "3 gradient columns a datum", "GB")
+    message = refused(MemoryBudgetError, "3 gradient columns per example", "GB")
     assert "0.00 GB are free" in message
 
 

@@ -83,12 +83,12 @@ def test_copies_of_data_are_told() -> None:
     d[[7, 9, 50]], a[[7, 9, 50]] = d[3].clone(), a[3].clone()
     d[90:95] = 0.0  # data without gradients are no copies of each other
     copied = kp.SecondMoment(kp.GradientSamples.from_factors(d, a))
-    assert "3 of 128 data have the same gradients" in kp.estimate(copied, metric="norm").note
+    assert "3 of 128 examples have the same gradients" in kp.estimate(copied, metric="norm").note
     rows = kp.compare(copied.samples, "kfac").table.query("metric == 'norm'")
     assert rows["note"].str.contains("same gradients").sum() == 1
 
 
-@pytest.mark.parametrize(("count", "told"), [(20, "N = 20 data"), (200, "a few data carry")])
+@pytest.mark.parametrize(("count", "told"), [(20, "N = 20 examples"), (200, "a few examples carry")])
 def test_few_data_and_few_that_carry_all_are_told_apart(count: int, told: str) -> None:
     d, a = factors(count)
     if count > 30:

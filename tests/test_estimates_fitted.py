@@ -285,7 +285,7 @@ def test_kl_abstains_where_an_eigenvector_rests_on_few_draws() -> None:
     H = kp.SecondMoment(kp.GradientSamples.from_factors(d, a))
     found = kp.estimate(H, "divergence", q=0)
     assert math.isnan(found.value)
-    assert "effective draws of 300" in found.note
+    assert "effective examples of 300" in found.note
     dense = kp.SecondMoment(kp.GradientSamples.from_matrices(d[:, :, None] * a[:, None]))
     assert kp.estimate(dense, "divergence", q=0).note == found.note
     assert kp.estimate(H, "divergence", q=0.5).stderr > 0

@@ -174,7 +174,7 @@ TOKENS, D = torch.zeros(4, 2, dtype=torch.int64), torch.randn(4, 2, 3)
         (InvalidInputError, (TOKENS - 1, D, 5), r"-1\.\.-1"),
         (InvalidInputError, (TOKENS[:0], D[:0], 5), "empty"),
         (NonFiniteError, (TOKENS, D * float("nan"), 5), "24 NaN"),
-        (InvalidInputError, (TOKENS, D, 5, torch.ones(3)), "4 data need shape"),
+        (InvalidInputError, (TOKENS, D, 5, torch.ones(3)), "4 examples need shape"),
     ],
 )
 def test_bad_arguments(error: type[Exception], arguments: tuple[Any, ...], words: str) -> None:

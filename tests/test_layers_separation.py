@@ -323,5 +323,5 @@ def test_a_model_that_writes_into_its_own_buffer(n_examples: int, registered: bo
 def test_a_model_that_writes_into_its_own_buffer_is_still_checked() -> None:
     model = Static(N, coupled=True, registered=True).double()
     batch = torch.randn(N, 5).double(), torch.randn(N, CLASSES).double()
-    with pytest.raises(InvalidInputError, match="gradients of different data mix"):
+    with pytest.raises(InvalidInputError, match="gradients of different examples mix"):
         kp.capture(model, F.mse_loss, batch, target="empirical-fisher", fallback=False)

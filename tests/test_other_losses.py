@@ -221,7 +221,7 @@ def test_the_eigenvalue_that_is_named_is_the_smallest() -> None:
     datum = int(values[:, 0].argmin())
     with pytest.raises(UnsupportedError) as caught:
         list(resolve_loss(loss, outputs, targets).root_columns(outputs))
-    assert f"at datum {datum} its Hessian has the eigenvalue {float(values.min()):.3g}" in str(
+    assert f"at example {datum} its Hessian has the eigenvalue {float(values.min()):.3g}" in str(
         caught.value
     )
 

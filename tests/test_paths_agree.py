@@ -179,7 +179,7 @@ def test_per_sample_gradients_are_those_of_torch_func(entry: RegisteredModel, ta
 )  # fmt: skip
 def test_what_vmap_refuses_goes_datum_by_datum(name: str) -> None:
     way = run(REGISTRY[name], "empirical-fisher").way
-    assert way.startswith("loop over data (vmap fails with ")
+    assert way.startswith("loop over examples (vmap fails with ")
 
 
 @pytest.mark.parametrize(

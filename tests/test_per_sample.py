@@ -146,10 +146,10 @@ REFUSED = {
             nn.Linear(3, 4), nn.Unflatten(1, (2, 2)),
             nn.BatchNorm1d(2, track_running_stats=False), nn.Flatten(),
         ),
-        "couples the data",
+        "couples the examples",
     ),
     "mean over the batch": (
-        lambda: three(lambda m, x: m.c(m.b(m.a(x)) + m.a(x).mean(0))), "couples the data",
+        lambda: three(lambda m, x: m.c(m.b(m.a(x)) + m.a(x).mean(0))), "couples the examples",
     ),
     "flattened positions": (
         lambda: three(lambda m, x: m.c(m.a(x).flip(0))), "first dimension of its inputs",
@@ -160,7 +160,7 @@ REFUSED = {
     ),
     "state": (Counting, "a state that changes"),
     "no batch of one": (
-        lambda: three(lambda m, x: m.c(m.a(x.view(N, 3)))), "does not run on one datum alone",
+        lambda: three(lambda m, x: m.c(m.a(x.view(N, 3)))), "does not run on one example alone",
     ),
     "gradients that mix": (Mixing, "do not add up to the gradient of the batch"),
 }  # fmt: skip
@@ -184,7 +184,7 @@ def test_what_vmap_does_not_see_is_measured_by_the_loop(build: Callable[[], nn.M
     model = seeded(build)
     found = run(model, data(3))
     assert found.reasons == {}
-    assert found.way == "vmap; loop over data for W"
+    assert found.way == "vmap; loop over examples for W"
     assert set(found.gradients) == {"W", "head.weight", "head.bias"}
     outputs = model(data(3))
     for c, cotangent in enumerate(cotangents(model, data(3))):
@@ -198,7 +198,7 @@ def test_what_vmap_does_not_see_is_measured_by_the_loop(build: Callable[[], nn.M
 
 def test_a_hundredth_of_a_coupling_is_seen_in_single_precision() -> None:
     model = three(lambda m, x: m.c(m.a(x) + 0.01 * m.a(x).mean(0))).float()
-    assert "couples the data" in run(model, data(3).float()).reasons["c.weight"]
+    assert "couples the examples" in run(model, data(3).float()).reasons["c.weight"]
 
 
 def test_unused_parameters_are_named() -> None:
@@ -246,7 +246,7 @@ def test_models_that_rules_cannot_read(name: str) -> None:
 def test_data_that_do_not_use_a_parameter_have_zero_gradient() -> None:
     model, inputs = seeded(Routed), data(3)
     found = run(model, inputs)
-    assert found.way.startswith("loop over data")
+    assert found.way.startswith("loop over examples")
     assert_same(found, model, inputs)
     assert not bool(found.gradients["V"][inputs[:, 0] > 0].any())
 
@@ -256,7 +256,7 @@ def test_sparse_gradients_are_dense() -> None:
     inputs = torch.arange(2 * N).reshape(N, 2) % 6
     assert_same(run(model, inputs), model, inputs)
     looped = nn.Sequential(model, Lambda(lambda m, x: x * (1 + x.sum().item() * 0)))
-    assert run(looped, inputs).way.startswith("loop over data")
+    assert run(looped, inputs).way.startswith("loop over examples")
     assert_same(run(looped, inputs), looped, inputs)
 
 
@@ -315,7 +315,7 @@ def test_autocast_is_as_coarse_as_its_type(name: str) -> None:
 
 def test_memory_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000.0)
-    with pytest.raises(MemoryBudgetError, match=r"3 columns a datum.* 0\.weight.* GB"):
+    with pytest.raises(MemoryBudgetError, match=r"3 columns per example.* 0\.weight.* GB"):
         run(seeded(mlp), data(3))
 
 
@@ -373,7 +373,7 @@ def test_each_attempt_starts_from_the_same_state() -> None:
     model.branch = Lambda(lambda m, x: x * (1.0 if x.sum().item() else 0.0))
     model.register_forward_hook(lambda module, args, out: module.branch(out))
     one = data(3)[:1]  # and one datum is one call, too, after a failed attempt by vmap
-    assert run(model, one).way.startswith("loop over data")
+    assert run(model, one).way.startswith("loop over examples")
     assert_same(run(model, one), model, one)
 
 

@@ -41,7 +41,7 @@ FORECAST = 3
 PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
 # Draws that are the matrix itself and no sample of it.
 _EXACT = ("batch-gradient", "trajectory")
-_NOT_INDEPENDENT = "these draws are not independent"
+_NOT_INDEPENDENT = "are not independent"
 _BEST = "the best any Kronecker product can do"
 _CORRECTED = "corrected eigenvalues (SOAP, EShampoo)"
 # What keeps a good fit of the form from being read as one of the run's preconditioner.

@@ -18,7 +18,7 @@ DIVERGED = 3.0
 # Layers that a sentence names.
 NAMED = 3
 # How the note of a norm begins whose data repeat: how many do, and of how many.
-_COPIES = r"(\d+) of (\d+) data have the same gradients"
+_COPIES = r"(\d+) of (\d+) (?:data|examples) have the same gradients"
 # How that of a K-FAC begins that has no factors.
 _NO_FACTORS = r"^K-FAC\S* needs"
 

@@ -83,7 +83,7 @@ def check_outputs(outputs: object, n_examples: int) -> Tensor:
 
 
 def origin_of_nan(inputs: Tensor, parameters: Mapping[str, Tensor], record: Recording) -> str:
-    """Where NaN or infinity in the outputs come from, as far back as can be told."""
+    """Where NaN or infinity in the outputs come from, as far back as is known."""
     if not all_finite(inputs):
         bad = int((~torch.isfinite(inputs)).sum())
         return f"The inputs of the batch hold {bad} NaN or infinite values; remove those examples."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,34 +24,16 @@ from kronecker_probe.linalg.memory import require_memory
 
 BATCH_GRADIENT = "batch-gradient"
 
+Captured = TypeVar("Captured", GradientSamples, Capture)
 
-@overload
+
 def batch_gradients(
-    samples: GradientSamples,
+    samples: Captured,
     batch_size: int,
     batches: int | None = None,
     seed: int = 0,
     replacement: bool = True,
-) -> GradientSamples: ...
-
-
-@overload
-def batch_gradients(
-    samples: Capture,
-    batch_size: int,
-    batches: int | None = None,
-    seed: int = 0,
-    replacement: bool = True,
-) -> Capture: ...
-
-
-def batch_gradients(
-    samples: GradientSamples | Capture,
-    batch_size: int,
-    batches: int | None = None,
-    seed: int = 0,
-    replacement: bool = True,
-) -> GradientSamples | Capture:
+) -> Captured:
     """The samples whose second moment is E[gbar gbar^T], gbar the mean gradient of a mini-batch.
 
     With g one example's gradient, mu = E[g] and c = 1/B (batches with replacement) or
@@ -141,12 +123,7 @@ class _Batches:
     """How batches are drawn from N weighted examples, the same for all parameters."""
 
     def __init__(
-        self,
-        samples: GradientSamples,
-        size: int,
-        batches: int | None,
-        seed: int,
-        replacement: bool,
+        self, samples: GradientSamples, size: int, batches: int | None, seed: int, replacement: bool
     ) -> None:
         weights, count = samples.weights.cpu(), samples.n_examples
         if not samples.independent:

@@ -213,10 +213,7 @@ def _join_calls(blocks: dict[str, Block], joint: Mapping[str, str]) -> set[str]:
 
 
 def _joined(
-    found: _Found,
-    chosen: Mapping[str, nn.Parameter],
-    joint: Mapping[str, str],
-    whole: set[str],
+    found: _Found, chosen: Mapping[str, nn.Parameter], joint: Mapping[str, str], whole: set[str]
 ) -> _Found:
     """The samples in the order of the model, weight and bias as one where that is asked for."""
     samples: dict[str, GradientSamples] = {}
@@ -262,7 +259,7 @@ def _require(
 def _pull_back(
     batch: _Batch, blocks: Mapping[str, Block], record: Recording, request: Request
 ) -> None:
-    """One backward pass a column, into the blocks."""
+    """One backward pass per column, into the blocks."""
     used = {call for block in blocks.values() for call, _ in block.uses}
     calls = [call for call in record.calls if call in used]
     for call in calls:

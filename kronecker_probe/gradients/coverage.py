@@ -58,7 +58,7 @@ class Capture(Mapping[str, GradientSamples]):
 
     @property
     def coverage(self) -> pd.DataFrame:
-        """One row a parameter: measured, fallback or skipped, and why.
+        """One row per parameter: measured, fallback or skipped, and why.
 
         ``print(samples)`` shows the same with its long reasons folded.
         """

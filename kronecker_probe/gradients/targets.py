@@ -58,12 +58,7 @@ def n_columns(target: str, loss: ResolvedLoss, outputs: Tensor, label_draws: int
 
 
 def output_gradients(
-    target: str,
-    loss: ResolvedLoss,
-    outputs: Tensor,
-    targets: Tensor,
-    label_draws: int,
-    seed: int,
+    target: str, loss: ResolvedLoss, outputs: Tensor, targets: Tensor, label_draws: int, seed: int
 ) -> Iterator[Tensor]:
     """The C cotangents of the outputs, of their shape, at least float32; all examples at once."""
     if target == "ggn":

@@ -64,7 +64,7 @@ def off_diagonal_share(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warm_qr(A: Tensor, Q: Tensor, tolerance: float, max_iterations: int = 1) -> BasisRefresh:
-    """QR iterations from the held basis, until the off-diagonal share is within the tolerance.
+    """QR iterations from the old basis, until the off-diagonal share is within the tolerance.
 
     Purifying Shampoo (arXiv 2506.03595): the criterion of :func:`off_diagonal_share` is tested
     first and after each iteration, per matrix. An iteration is Q <- qr(A Q), which equals
@@ -75,7 +75,7 @@ def warm_qr(A: Tensor, Q: Tensor, tolerance: float, max_iterations: int = 1) -> 
 
     Args:
         A: [..., d, d], symmetric PSD, float32 or float64.
-        Q: [..., d, d], the held basis, of the same dtype.
+        Q: [..., d, d], the old basis, of the same dtype.
         tolerance: At least 0 and below 1. A matrix that meets it is left alone, bit for bit.
         max_iterations: Of each matrix, at least 1.
 
@@ -104,7 +104,7 @@ def renewed(
 
     Args:
         A: [..., d, d], symmetric PSD, float32 or float64.
-        Q: [..., d, d], the held basis, of the same dtype.
+        Q: [..., d, d], the old basis, of the same dtype.
         iterations: QR iterations from it, as in :func:`warm_qr`; None for an eigendecomposition.
         quotients: Whether ``diagonal`` and the order of columns are those of the new basis. If not,
             QR iterations take one product less: the diagonal is that of R, which converges to it,

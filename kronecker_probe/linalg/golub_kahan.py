@@ -257,10 +257,7 @@ def _bidiagonalized(
 
 
 def repeated_triples(
-    linear: LinearMap,
-    draw: Callable[[torch.Generator], Tensor],
-    k: int,
-    floor: float = 0.0,
+    linear: LinearMap, draw: Callable[[torch.Generator], Tensor], k: int, floor: float = 0.0
 ) -> SingularTriples:
     """The triples of the k largest singular values, repeated ones as often as they occur.
 

@@ -24,7 +24,7 @@ class DampedPowers:
     """(A + d I)^{-p} b for several p.
 
     Attributes:
-        values: One float64 vector a power.
+        values: One float64 vector per power.
         rounds: Applications of A.
         error: Bound on the worst relative error |x - (A + d I)^{-p} b| / |x|.
     """

@@ -1,4 +1,4 @@
-"""How well a matrix is an inverse root of another, told from the two alone."""
+"""How well a matrix is an inverse root of another, computed from the two alone."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _tuple(value: int | Sequence[int], count: int) -> tuple[int, ...]:
 def _padding(
     value: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """(left, right) of the last dimension first, as F.pad wants it."""
+    """(left, right) of the last dimension first, as F.pad takes it."""
     if value == "valid":
         value = 0
     if value == "same":  # the odd one of an even kernel goes behind, as torch does it

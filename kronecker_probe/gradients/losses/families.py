@@ -1,4 +1,4 @@
-"""Families of losses, fitted to gradients: dL/df = s (phi(f) - q), with one s >= 0 a position."""
+"""Families of losses, fitted to gradients: dL/df = s (phi(f) - q), with one s >= 0 per position."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Family(abc.ABC):
 
 
 def pooled(scales: Tensor, tolerance: float) -> Tensor:
-    """One value for all positions that count, where rounding alone tells them apart."""
+    """One value for all positions that count, where they differ by rounding alone."""
     counted = scales > 0
     common = scales.sum(dtype=torch.float64) / counted.sum()
     if bool((~counted | ((scales - common).abs() <= 16 * tolerance * common)).all()):

@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kronecker_probe.errors import (
-    KroneckerProbeError,
-    NonFiniteError,
-)
+from kronecker_probe.errors import KroneckerProbeError, NonFiniteError
 from kronecker_probe.gradients.losses.custom import check_broadcast, custom_loss, reduction_of
 from kronecker_probe.gradients.losses.evaluation import (
     Evaluator,
@@ -161,7 +158,7 @@ class _Probes:
 
 
 def _probes(evaluator: Evaluator, outputs: Tensor, targets: Tensor) -> _Probes | None:
-    """Gradients that tell the family; None where the loss has none, or is no mean or sum."""
+    """Gradients that identify the family; None where the loss has none, or is no mean or sum."""
     try:
         return _probe(evaluator, outputs, targets)
     except KroneckerProbeError:
@@ -218,8 +215,9 @@ def _precise(evaluator: Evaluator, places: list[Tensor], targets: Tensor) -> lis
 def _places(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs at random, far apart everywhere, and in every softmax.
 
-    Of the targets' size, lest a difference from them lose the outputs; and between 0 and 1 where
-    the model's are, which may be probabilities, on which others stop a CUDA device.
+    Of the targets' size, so that a difference from them keeps the digits of the outputs; and
+    between 0 and 1 where the model's are, which may be probabilities, on which others stop a CUDA
+    device.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     rest = outputs[:1].numel()

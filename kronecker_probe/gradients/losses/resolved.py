@@ -87,7 +87,7 @@ class ResolvedLoss(abc.ABC):
 @final
 @dataclass(frozen=True)
 class SoftmaxLoss(ResolvedLoss):
-    """Cross-entropies, one a position: l_i = sum_t s_it (-q_it . log softmax(f_it)).
+    """Cross-entropies, one per position: l_i = sum_t s_it (-q_it . log softmax(f_it)).
 
     q sums to one: a class, a distribution over classes, or either of them smoothed. Class weights
     and the mean over what is not ignored are part of s (0 where ignored), so that whatever the

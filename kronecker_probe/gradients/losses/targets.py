@@ -1,4 +1,4 @@
-"""Targets that a loss cannot take, told before it fails: dtype, shape and range."""
+"""Targets that a loss cannot take, refused before it fails: dtype, shape and range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.gradients.losses.evaluation import LossFunction
 
-# What F.cross_entropy ignores unless told otherwise.
+# What F.cross_entropy ignores by default.
 IGNORE_INDEX = -100
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from kronecker_probe.gradients.layers.base import matrix_shape
 from kronecker_probe.gradients.tracing.isolation import isolated
 
 # Bytes of gradients that are computed at once, before they are stored.
@@ -208,13 +209,9 @@ def _pull_back(
 def _allocate(problem: Problem) -> dict[str, Tensor]:
     shape = problem.n_examples, problem.n_columns
     return {
-        name: value.new_empty(*shape, value.shape[0] if value.ndim else 1, _width(value))
+        name: value.new_empty(*shape, *matrix_shape(value))
         for name, value in problem.parameters.items()
     }
-
-
-def _width(value: Tensor) -> int:
-    return value[0].numel() if value.ndim else 1
 
 
 def _check_outputs(problem: Problem, part: slice, outputs: Tensor) -> None:

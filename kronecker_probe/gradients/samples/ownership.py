@@ -11,7 +11,7 @@ from kronecker_probe.gradients.samples.base import GradientSamples
 
 
 def owned(samples: Mapping[str, GradientSamples]) -> dict[str, GradientSamples]:
-    """The samples, with copies of all tensors whose storage anyone else holds as well.
+    """The samples, with copies of all tensors whose storage is held elsewhere as well.
 
     A layer may read a buffer, a parameter, or a tensor that is kept in an attribute, in a cache
     or by a hook; whatever writes into it later would change the samples. Activations that only

@@ -64,7 +64,7 @@ def separate(
 
     If the output gradients of the examples are scaled by different powers of two, then so must be
     their rows in every call, to the bit; or rows must vanish with the output gradients of their
-    example. Every pair of examples is told apart. A batch of more than 2 SMALLEST_PART examples is
+    example. Every pair of examples is distinguished. A batch of more than 2 SMALLEST_PART is
     tested on a forward pass of a random part, about a tenth and at most PART examples, which must
     also reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss
     a coupling among other examples than those, or one that changes no output by that much. Where
@@ -144,9 +144,9 @@ def _by_a_part(
 def _apart(outputs: Tensor, calls: Sequence[Call], possible: Candidates) -> Candidates:
     """The layouts under which each example's rows depend on its own output gradients alone.
 
-    Scaled output gradients tell for all pairs of examples in two or three passes. What they refuse
-    may have been refused for rounding (underflow, or kernels that add in no fixed order), and is
-    asked again by zeros.
+    Scaled output gradients decide for all pairs of examples in two or three passes. What they
+    refuse may have been refused for rounding (underflow, or kernels that add in no fixed order),
+    and is tested again with zeros.
     """
     if not calls:
         return []

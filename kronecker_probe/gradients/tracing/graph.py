@@ -36,9 +36,7 @@ class Accounting:
 
 
 def account(
-    outputs: Tensor | Sequence[Tensor],
-    record: Recording,
-    parameters: Mapping[str, nn.Parameter],
+    outputs: Tensor | Sequence[Tensor], record: Recording, parameters: Mapping[str, nn.Parameter]
 ) -> Accounting:
     """Sort the parameters by whether their recorded calls are all that the outputs depend on.
 

@@ -125,7 +125,7 @@ def smaller_rank(shape: tuple[int, int], dtype: torch.dtype, rank: int) -> int:
 
 
 def energies(gradients: list[Tensor]) -> list[float]:
-    """|G|^2 of each gradient in float64, with one transfer a device."""
+    """|G|^2 of each gradient in float64, with one transfer per device."""
     found = [0.0] * len(gradients)
     for device in {gradient.device for gradient in gradients}:
         places = [i for i, gradient in enumerate(gradients) if gradient.device == device]

@@ -40,7 +40,7 @@ class _Track:
 
 @final
 class GradientWindow:
-    r"""The last gradients of a run, whose weighted second moment is what its factors stand for.
+    r"""The last gradients of a run, whose second moment the optimizer's factors approximate.
 
     H_Ada = sum_t g_t g_t^T (AdaGrad), or with ``decay`` the average A <- beta A + (1 - beta) g g^T
     of full-matrix Adam: gradients weigh 1, or (1 - beta) beta^age. There is no bias correction:
@@ -206,7 +206,7 @@ class GradientWindow:
         return torch.arange(first, track.steps) % self.size
 
     def _ordered(self, track: _Track, values: list[float]) -> Tensor:
-        """One number a held gradient, oldest first, float64."""
+        """One number per gradient in the window, oldest first, float64."""
         return torch.tensor(values, dtype=torch.float64)[self._slots(track)]
 
     def _weights(self, track: _Track, device: torch.device | str = "cpu") -> Tensor:
@@ -259,7 +259,7 @@ class GradientWindow:
 
     @property
     def coverage(self) -> pd.DataFrame:
-        """One row a parameter: its form and rank, steps seen and held, and what is left out."""
+        """One row per parameter: form, rank, steps seen and kept, and what is left out."""
         weight, energy, dropped = self.truncated_weight, self.truncated_energy, self.dropped_energy
         rows = [
             {"parameter": name, "shape": f"{t.shape[0]} x {t.shape[1]}",

@@ -61,8 +61,8 @@ class Plan:
 
     Attributes:
         route: The route taken.
-        costs: One entry a route.
-        asked: "auto", or the route that the caller insisted on.
+        costs: One entry per route.
+        asked: "auto", or the route that the caller chose.
     """
 
     route: str

@@ -20,11 +20,7 @@ from kronecker_probe.quality.estimates.estimate import Bound, Estimate, abstenti
 from kronecker_probe.quality.estimates.examples import Examples
 from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fixed_operator
 from kronecker_probe.quality.estimates.forms import weakest_direction
-from kronecker_probe.quality.estimates.replicates import (
-    Jackknifed,
-    Replicates,
-    jackknife,
-)
+from kronecker_probe.quality.estimates.replicates import Jackknifed, Replicates, jackknife
 from kronecker_probe.quality.estimates.sample_means import CLOSED_FORMS, SampleMeans
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
 

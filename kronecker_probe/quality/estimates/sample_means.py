@@ -46,12 +46,12 @@ class SampleMeans:
         try:
             forms = list(dict.fromkeys(PRODUCTS[name] for name in wanted))
             found = dict(zip(forms, grams.products(forms), strict=True))
-        except MemoryBudgetError:  # said when each is asked for
+        except MemoryBudgetError:  # each approximation reports it
             return
         self._products |= {name: found[PRODUCTS[name]] for name in wanted}
 
     def _in_sample_space(self, name: str) -> bool:
-        """Whether positions do not tell this approximation's factors from G's."""
+        """Whether shared positions make no difference to this approximation's factors."""
         samples = self._examples.target.samples
         plain = isinstance(samples, FactoredSamples) and samples.n_positions == 1
         return plain or name not in PRODUCTS or name == "shampoo-squared"

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.gradients.samples.base import FactoredSamples
 from kronecker_probe.linalg.gram import chunk_rows
-from kronecker_probe.linalg.symmetric import (
-    add_upper,
-    half_of,
-    mirror,
-    panel_share,
-    times_half,
-)
+from kronecker_probe.linalg.symmetric import add_upper, half_of, mirror, panel_share, times_half
 from kronecker_probe.operators.second_moment.cost_model import Costs, Work, product
 from kronecker_probe.operators.second_moment.kernels.base import Kernels, Parts
 from kronecker_probe.operators.second_moment.kernels.matrix import sum_of_squares
