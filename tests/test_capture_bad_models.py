@@ -92,7 +92,7 @@ def test_a_batch_flattened_into_positions() -> None:
     small = SMALL_MODELS["3-D"]
     inputs, targets = small.batch("cross-entropy")
     model = nn.Sequential(small.model(), nn.Flatten(0, 1))
-    words = ("[8, 3]", "4 data", "do not flatten")
+    words = ("[8, 3]", "4 examples", "do not flatten")
     loss = lambda o, y: F.cross_entropy(o, y.flatten())  # noqa: E731
     refused(InvalidInputError, *words, model=model, loss_fn=loss, data=(inputs, targets))
 

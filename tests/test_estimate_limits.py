@@ -88,7 +88,12 @@ def test_copies_of_data_are_told() -> None:
     assert rows["note"].str.contains("same gradients").sum() == 1
 
 
-@pytest.mark.parametrize(("count", "told"), [(20, "N = 20 examples"), (200, "a few examples carry")])
+FEW = [(20, "N = 20 examples"), (200, "a few examples carry")]
+
+
+@pytest.mark.parametrize(("count", "told"), FEW)
+    ("count", "told"), [(20, "N = 20 examples"), (200, "a few examples carry")]
+)
 def test_few_data_and_few_that_carry_all_are_told_apart(count: int, told: str) -> None:
     d, a = factors(count)
     if count > 30:

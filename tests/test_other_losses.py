@@ -192,7 +192,7 @@ def test_a_custom_loss_goes_through_capture() -> None:
         ),
         (
             lambda o, y: (o.tanh() - y).square().mean(), normal(6, 3, seed=1),
-            ["not convex", "datum", "eigenvalue"],
+            ["not convex", "example", "eigenvalue"],
         ),
         (gaussian, normal(6, seed=1, scale=9), ["not convex", "eigenvalue"]),
         (focal, POINTS, ["not convex", "eigenvalue"]),

@@ -31,16 +31,20 @@ class EmbeddingKernels(Kernels):
         # <G, G'> takes T^2 D operations from tokens and V D from matrices
         self._by_tokens = t * t <= samples.vocabulary
 
-    def _read(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Parts]]:
-        """Tokens [k, U] and d [k, C, U, D], of the U distinct tokens of each example."""
+    def _read(self) -> Iterator[tuple[slice, Parts]]:
+        """Tokens [k, T] and d [k, C, T, D]."""
+        s = self.samples
         for part in self._ranges(chunk_rows(self._per_example)):
-            s = self.samples
-            yield part, _distinct(s.tokens[part], s.output_grads[part].to(dtype))
+            yield part, (s.tokens[part], s.output_grads[part].double())
 
     def _chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[Parts]:
-        """(w [k], tokens [k, U], d [k, C, U, D])."""
-        for part, (tokens, d) in self._read(dtype):
-            yield self.weights[part].to(dtype), tokens, d
+        """(w [k], tokens [k, U], d [k, C, U, D]), of the U distinct tokens of each example."""
+        s = self.samples
+        for part in self._ranges(chunk_rows(self._per_example)):
+            yield (
+                self.weights[part].to(dtype),
+                *_distinct(s.tokens[part], s.output_grads[part].to(dtype)),
+            )
 
     def left_step(self, right: Tensor | None, sign: int = 1) -> Tensor:
         v = self.shape[0]
