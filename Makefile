@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-all test-newest test-lowest bench figures peers lint types imports dependencies check lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
+	$(BIN)/kronecker-probe track digits-mlp --steps 2000 --out runs/digits-mlp --overwrite
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -29,7 +29,7 @@ figures: $(VENV)/.installed
 	$(BIN)/kronecker-probe analyze root-free --preset default --out figures
 	$(BIN)/kronecker-probe analyze overhead --preset default --out figures
 	$(BIN)/kronecker-probe analyze training --preset default --out figures
-	$(BIN)/kronecker-probe track digits-mlp --out runs/digits-mlp --overwrite
+	$(BIN)/kronecker-probe track digits-mlp --steps 2000 --out runs/digits-mlp --overwrite
 	cp runs/digits-mlp/figures/trajectory.png figures/demo_trajectory.png
 
 # curvlinops and nngeometry, for the optional cross-checks and the side-by-side benchmark
