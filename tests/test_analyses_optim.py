@@ -20,6 +20,8 @@ from kronecker_probe.cli.analysis import Script
 from kronecker_probe.cli.app import app
 from kronecker_probe.linalg.inverse_roots import TOLERANCE
 
+pytestmark = pytest.mark.figures
+
 # float32 updates and eigenbases of the same factors, found by the same program
 SAME = 1e-4
 # a mean over a few hundred random gradients

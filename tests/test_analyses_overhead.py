@@ -21,6 +21,8 @@ from analyses.overhead import tables as tables
 from kronecker_probe import optim
 from kronecker_probe.cli.app import app
 
+pytestmark = pytest.mark.figures
+
 CPU = torch.device("cpu")
 # sums of a few float64 numbers
 SUM = 1e-9

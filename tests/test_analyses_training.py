@@ -24,6 +24,8 @@ from kronecker_probe import optim
 from kronecker_probe.cli.app import app
 from kronecker_probe.workloads import load_workload
 
+pytestmark = pytest.mark.figures
+
 # means of a few float64 numbers
 ROUNDING = 1e-12
 SHORT = Preset(1, 1, 3, 2, {"digits-cnn": Length(8, 6), "pydoc-gpt": Length(4, 2)})
