@@ -261,11 +261,6 @@ CASES = (
     ),
 )
 
-CASE_ROUTES = tuple((case, route) for case in CASES for route in case.routes)
-CASE_ROUTE_IDS = tuple(f"{case}-{route}" for case, route in CASE_ROUTES)
-CASE_NAMES = tuple((case, name) for case in CASES for name in case.approximations)
-CASE_NAME_IDS = tuple(f"{case}-{name}" for case, name in CASE_NAMES)
-
 
 def dense(operator: Any) -> Array:
     """``to_dense()`` of anything, as numpy."""

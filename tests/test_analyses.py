@@ -18,6 +18,8 @@ from kronecker_probe.cli.app import app
 from tests import oracle
 from tests.tolerances import INEQUALITY, ROOT_ENTRIES, SCALAR
 
+pytestmark = pytest.mark.figures
+
 FIGURES = Path(__file__).parents[1] / "figures"
 TINY = shampoo_square.Preset(seeds=3, probes=5, probe_sizes=(32, 64), steps=40)
 LAYERS = {

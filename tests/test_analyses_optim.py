@@ -12,12 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from analyses import _purifying_tables, overhead, purifying, root_free
-from analyses import _root_free_precision as precision
-from analyses._root_free_sentences import breaking
+from analyses import overhead, purifying, root_free
+from analyses.purifying import tables as purifying_tables
+from analyses.root_free import precision as precision
+from analyses.root_free.sentences import breaking
 from kronecker_probe.cli.analysis import Script
 from kronecker_probe.cli.app import app
 from kronecker_probe.linalg.inverse_roots import TOLERANCE
+
+pytestmark = pytest.mark.figures
 
 # float32 updates and eigenbases of the same factors, found by the same program
 SAME = 1e-4
@@ -52,8 +55,8 @@ def drifted(table: pd.DataFrame, measured: str) -> pd.DataFrame:
 
 
 def test_white_noise_gives_the_magnitudes_of_theory(purified: pd.DataFrame) -> None:
-    errors = _purifying_tables.magnitude_errors(purified)
-    assert len(errors) == 3 * len(_purifying_tables.MAGNITUDES)
+    errors = purifying_tables.magnitude_errors(purified)
+    assert len(errors) == 3 * len(purifying_tables.MAGNITUDES)
     assert errors.max() < NOISE
     noise = purified[purified["part"] == "magnitude"]
     wide = noise.set_index(["m", "n", "variant"])["value"].unstack("variant")
@@ -74,16 +77,16 @@ def test_a_basis_that_was_just_renewed_is_that_of_a_run_that_always_renews(
 
 def test_neither_grafting_nor_correction_touches_bases(purified: pd.DataFrame) -> None:
     basis, cosine = drifted(purified, "basis_error"), drifted(purified, "cosine")
-    for other in (_purifying_tables.GRAFTED, "EShampoo", "EShampoo, marginals matched"):
+    for other in (purifying_tables.GRAFTED, "EShampoo", "EShampoo, marginals matched"):
         assert (basis[other] / basis["Shampoo"] - 1).abs().max() < SAME
-    assert (cosine[_purifying_tables.GRAFTED] - cosine["Shampoo"]).abs().max() < SAME
+    assert (cosine[purifying_tables.GRAFTED] - cosine["Shampoo"]).abs().max() < SAME
 
 
 def test_correction_repairs_eigenvalues_and_grafting_lengths(purified: pd.DataFrame) -> None:
     values = drifted(purified, "eigenvalue_error").loc[AGES[-1]]
-    assert (values["EShampoo"] < values[_purifying_tables.GRAFTED]).all()
+    assert (values["EShampoo"] < values[purifying_tables.GRAFTED]).all()
     length = drifted(purified, "length").loc[AGES[-1]].map(math.log).abs()
-    assert (length[_purifying_tables.GRAFTED] < length["Shampoo"]).all()
+    assert (length[purifying_tables.GRAFTED] < length["Shampoo"]).all()
 
 
 def test_refreshes_follow_the_rules(purified: pd.DataFrame) -> None:

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from analyses import _overhead_steps as steps
-from analyses import _overhead_tables as tables
 from analyses import overhead
+from analyses.overhead import steps as steps
+from analyses.overhead import tables as tables
 from kronecker_probe import optim
 from kronecker_probe.cli.app import app
+
+pytestmark = pytest.mark.figures
 
 CPU = torch.device("cpu")
 # sums of a few float64 numbers

@@ -11,6 +11,8 @@ import pytest
 from analyses import adagrad_view, batch_and_labels
 from kronecker_probe.cli.analysis import Script
 
+pytestmark = pytest.mark.figures
+
 FIGURES = Path(__file__).parents[1] / "figures"
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 # float32 samples, cosines stored with six decimals

@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from analyses import _training_methods as methods
-from analyses import _training_runs as runs
-from analyses import _training_tables as tables
 from analyses import training
-from analyses._training_runs import Length, Preset
+from analyses.training import methods as methods
+from analyses.training import runs as runs
+from analyses.training import tables as tables
+from analyses.training.runs import Length, Preset
 from kronecker_probe import optim
 from kronecker_probe.cli.app import app
 from kronecker_probe.workloads import load_workload
+
+pytestmark = pytest.mark.figures
 
 # means of a few float64 numbers
 ROUNDING = 1e-12

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,14 +27,9 @@ from tests.cases import (
     matrices_case,
     rank_deficient,
 )
+from tests.grid import Checks, on_every_route
 from tests.oracle import Array
 from tests.tolerances import CONDITION, ENTRIES, ROOT_ENTRIES, SCALAR
-
-RUNS = tuple(
-    (case, route, name) for case in CASES for route in case.routes for name in case.approximations
-)
-RUN_IDS = tuple("-".join(map(str, run)) for run in RUNS)
-in_every_run = pytest.mark.parametrize(("case", "route", "name"), RUNS, ids=RUN_IDS)
 
 
 def entries_tolerance(name: str) -> float:
@@ -50,9 +46,20 @@ def test_cases_determine_their_optimum() -> None:
         assert len(spectrum) == 1 or spectrum[1] < 0.99 * spectrum[0], case
 
 
-@in_every_run
-def test_entries(case: Case, route: str, name: str) -> None:
-    P, expected = kp.approximate(case.operator(route), name), case.dense(name)
+@on_every_route()
+def test_every_quantity(case: Case, route: str) -> None:
+    H = case.operator(route)
+    with Checks() as check:
+        for name in case.approximations:
+            P = kp.approximate(H, name)
+            for one in (entries, norm_and_trace, inner_with_the_target, products):
+                check(name, one, H, P, case, name)
+            if name in KRONECKER:
+                check(name, kronecker_factors, H, P, case, name)
+
+
+def entries(H: kp.SecondMoment, P: Any, case: Case, name: str) -> None:
+    expected = case.dense(name)
     assert tuple(P.shape) == case.shape
     actual = dense(P)
     assert_close(actual, expected, entries_tolerance(name))
@@ -61,27 +68,24 @@ def test_entries(case: Case, route: str, name: str) -> None:
     assert_close(as_numpy(P.diagonal()), diagonal, entries_tolerance(name))
 
 
-@in_every_run
-def test_norm_and_trace(case: Case, route: str, name: str) -> None:
-    P, expected = kp.approximate(case.operator(route), name), case.dense(name)
+def norm_and_trace(H: kp.SecondMoment, P: Any, case: Case, name: str) -> None:
+    expected = case.dense(name)
     assert_close(P.norm(), oracle.norm(expected), SCALAR)
     # a trace is linear in the factors, so it has the accuracy of their entries
     assert_close(P.trace(), np.trace(expected), entries_tolerance(name))
 
 
-@in_every_run
-def test_inner_with_the_target_in_either_order(case: Case, route: str, name: str) -> None:
-    H = case.operator(route)
-    P = kp.approximate(H, name)
+def inner_with_the_target(H: kp.SecondMoment, P: Any, case: Case, name: str) -> None:
+    """In either order."""
     expected = oracle.inner(case.H, case.dense(name))
     assert_close(H.inner(P), expected, SCALAR)
     assert_close(P.inner(H), expected, SCALAR)
 
 
-@in_every_run
-def test_apply_and_scipy_view(case: Case, route: str, name: str, rng: np.random.Generator) -> None:
-    P, expected = kp.approximate(case.operator(route), name), case.dense(name)
-    X = rng.standard_normal((2, 2, *case.shape))
+def products(H: kp.SecondMoment, P: Any, case: Case, name: str) -> None:
+    """P on a batch, on one matrix, and as scipy sees it."""
+    expected = case.dense(name)
+    X = np.random.default_rng(20240617).standard_normal((2, 2, *case.shape))
     bound = oracle.norm(expected) * float(np.linalg.norm(X))
     tolerance = entries_tolerance(name)
     result = oracle.apply(expected, X)
@@ -89,6 +93,20 @@ def test_apply_and_scipy_view(case: Case, route: str, name: str, rng: np.random.
     assert_close(as_numpy(P.apply(torch.tensor(X[0, 1]))), result[0, 1], tolerance, scale=bound)
     x = X[0, 0].reshape(-1)
     assert_close(P.to_scipy() @ x, result[0, 0].reshape(-1), tolerance, scale=bound)
+
+
+def kronecker_factors(H: kp.SecondMoment, P: Any, case: Case, name: str) -> None:
+    assert isinstance(P, kp.KroneckerOperator)
+    assert type(P.scale) is float
+    left, right = as_numpy(P.left), as_numpy(P.right)
+    m, n = case.shape
+    assert left.shape == (m, m)
+    assert right.shape == (n, n)
+    assert_close(P.scale * np.kron(left, right), case.dense(name), entries_tolerance(name))
+    for factor in (left, right):
+        assert_close(factor, factor.T, ENTRIES)
+        values = np.linalg.eigvalsh(factor)
+        assert values[0] >= -ENTRIES * values[-1]  # PSD, and of positive trace
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -104,24 +122,6 @@ def test_inner_between_approximations(case: Case) -> None:
 
 
 # ---------------------------------------------------------------- their structure
-
-
-@pytest.mark.parametrize(
-    ("case", "route", "name"), [run for run in RUNS if run[2] in KRONECKER], ids=str
-)
-def test_kronecker_factors(case: Case, route: str, name: str) -> None:
-    P = kp.approximate(case.operator(route), name)
-    assert isinstance(P, kp.KroneckerOperator)
-    assert type(P.scale) is float
-    left, right = as_numpy(P.left), as_numpy(P.right)
-    m, n = case.shape
-    assert left.shape == (m, m)
-    assert right.shape == (n, n)
-    assert_close(P.scale * np.kron(left, right), case.dense(name), entries_tolerance(name))
-    for factor in (left, right):
-        assert_close(factor, factor.T, ENTRIES)
-        values = np.linalg.eigvalsh(factor)
-        assert values[0] >= -ENTRIES * values[-1]  # PSD, and of positive trace
 
 
 @pytest.mark.parametrize("route", ["sample", "parameter", "dense"])
@@ -280,8 +280,14 @@ def test_methods_of_made_operators(item: Made, rng: np.random.Generator) -> None
     assert_close(P.to_scipy() @ X[0].reshape(-1), result[0].reshape(-1), ENTRIES, scale=bound)
 
 
-@pytest.mark.parametrize(("first", "second"), list(product(MADE, repeat=2)), ids=str)
-def test_inner_between_any_two_kinds(first: Made, second: Made) -> None:
+@pytest.mark.parametrize("first", MADE, ids=str)
+def test_inner_with_any_other_kind(first: Made) -> None:
+    with Checks() as check:
+        for second in MADE:
+            check(str(second), inner_of_both, first, second)
+
+
+def inner_of_both(first: Made, second: Made) -> None:
     bound = oracle.norm(first.expected) * oracle.norm(second.expected)
     actual = first.make().inner(second.make())
     assert_close(actual, oracle.inner(first.expected, second.expected), SCALAR, scale=bound)

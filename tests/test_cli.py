@@ -19,8 +19,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import kronecker_probe as kp
 from kronecker_probe.cli.app import app

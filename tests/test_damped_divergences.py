@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning, UnsupportedError
 from kronecker_probe.operators import spectral_form
 from kronecker_probe.quality.metrics import divergences
-from tests.cases import CASE_NAME_IDS, CASE_NAMES, CASES, Case, factors_case, matrices_case
+from tests.cases import CASES, Case, factors_case, matrices_case
+from tests.grid import Checks
 from tests.oracle import Array
 from tests.test_spectral_metrics import kronecker_exact
 
-named = pytest.mark.parametrize(("case", "name"), CASE_NAMES, ids=CASE_NAME_IDS)
 every = pytest.mark.parametrize("metric", [kp.kl_divergence, kp.stein_divergence])
 # Log-determinants of matrices of condition number up to 1e6 here, relative to the sum of the terms.
 LOG_DET = 1e-9
@@ -40,11 +41,18 @@ def damped(matrix: Array, d: float) -> Array:
     return matrix + d * np.eye(len(matrix))
 
 
-@named
-@pytest.mark.parametrize("rho", [1e-4, 1.0])
-def test_divergences_equal_dense_determinants(case: Case, name: str, rho: float) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_divergences_equal_dense_determinants(case: Case) -> None:
     H = case.operator()
-    P, dense = kp.approximate(H, name), case.dense(name)
+    with Checks() as check:
+        for name in case.approximations:
+            P = kp.approximate(H, name)
+            for rho in (1e-4, 1.0):
+                check(f"{name} at {rho}", equal_dense_determinants, case, name, H, P, rho)
+
+
+def equal_dense_determinants(case: Case, name: str, H: kp.SecondMoment, P: Any, rho: float) -> None:
+    dense = case.dense(name)
     d = rho * np.trace(case.H) / len(case.H)
     A, B = damped(case.H, d), damped(dense, d)
     for metric, truth in ((kp.kl_divergence, kl(A, B)), (kp.stein_divergence, stein(A, B))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +21,16 @@ from kronecker_probe.errors import (
 )
 from kronecker_probe.operators import spectral_form
 from tests.cases import (
-    CASE_NAME_IDS,
-    CASE_NAMES,
+    CASES,
     Case,
     factors_case,
     matrices_case,
     rank_deficient,
 )
+from tests.grid import Checks
 from tests.oracle import Array
 from tests.test_spectral_metrics import kronecker_exact
 
-named = pytest.mark.parametrize(("case", "name"), CASE_NAMES, ids=CASE_NAME_IDS)
 POWERS = (0.25, 0.5, 1.0)
 # Roots of matrices with a condition number of up to 1e6.
 ROOTS = 1e-9
@@ -56,10 +56,16 @@ def fresh(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
     return torch.tensor(np.random.default_rng(3).standard_normal((count, *shape)))
 
 
-@named
-def test_agreement_equals_scipy(case: Case, name: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agreement_equals_scipy(case: Case) -> None:
     H = case.operator()
-    P, g = kp.approximate(H, name), fresh(case.shape)
+    with Checks() as check:
+        for name in case.approximations:
+            check(name, equals_scipy, case, name, H, kp.approximate(H, name))
+
+
+def equals_scipy(case: Case, name: str, H: kp.SecondMoment, P: Any) -> None:
+    g = fresh(case.shape)
     found = kp.direction_agreement(H, P, g, damping=1e-3)
     d = 1e-3 * np.trace(case.H) / len(case.H)
     assert found.damping == pytest.approx(d)

@@ -17,6 +17,7 @@ from tests import approximation_oracle as more
 from tests import oracle
 from tests import reference_fixture as fixture
 from tests.cases import Case, as_numpy, assert_close, dense, factors_case, matrices_case
+from tests.grid import Checks, on_every_route
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, PRINTED, ROOT_ENTRIES, SCALAR
 
@@ -37,8 +38,6 @@ FULL = (
     matrices_case("m1", 12, 1, 4),
     matrices_case("n1", 12, 4, 1),
 )
-RUNS = [(case, route) for case in FULL for route in case.routes]
-in_every_run = pytest.mark.parametrize(("case", "route"), RUNS, ids=str)
 
 
 def fit(case: Case, q: float, route: str = "auto") -> kp.KroneckerOperator:
@@ -59,7 +58,7 @@ def map_sides(case: Case, left: Array, right: Array) -> Case:
 # ---------------------------------------------------------------- named members
 
 
-@in_every_run
+@on_every_route(FULL)
 def test_q2_is_optimal_and_q1_is_shampoo_squared(case: Case, route: str) -> None:
     H = case.operator(route)
     assert_close(dense(kp.approximate(H, "divergence", q=2)), case.dense("optimal"), ROOT_ENTRIES)
@@ -83,10 +82,18 @@ def test_kl_of_the_fixture(route: str) -> None:
 # ---------------------------------------------------------------- stationarity
 
 
-@pytest.mark.parametrize("q", QS)
-@in_every_run
-def test_stationary_and_equal_to_the_plain_iteration(case: Case, route: str, q: float) -> None:
-    P = fit(case, q, route)
+@on_every_route(FULL)
+def test_every_member(case: Case, route: str) -> None:
+    with Checks() as check:
+        for q in QS:
+            P = fit(case, q, route)
+            check(f"q = {q}", is_stationary_and_equals_the_plain_iteration, case, q, P)
+            check(f"q = {q}", scale_is_split_in_one_way_and_convergence_is_reported, P)
+
+
+def is_stationary_and_equals_the_plain_iteration(
+    case: Case, q: float, P: kp.KroneckerOperator
+) -> None:
     assert_close(dense(P), more.alternate(case.H, case.shape, q), FITTED)
     left, right = as_numpy(P.left), as_numpy(P.right)
     # split P = L kron R in any way: both equations hold
@@ -98,12 +105,7 @@ def test_stationary_and_equal_to_the_plain_iteration(case: Case, route: str, q: 
     assert_close(on_right / more.trace_power(L, q), R, FITTED)
 
 
-@pytest.mark.parametrize("q", QS)
-@in_every_run
-def test_scale_is_split_in_one_way_and_convergence_is_reported(
-    case: Case, route: str, q: float
-) -> None:
-    P = fit(case, q, route)
+def scale_is_split_in_one_way_and_convergence_is_reported(P: kp.KroneckerOperator) -> None:
     assert float(P.left.trace()) == pytest.approx(1, rel=SCALAR)
     assert float(P.right.trace()) == pytest.approx(1, rel=SCALAR)
     assert P.trace() == pytest.approx(P.scale, rel=SCALAR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,8 @@ from kronecker_probe.operators.structures.kronecker_sum import SkewTerm
 from tests import approximation_oracle as more
 from tests import oracle
 from tests.cases import CASES, Case, as_numpy, assert_close, dense, factors_case, matrices_case
+from tests.grid import Checks, on_every_route
 from tests.tolerances import ENTRIES, INEQUALITY, ROOT_ENTRIES, SCALAR, SPECTRUM
-
-RUNS = [(case, route) for case in CASES for route in case.routes]
-RUN_IDS = [f"{case}-{route}" for case, route in RUNS]
 
 
 def residual_energy(case: Case, rank: int) -> float:
@@ -29,12 +29,18 @@ def residual_energy(case: Case, rank: int) -> float:
 # ---------------------------------------------------------------- the best sum
 
 
-@pytest.mark.parametrize("rank", [2, 3, 5])
-@pytest.mark.parametrize(("case", "route"), RUNS, ids=RUN_IDS)
-def test_error_is_that_of_the_truncated_svd(case: Case, route: str, rank: int) -> None:
-    """Also where singular values repeat, and the sum is not unique."""
+@on_every_route()
+def test_best_sums(case: Case, route: str) -> None:
     H = case.operator(route)
-    P = kp.approximate(H, "optimal", rank=rank)
+    with Checks() as check:
+        for rank in (2, 3, 4, 5):
+            P = kp.approximate(H, "optimal", rank=rank)
+            check(f"rank {rank}", error_is_that_of_the_truncated_svd, case, H, P, rank)
+            check(f"rank {rank}", is_the_truncated_svd_where_unique, case, P, rank)
+
+
+def error_is_that_of_the_truncated_svd(case: Case, H: kp.SecondMoment, P: Any, rank: int) -> None:
+    """Also where singular values repeat, and the sum is not unique."""
     actual = dense(P)
     error = oracle.relative_error(case.H, actual) ** 2
     assert error == pytest.approx(residual_energy(case, rank), abs=SCALAR)
@@ -42,13 +48,10 @@ def test_error_is_that_of_the_truncated_svd(case: Case, route: str, rank: int) -
     assert kp.relative_error(H, P) ** 2 == pytest.approx(error, abs=SCALAR)
 
 
-@pytest.mark.parametrize("rank", [2, 4])
-@pytest.mark.parametrize(("case", "route"), RUNS, ids=RUN_IDS)
-def test_sum_where_it_is_unique(case: Case, route: str, rank: int) -> None:
+def is_the_truncated_svd_where_unique(case: Case, P: Any, rank: int) -> None:
     values = oracle.kronecker_spectrum(case.H, case.shape)
     if rank < len(values) and values[rank] > 0.99 * values[rank - 1]:
         return  # repeated at the cut: any of the sums is as good
-    P = kp.approximate(case.operator(route), "optimal", rank=rank)
     assert_close(dense(P), more.truncated(case.H, case.shape, rank), ROOT_ENTRIES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning
 from tests import oracle
 from tests import reference_fixture as fixture
-from tests.cases import APPROXIMATIONS, CASE_NAME_IDS, CASE_NAMES, Case, factors_case, matrices_case
+from tests.cases import APPROXIMATIONS, CASES, Case, factors_case, matrices_case
+from tests.grid import Checks
 from tests.tolerances import PRINTED, SCALAR, ZERO_ERROR
 
 METRICS = (kp.cosine_similarity, kp.relative_error, kp.best_scale, kp.best_scale_error)
@@ -23,7 +25,6 @@ ORACLES = {
     kp.best_scale: oracle.best_scale,
     kp.best_scale_error: oracle.best_scale_error,
 }
-named = pytest.mark.parametrize(("case", "name"), CASE_NAMES, ids=CASE_NAME_IDS)
 
 
 # ---------------------------------------------------------------- the reference fixture
@@ -80,13 +81,22 @@ def test_fixture_best_scale(H: kp.SecondMoment) -> None:
 # ---------------------------------------------------------------- every route, every approximation
 
 
-@named
-def test_routes_agree_with_the_oracle_and_each_other(case: Case, name: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_metric_of_every_approximation(case: Case) -> None:
+    targets = [case.operator(route) for route in case.routes]
+    with Checks() as check:
+        for name in case.approximations:
+            fits = [(H, kp.approximate(H, name)) for H in targets]
+            check(name, agree_with_the_oracle_and_each_other, case, name, fits)
+            check(name, best_scale, case, name, *fits[0])
+            check(name, relations_between_the_metrics, *fits[0])
+
+
+def agree_with_the_oracle_and_each_other(case: Case, name: str, fits: list[Any]) -> None:
+    """On every route."""
     expected = case.dense(name)
     rows = []
-    for route in case.routes:
-        H = case.operator(route)
-        P = kp.approximate(H, name)
+    for H, P in fits:
         rows.append(
             (
                 H.norm() / oracle.norm(case.H),
@@ -106,18 +116,13 @@ def test_routes_agree_with_the_oracle_and_each_other(case: Case, name: str) -> N
     assert np.all(np.ptp(values, axis=0) <= SCALAR * size)
 
 
-@named
-def test_best_scale(case: Case, name: str) -> None:
-    H = case.operator()
-    value = kp.best_scale(H, kp.approximate(H, name))
+def best_scale(case: Case, name: str, H: kp.SecondMoment, P: Any) -> None:
+    value = kp.best_scale(H, P)
     assert value == pytest.approx(oracle.best_scale(case.H, case.dense(name)), rel=10 * SCALAR)
 
 
-@named
-def test_relations_between_the_metrics(case: Case, name: str) -> None:
+def relations_between_the_metrics(H: kp.SecondMoment, P: Any) -> None:
     """|H - P|^2 = |H - cP|^2 + (c - 1)^2 |P|^2 at the best c, and cos = c |P| / |H|."""
-    H = case.operator()
-    P = kp.approximate(H, name)
     cosine, scale = kp.cosine_similarity(H, P), kp.best_scale(H, P)
     error, best = kp.relative_error(H, P), kp.best_scale_error(H, P)
     assert best**2 == pytest.approx(1 - cosine**2, abs=SCALAR)

@@ -15,6 +15,7 @@ from tests import approximation_oracle as more
 from tests import oracle
 from tests import reference_fixture as fixture
 from tests.cases import CASES, Case, assert_close, dense, factors_case
+from tests.grid import Checks, on_every_route
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, INEQUALITY, PRINTED, SCALAR, ZERO_ERROR
 
@@ -39,13 +40,15 @@ def expected(case: Case, name: str) -> Array:
     return {"kfac-reduce": more.kfac_reduce, "tkfac": more.tkfac}[name](*factors)
 
 
-RUNS = [(case, route, name) for case in CASES for route in case.routes for name in BY_MATRIX]
-RUNS += [(case, route, name) for case in FACTORED for route in case.routes for name in BY_FACTORS]
-
-
-@pytest.mark.parametrize(("case", "route", "name"), RUNS, ids=["-".join(map(str, r)) for r in RUNS])
-def test_against_the_oracle(case: Case, route: str, name: str) -> None:
+@on_every_route()
+def test_every_quantity(case: Case, route: str) -> None:
     H = case.operator(route)
+    with Checks() as check:
+        for name in (*BY_MATRIX, *(BY_FACTORS if case.factored else ())):
+            check(name, against_the_oracle, case, H, name)
+
+
+def against_the_oracle(case: Case, H: kp.SecondMoment, name: str) -> None:
     P = kp.approximate(H, name)
     matrix = expected(case, name)
     if name == "ekfac" and not distinct_kfac_eigenvalues(case):
@@ -138,9 +141,7 @@ def test_reduce_is_kfac_without_shared_positions(case: Case) -> None:
 # ---------------------------------------------------------------- TKFAC and its aliases
 
 
-@pytest.mark.parametrize(
-    ("case", "route"), [(c, r) for c in FACTORED if not c.shared for r in c.routes], ids=str
-)
+@on_every_route(case for case in FACTORED if not case.shared)
 def test_tkfac_is_shampoo_squared_on_unshared_draws(case: Case, route: str) -> None:
     """TKFAC = TNT = one-step KPSVD = trace-scaled Shampoo^2, each by its own definition."""
     H = case.operator(route)
@@ -179,7 +180,7 @@ def test_tkfac_of_shared_positions_is_shampoo_squared_of_positions_as_draws() ->
 # ---------------------------------------------------------------- theorems
 
 
-@pytest.mark.parametrize(("case", "route"), [(c, r) for c in FACTORED for r in c.routes], ids=str)
+@on_every_route(FACTORED)
 def test_ekfac_is_never_worse_than_kfac(case: Case, route: str) -> None:
     H = case.operator(route)
     better = kp.relative_error(H, kp.approximate(H, "ekfac")) ** 2

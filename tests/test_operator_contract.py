@@ -16,6 +16,7 @@ from kronecker_probe.operators.factors.factor import IdentityFactor
 from kronecker_probe.operators.structures.kronecker_sum import SkewTerm
 from tests import oracle
 from tests.cases import as_numpy, assert_close, dense, factors_case, matrices_case
+from tests.grid import Checks
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, SCALAR
 
@@ -213,12 +214,16 @@ class OperatorContract(abc.ABC):
                 dense(part), expected[np.ix_(index, index)], ENTRIES, scale=oracle.norm(expected)
             )
 
-    @pytest.mark.parametrize("name", MADE)
-    def test_inner_with_every_other_kind(self, name: str) -> None:
+    def test_inner_with_every_other_kind(self) -> None:
         P, expected = self.make()
-        Q, other = MADE[name]()
+        with Checks() as check:
+            for name, make in MADE.items():
+                check(name, self.inner_in_either_order, P, expected, *make())
+
+    @staticmethod
+    def inner_in_either_order(P: Operator, expected: Array, Q: Operator, other: Array) -> None:
         if P.shape != Q.shape:
-            pytest.skip("another shape")
+            return
         bound = oracle.norm(expected) * oracle.norm(other)
         assert_close(P.inner(Q), oracle.inner(expected, other), SCALAR, scale=bound)
         assert_close(Q.inner(P), oracle.inner(expected, other), SCALAR, scale=bound)

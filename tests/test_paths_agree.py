@@ -14,6 +14,7 @@ from kronecker_probe.gradients.losses import ResolvedLoss, resolve_loss
 from kronecker_probe.gradients.per_example.gradients import PerSampleGradients, per_sample_gradients
 from kronecker_probe.gradients.targets import n_columns, output_gradients
 from kronecker_probe.gradients.tracing.isolation import isolated
+from tests.grid import Checks
 from tests.module_registry import REGISTRY, RegisteredModel
 
 # float64 sums of a few hundred products each, in another order.
@@ -29,7 +30,6 @@ pytestmark = [  # what torch says about models of the registry, and not about th
 ]
 
 every_model = pytest.mark.parametrize("entry", REGISTRY.values(), ids=str)
-every_draw = pytest.mark.parametrize("target", CAPTURE_TARGETS)
 
 
 @functools.cache
@@ -97,9 +97,18 @@ def assert_close(got: Tensor, expected: Tensor, name: str, zero: bool) -> None:
     assert float((got - expected).norm()) <= RELATIVE * size, name
 
 
-@every_draw
 @every_model
-def test_second_moments_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
+def test_every_path(entry: RegisteredModel) -> None:
+    with Checks() as check:
+        for target in CAPTURE_TARGETS:
+            check(target, second_moments_are_those_of_torch_func, entry, target)
+            check(target, per_sample_gradients_are_those_of_torch_func, entry, target)
+        check("coverage", rules_cover_the_known_modules, entry)
+        for option in ("joint bias", "no fallback", "one parameter"):
+            check(option, coverage_partitions_the_parameters, entry, option)
+
+
+def second_moments_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
     model = entry.model()
     capture = kp.capture(model, entry.loss, entry.batch(), target=target, seed=SEED)
     assert dict(capture.skipped) == {}
@@ -112,8 +121,7 @@ def test_second_moments_are_those_of_torch_func(entry: RegisteredModel, target: 
         )
 
 
-@every_model
-def test_rules_cover_the_known_modules(entry: RegisteredModel) -> None:
+def rules_cover_the_known_modules(entry: RegisteredModel) -> None:
     model = entry.model()
     coverage = kp.capture(model, entry.loss, entry.batch(), target="empirical-fisher").coverage
     names = [name for name, _ in model.named_parameters()]
@@ -122,9 +130,7 @@ def test_rules_cover_the_known_modules(entry: RegisteredModel) -> None:
         assert status in entry.statuses(name), (name, status)
 
 
-@pytest.mark.parametrize("option", ["joint bias", "no fallback", "one parameter"])
-@every_model
-def test_coverage_partitions_the_parameters(entry: RegisteredModel, option: str) -> None:
+def coverage_partitions_the_parameters(entry: RegisteredModel, option: str) -> None:
     model = entry.model()
     every = sorted(name for name, _ in model.named_parameters())
     given = {"joint bias": {"bias": "joint"}, "no fallback": {"fallback": False}}
@@ -156,9 +162,7 @@ def run(entry: RegisteredModel, target: str, seed: int = 0) -> PerSampleGradient
         )  # fmt: skip
 
 
-@every_draw
-@every_model
-def test_per_sample_gradients_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
+def per_sample_gradients_are_those_of_torch_func(entry: RegisteredModel, target: str) -> None:
     found = run(entry, target)
     assert found.reasons == {}
     assert list(found.gradients) == list(jacobians(entry))

@@ -16,8 +16,6 @@ from kronecker_probe.errors import (
 from kronecker_probe.linalg import gram
 from tests import oracle
 from tests.cases import (
-    CASE_ROUTE_IDS,
-    CASE_ROUTES,
     CASES,
     Case,
     as_numpy,
@@ -26,16 +24,20 @@ from tests.cases import (
     factors_case,
     matrices_case,
 )
+from tests.grid import Checks, on_every_route
 from tests.tolerances import ENTRIES, FLOAT32, SCALAR, SPECTRUM
-
-on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CASE_ROUTE_IDS)
-
 
 # ---------------------------------------------------------------- samples
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_samples_describe_themselves(case: Case) -> None:
+def test_samples(case: Case) -> None:
+    with Checks() as check:
+        for one in (describe_themselves, form_their_matrices, keep_their_weights):
+            check("the samples", one, case)
+
+
+def describe_themselves(case: Case) -> None:
     samples = case.samples()
     n_examples, n_columns = case.G.shape[:2]
     assert tuple(samples.shape) == case.shape
@@ -47,8 +49,7 @@ def test_samples_describe_themselves(case: Case) -> None:
     np.testing.assert_array_equal(as_numpy(samples.weights), case.weights)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_samples_form_their_matrices(case: Case) -> None:
+def form_their_matrices(case: Case) -> None:
     samples, n_examples = case.samples(), len(case.G)
     for start, stop in (
         (0, n_examples),
@@ -61,8 +62,8 @@ def test_samples_form_their_matrices(case: Case) -> None:
         assert_close(as_numpy(block), case.G[start:stop], ENTRIES, scale=np.linalg.norm(case.G))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_subset_keeps_data_with_their_weights(case: Case) -> None:
+def keep_their_weights(case: Case) -> None:
+    """In a subset."""
     if case.given_weights is None:
         case = case.with_(given_weights=case.weights)
     index = np.array([len(case.G) - 1, 0])
@@ -74,30 +75,47 @@ def test_subset_keeps_data_with_their_weights(case: Case) -> None:
 # ---------------------------------------------------------------- the target
 
 
-@on_every_route
-def test_norm_and_trace(case: Case, route: str) -> None:
+@on_every_route()
+def test_every_quantity(case: Case, route: str) -> None:
     H = case.operator(route)
+    with Checks() as check:
+        for one in (
+            norm_and_trace,
+            dense_and_diagonal,
+            apply,
+            apply_to_an_empty_batch,
+            apply_to_a_float32_matrix,
+            inner_products,
+            scipy_view,
+            kronecker_spectrum,
+            leading_singular_values,
+        ):
+            check(route, one, case, H)
+        if "sample" in case.routes and route != "parameter":
+            check(route, spectrum_of_unshared_factors_is_complete, case, H)
+
+
+@on_every_route()
+def test_leading_singular_values_by_themselves(case: Case, route: str) -> None:
+    leading_singular_values(case, case.operator(route))  # without what the norm left behind
+
+
+def norm_and_trace(case: Case, H: kp.SecondMoment) -> None:
     assert tuple(H.shape) == case.shape
     assert_close(H.norm(), oracle.norm(case.H), SCALAR)
     assert_close(H.trace(), np.trace(case.H), SCALAR)
-
-
-@on_every_route
-def test_norm_by_the_gram_identity(case: Case, route: str) -> None:
+    # by the Gram identity
     g = (np.sqrt(case.weights)[:, None, None, None] * case.G).reshape(-1, len(case.H))
-    assert_close(case.operator(route).norm() ** 2, np.sum((g @ g.T) ** 2), SCALAR)
+    assert_close(H.norm() ** 2, np.sum((g @ g.T) ** 2), SCALAR)
 
 
-@on_every_route
-def test_dense_and_diagonal(case: Case, route: str) -> None:
-    H = case.operator(route)
+def dense_and_diagonal(case: Case, H: kp.SecondMoment) -> None:
     assert_close(dense(H), case.H, ENTRIES)
     assert_close(as_numpy(H.diagonal()), np.diag(case.H).reshape(case.shape), ENTRIES)
 
 
-@on_every_route
-def test_apply(case: Case, route: str, rng: np.random.Generator) -> None:
-    H = case.operator(route)
+def apply(case: Case, H: kp.SecondMoment) -> None:
+    rng = np.random.default_rng(20240617)
     for batch in ((), (1,), (2, 3)):
         X = rng.standard_normal((*batch, *case.shape))
         product = H.apply(torch.tensor(X))
@@ -105,39 +123,30 @@ def test_apply(case: Case, route: str, rng: np.random.Generator) -> None:
         assert_close(as_numpy(product), oracle.apply(case.H, X), ENTRIES, scale=bound)
 
 
-@on_every_route
-def test_apply_to_an_empty_batch(case: Case, route: str) -> None:
+def apply_to_an_empty_batch(case: Case, H: kp.SecondMoment) -> None:
     X = torch.zeros(0, *case.shape, dtype=torch.float64)
-    assert case.operator(route).apply(X).shape == X.shape
+    assert H.apply(X).shape == X.shape
 
 
-@on_every_route
-def test_apply_to_a_float32_matrix(case: Case, route: str, rng: np.random.Generator) -> None:
-    X = rng.standard_normal(case.shape).astype(np.float32)
-    product = as_numpy(case.operator(route).apply(torch.tensor(X)))
+def apply_to_a_float32_matrix(case: Case, H: kp.SecondMoment) -> None:
+    X = np.random.default_rng(20240617).standard_normal(case.shape).astype(np.float32)
+    product = as_numpy(H.apply(torch.tensor(X)))
     bound = oracle.norm(case.H) * float(np.linalg.norm(X))
     assert_close(product, oracle.apply(case.H, X.astype(np.float64)), FLOAT32, scale=bound)
 
 
-@on_every_route
-def test_inner_with_itself_is_the_squared_norm(case: Case, route: str) -> None:
-    H = case.operator(route)
+def inner_products(case: Case, H: kp.SecondMoment) -> None:
+    """With itself, and with the same on another route."""
     assert_close(H.inner(H), oracle.norm(case.H) ** 2, SCALAR)
+    assert_close(H.inner(case.operator("parameter")), oracle.norm(case.H) ** 2, SCALAR)
 
 
-@on_every_route
-def test_inner_between_routes(case: Case, route: str) -> None:
-    other = case.operator("parameter")
-    assert_close(case.operator(route).inner(other), oracle.norm(case.H) ** 2, SCALAR)
-
-
-@on_every_route
-def test_scipy_view(case: Case, route: str, rng: np.random.Generator) -> None:
-    view = case.operator(route).to_scipy()
-    size = len(case.H)
+def scipy_view(case: Case, H: kp.SecondMoment) -> None:
+    view, size = H.to_scipy(), len(case.H)
     assert isinstance(view, LinearOperator)
     assert view.shape == (size, size)
     assert view.dtype == np.float64
+    rng = np.random.default_rng(20240617)
     x, X = rng.standard_normal(size), rng.standard_normal((size, 2))
     bound = oracle.norm(case.H) * float(np.linalg.norm(X))
     assert_close(view @ x, case.H @ x, ENTRIES, scale=bound)
@@ -145,19 +154,8 @@ def test_scipy_view(case: Case, route: str, rng: np.random.Generator) -> None:
     assert_close(view.rmatvec(x), case.H @ x, ENTRIES, scale=bound)
 
 
-def test_scipy_view_serves_an_eigensolver() -> None:
-    case = factors_case("", 30, 5, 4)
-    values = eigsh(case.operator().to_scipy(), k=3, which="LA", return_eigenvectors=False)
-    expected = np.linalg.eigvalsh(case.H)[-3:]
-    assert_close(np.sort(values), expected, SCALAR)
-
-
-# ---------------------------------------------------------------- the Kronecker spectrum
-
-
-@on_every_route
-def test_kronecker_spectrum(case: Case, route: str) -> None:
-    spectrum = case.operator(route).kronecker_spectrum()
+def kronecker_spectrum(case: Case, H: kp.SecondMoment) -> None:
+    spectrum = H.kronecker_spectrum()
     assert spectrum.ndim == 1
     assert spectrum.dtype == torch.float64
     assert spectrum.device.type == "cpu"
@@ -170,21 +168,31 @@ def test_kronecker_spectrum(case: Case, route: str) -> None:
     assert_close(values[0], expected[0], SCALAR)
 
 
-@pytest.mark.parametrize(
-    ("case", "route"),
-    [
-        (case, route)
-        for case, route in CASE_ROUTES
-        if "sample" in case.routes and route != "parameter"
-    ],
-    ids=str,
-)
-def test_kronecker_spectrum_of_unshared_factors_is_complete(case: Case, route: str) -> None:
-    H = case.operator(route)
+def leading_singular_values(case: Case, H: kp.SecondMoment) -> None:
+    expected = oracle.kronecker_spectrum(case.H, case.shape)
+    for k in (1, 2, 3):
+        values = as_numpy(H.kronecker_spectrum(k))
+        assert 1 <= len(values) <= k
+        assert_close(values, expected[: len(values)], SPECTRUM, scale=expected[0])
+        left_out = expected[len(values) : k]  # fewer than k only where the rest is zero
+        assert_close(left_out, np.zeros_like(left_out), SPECTRUM, scale=expected[0])
+
+
+def spectrum_of_unshared_factors_is_complete(case: Case, H: kp.SecondMoment) -> None:
     m, n = case.shape
     values = as_numpy(H.kronecker_spectrum())
     assert len(values) == min(len(case.G), m * m, n * n)
     assert_close(np.sum(values**2), H.norm() ** 2, SCALAR)
+
+
+def test_scipy_view_serves_an_eigensolver() -> None:
+    case = factors_case("", 30, 5, 4)
+    values = eigsh(case.operator().to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    expected = np.linalg.eigvalsh(case.H)[-3:]
+    assert_close(np.sort(values), expected, SCALAR)
+
+
+# ---------------------------------------------------------------- the Kronecker spectrum
 
 
 def test_automatic_route_keeps_the_spectrum_of_unshared_factors_complete() -> None:
@@ -202,17 +210,6 @@ def test_repeated_singular_values_are_all_listed() -> None:
     expected = np.sort(np.outer(s, s).reshape(-1))[::-1]
     for route in case.routes:
         assert_close(as_numpy(case.operator(route).kronecker_spectrum(4)), expected[:4], SPECTRUM)
-
-
-@on_every_route
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_leading_singular_values(case: Case, route: str, k: int) -> None:
-    values = as_numpy(case.operator(route).kronecker_spectrum(k))
-    expected = oracle.kronecker_spectrum(case.H, case.shape)
-    assert 1 <= len(values) <= k
-    assert_close(values, expected[: len(values)], SPECTRUM, scale=expected[0])
-    left_out = expected[len(values) : k]  # fewer than k only where the rest is zero
-    assert_close(left_out, np.zeros_like(left_out), SPECTRUM, scale=expected[0])
 
 
 @pytest.mark.parametrize("k", [0, -1])
@@ -258,16 +255,18 @@ def test_plan_prints_its_routes() -> None:
 # ---------------------------------------------------------------- sums in chunks
 
 
-@pytest.mark.parametrize("elements", [1, 100])
-@pytest.mark.parametrize(
-    ("case", "route"), [run for run in CASE_ROUTES if len(run[0].G) <= 60], ids=str
-)
+@on_every_route(case for case in CASES if len(case.G) <= 60)
 def test_chunk_size_changes_nothing(
-    case: Case, route: str, elements: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small layers fit one chunk; large ones are summed in many."""
-    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", elements)
-    H = case.operator(route)
+    with Checks() as check:
+        for elements in (1, 100):
+            monkeypatch.setattr(gram, "CHUNK_ELEMENTS", elements)
+            check(f"chunks of {elements}", sums_in_chunks, case, case.operator(route))
+
+
+def sums_in_chunks(case: Case, H: kp.SecondMoment) -> None:
     assert_close(H.norm(), oracle.norm(case.H), SCALAR)
     assert_close(H.trace(), np.trace(case.H), SCALAR)
     assert_close(dense(H), case.H, ENTRIES)

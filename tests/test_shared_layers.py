@@ -26,7 +26,8 @@ from kronecker_probe.operators.second_moment.kernels.factored import FactorKerne
 from kronecker_probe.operators.second_moment.kernels.matrix import MatrixKernels
 from kronecker_probe.operators.second_moment.routes import alternation
 from tests import oracle
-from tests.cases import CASE_ROUTE_IDS, CASE_ROUTES, Case, as_numpy, assert_close, factors_case
+from tests.cases import Case, as_numpy, assert_close, factors_case
+from tests.grid import Checks, on_every_route
 from tests.tolerances import ENTRIES, SCALAR
 
 # A float32 half step: products of numbers rounded to 6e-8, over sums of a few dozen terms.
@@ -48,8 +49,6 @@ GRID = [
     )
 ]
 KINDS = {"factors": FactorKernels, "matrices": MatrixKernels, "shared": SharedKernels}
-on_grid = pytest.mark.parametrize("case", GRID, ids=str)
-in_each_way = pytest.mark.parametrize("kind", sorted(KINDS))
 
 
 @pytest.fixture(params=["whole", "chunked"])
@@ -75,11 +74,19 @@ def random_matrix(size: int, sign: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("_chunks")
-@on_grid
-@in_each_way
-@pytest.mark.parametrize("sign", [1, -1])
-def test_half_steps(case: Case, kind: str, sign: int) -> None:
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_kernels(case: Case, kind: str) -> None:
     kernels = KINDS[kind](case.samples())
+    with Checks() as check:
+        for sign in (1, -1):
+            check(f"sign {sign}", steps, case, kernels, sign)
+        check(kind, partial_traces_and_quadratic_forms, case, kernels)
+        check(kind, projected_diagonal, case, kernels)
+        check(kind, pair_products, case, kernels)
+
+
+def steps(case: Case, kernels: Kernels, sign: int) -> None:
     (m, n), w, G = case.shape, case.weights, case.G
     V, U = random_matrix(n, sign, 0), random_matrix(m, sign, 1)
     left = np.einsum("i,icab,bd,iced->ae", w, G, V.numpy(), G)
@@ -90,11 +97,7 @@ def test_half_steps(case: Case, kind: str, sign: int) -> None:
     assert_close(as_numpy(kernels.right_step(U, sign)), right, ENTRIES, scale=scale)
 
 
-@pytest.mark.usefixtures("_chunks")
-@on_grid
-@in_each_way
-def test_partial_traces_and_quadratic_forms(case: Case, kind: str) -> None:
-    kernels = KINDS[kind](case.samples())
+def partial_traces_and_quadratic_forms(case: Case, kernels: Kernels) -> None:
     (m, n), G = case.shape, case.G
     assert_close(as_numpy(kernels.left_step(None)), oracle.left_factor(case.H, (m, n)), ENTRIES)
     assert_close(as_numpy(kernels.right_step(None)), oracle.right_factor(case.H, (m, n)), ENTRIES)
@@ -107,11 +110,7 @@ def test_partial_traces_and_quadratic_forms(case: Case, kind: str) -> None:
         assert_close(found, expected, ENTRIES, scale=float(np.sum(G**2)) * max(m, n))
 
 
-@pytest.mark.usefixtures("_chunks")
-@on_grid
-@in_each_way
-def test_projected_diagonal(case: Case, kind: str) -> None:
-    kernels = KINDS[kind](case.samples())
+def projected_diagonal(case: Case, kernels: Kernels) -> None:
     m, n = case.shape
     q_left = torch.linalg.qr(random_matrix(m, 1, 4))[0][:, : max(1, m - 1)]
     q_right = torch.linalg.qr(random_matrix(n, 1, 5))[0]
@@ -123,13 +122,10 @@ def test_projected_diagonal(case: Case, kind: str) -> None:
         assert_close(as_numpy(kernels.projected_diagonal(left, right)), expected, ENTRIES)
 
 
-@pytest.mark.usefixtures("_chunks")
-@on_grid
-@in_each_way
-def test_pair_products(case: Case, kind: str) -> None:
+def pair_products(case: Case, kernels: Kernels) -> None:
     rows = case.G.reshape(*case.G.shape[:2], -1)
     expected = np.einsum("ick,jdk->icjd", rows, rows) ** 2
-    found = as_numpy(KINDS[kind](case.samples()).pair_products())
+    found = as_numpy(kernels.pair_products())
     assert_close(found, expected.sum(axis=(1, 3)), ENTRIES)
 
 
@@ -156,12 +152,20 @@ def test_inner_product_of_samples_with_different_positions(positions: tuple[int,
 # ---------------------------------------------------------------- on every route
 
 
-on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CASE_ROUTE_IDS)
-
-
-@on_every_route
-def test_pairs_forms_and_steps_of_the_target(case: Case, route: str) -> None:
+@on_every_route()
+def test_sums_over_samples(case: Case, route: str) -> None:
     H = case.operator(route)
+    with Checks() as check:
+        for one in (
+            pairs_forms_and_steps,
+            grouped_steps_add_up_and_are_those_of_subsets,
+            grouped_forms_are_those_of_each_pair_of_factors,
+            subsets,
+        ):
+            check(route, one, case, H)
+
+
+def pairs_forms_and_steps(case: Case, H: kp.SecondMoment) -> None:
     (m, n), w, G = case.shape, case.weights, case.G
     K = as_numpy(H.pair_products())
     assert_close(w @ K @ w, oracle.norm(case.H) ** 2, SCALAR)
@@ -181,9 +185,8 @@ def test_pairs_forms_and_steps_of_the_target(case: Case, route: str) -> None:
     assert H.right_step(None) is H.right_factor
 
 
-@on_every_route
-def test_grouped_steps_add_up_and_are_those_of_subsets(case: Case, route: str) -> None:
-    H, count = case.operator(route), len(case.G)
+def grouped_steps_add_up_and_are_those_of_subsets(case: Case, H: kp.SecondMoment) -> None:
+    count = len(case.G)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     groups = [part for part in order.tensor_split(3) if len(part)]
     m, n = case.shape
@@ -206,9 +209,8 @@ def psd(count: int, size: int) -> torch.Tensor:
     return X @ X.mT
 
 
-@on_every_route
-def test_grouped_forms_are_those_of_each_pair_of_factors(case: Case, route: str) -> None:
-    H, (m, n), G, w = case.operator(route), case.shape, case.G, case.weights
+def grouped_forms_are_those_of_each_pair_of_factors(case: Case, H: kp.SecondMoment) -> None:
+    (m, n), G, w = case.shape, case.G, case.weights
     groups = [slice(0, 1), list(range(1, len(G)))] if len(G) > 1 else [[0]]
     lefts, rights = psd(3, m), psd(2, n)
     forms = np.einsum("icxy,bxz,eyv,iczv->ibe", G, lefts.numpy(), rights.numpy(), G)
@@ -232,9 +234,7 @@ def test_grouped_forms_in_float32(size: float) -> None:
     np.testing.assert_allclose(found, expected, rtol=SINGLE)
 
 
-@on_every_route
-def test_subset_of_a_target(case: Case, route: str) -> None:
-    H = case.operator(route)
+def subsets(case: Case, H: kp.SecondMoment) -> None:
     for index in (slice(0, 2), [len(case.G) - 1]):
         expected = oracle.second_moment(case.G[index], case.weights[index])
         part = H.subset(index)

@@ -21,8 +21,6 @@ from kronecker_probe.operators.spectral_form import (
     spectral_form,
 )
 from tests.cases import (
-    CASE_NAME_IDS,
-    CASE_NAMES,
     CASES,
     Case,
     as_numpy,
@@ -30,12 +28,12 @@ from tests.cases import (
     factors_case,
     matrices_case,
 )
+from tests.grid import Checks
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, ROOT_ENTRIES, SCALAR, ZERO_ERROR
 
 DAMPING = 1e-2  # in mean eigenvalues of H
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-named = pytest.mark.parametrize(("case", "name"), CASE_NAMES, ids=CASE_NAME_IDS)
 
 
 def rows(case: Case) -> Array:
@@ -117,10 +115,17 @@ def test_drawn_gradients_have_the_second_moment_of_H() -> None:
 # ---------------------------------------------------------------- functions of operators
 
 
-@named
-def test_functions_of_an_approximation_equal_scipy(case: Case, name: str) -> None:
-    P = kp.approximate(case.operator(), name)
-    form, dense = exact_form(P), case.dense(name)
+@every_case
+def test_functions_of_an_approximation_equal_scipy(case: Case) -> None:
+    H = case.operator()
+    with Checks() as check:
+        for name in case.approximations:
+            form = exact_form(kp.approximate(H, name))
+            check(name, functions_equal_scipy, case, name, form)
+
+
+def functions_equal_scipy(case: Case, name: str, form: SpectralForm) -> None:
+    dense = case.dense(name)
     size = len(dense)
     d = DAMPING * np.trace(dense) / size
     x = probe(case.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,16 @@ from kronecker_probe.operators.structures.block import BlockOperator
 from kronecker_probe.quality.metrics import spectral
 from tests import oracle
 from tests.cases import (
-    CASE_NAME_IDS,
-    CASE_NAMES,
+    CASES,
     Case,
     factors_case,
     matrices_case,
     rank_deficient,
 )
+from tests.grid import Checks
 from tests.oracle import Array
 from tests.tolerances import INEQUALITY, SCALAR, ZERO_ERROR
 
-named = pytest.mark.parametrize(("case", "name"), CASE_NAMES, ids=CASE_NAME_IDS)
 METRICS = (kp.trace_ratio, kp.largest_error_eigenvalue, kp.off_diagonal_mass)
 # Eigenvalues from Lanczos: the tolerance that ARPACK is given, with room for the residual's factor.
 LANCZOS = 1e-7
@@ -53,10 +53,28 @@ def kronecker_exact(m: int, n: int) -> Case:
 # ---------------------------------------------------------------- against dense matrices
 
 
-@named
-def test_trace_ratio_and_extreme_eigenvalues(case: Case, name: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_approximation(case: Case) -> None:
     H = case.operator()
-    P = kp.approximate(H, name)
+    corrected = kp.split_error(H, kp.approximate(H, "eigen-corrected"))
+    assert corrected.eigenvalues <= ZERO_ERROR
+    with Checks() as check:
+        for name in case.approximations:
+            P = kp.approximate(H, name)
+            check(name, trace_ratio_and_extreme_eigenvalues, case, name, H, P)
+            check(name, split_equals_the_rotated_matrix, case, name, H, P)
+            if name in ("shampoo", "shampoo-squared"):
+                check(name, basis_error_is_that_of_the_corrected_spectrum, H, P, corrected.basis)
+
+
+def basis_error_is_that_of_the_corrected_spectrum(H: kp.SecondMoment, P: Any, basis: float) -> None:
+    """Eigenvalue correction removes one part of Shampoo's error and leaves the other."""
+    split = kp.split_error(H, P)
+    if not split.degenerate:
+        assert split.basis == pytest.approx(basis, abs=ZERO_ERROR)
+
+
+def trace_ratio_and_extreme_eigenvalues(case: Case, name: str, H: kp.SecondMoment, P: Any) -> None:
     dense, size = case.dense(name), np.trace(case.H)
     assert kp.trace_ratio(H, P) == pytest.approx(np.trace(dense) / size, rel=SCALAR)
     values = np.linalg.eigvalsh(case.H - dense)
@@ -95,11 +113,8 @@ def test_lanczos_finds_both_ends(case: Case, name: str) -> None:
     assert found.target == pytest.approx(np.linalg.norm(case.H, 2), rel=LANCZOS)
 
 
-@named
-def test_split_equals_the_rotated_matrix(case: Case, name: str) -> None:
+def split_equals_the_rotated_matrix(case: Case, name: str, H: kp.SecondMoment, P: Any) -> None:
     """|offdiag(Q^T H Q)| and |diag(Q^T H Q) - D| with P = Q D Q^T, formed."""
-    H = case.operator()
-    P = kp.approximate(H, name)
     found = kp.split_error(H, P)
     size = oracle.norm(case.H)
     Q, D = eigenvectors(P)
@@ -146,19 +161,6 @@ def test_a_kronecker_target_has_no_error(name: str, shape: tuple[int, int]) -> N
     assert split.basis <= ZERO_ERROR
     assert split.eigenvalues <= ZERO_ERROR
     assert not split.degenerate
-
-
-@named
-def test_the_corrected_spectrum_has_no_eigenvalue_error(case: Case, name: str) -> None:
-    """Eigenvalue correction removes one part of Shampoo's error and leaves the other."""
-    H = case.operator()
-    corrected = kp.approximate(H, "eigen-corrected")
-    split = kp.split_error(H, corrected)
-    assert split.eigenvalues <= ZERO_ERROR
-    if name in ("shampoo", "shampoo-squared"):
-        other = kp.split_error(H, kp.approximate(H, name))
-        if not other.degenerate:
-            assert other.basis == pytest.approx(split.basis, abs=ZERO_ERROR)
 
 
 @given(

@@ -10,8 +10,6 @@ import kronecker_probe as kp
 from tests import oracle
 from tests import reference_fixture as fixture
 from tests.cases import (
-    CASE_ROUTE_IDS,
-    CASE_ROUTES,
     KRONECKER,
     Case,
     as_numpy,
@@ -20,10 +18,9 @@ from tests.cases import (
     factors_case,
     matrices_case,
 )
+from tests.grid import Checks, on_every_route
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, INEQUALITY, PRINTED, ROOT_ENTRIES, SCALAR, ZERO_ERROR
-
-on_every_route = pytest.mark.parametrize(("case", "route"), CASE_ROUTES, ids=CASE_ROUTE_IDS)
 
 
 def _psd(size: int, seed: int) -> Array:
@@ -41,6 +38,25 @@ def _kronecker(left: Array, right: Array) -> kp.KroneckerOperator:
 
 def _trace(operator: kp.KroneckerOperator) -> float:
     return float(operator.trace())
+
+
+# ---------------------------------------------------------------- on every route
+
+
+@on_every_route()
+def test_all_theorems(case: Case, route: str) -> None:
+    H = case.operator(route)
+    with Checks() as check:
+        for one in (
+            no_kronecker_product_beats_the_optimum,
+            cosine_of_the_optimum_is_its_share_of_the_spectrum,
+            eigen_corrected_is_the_best_diagonal_of_its_basis,
+            diagonal_is_the_best_diagonal,
+            trace_scale_matches_all_traces,
+            squared_shampoo_is_the_unscaled_square,
+            shampoo_dominates_the_target,
+        ):
+            check(route, one, case, H)
 
 
 # ---------------------------------------------------------------- Kronecker-exact targets
@@ -118,9 +134,7 @@ def test_white_noise_scales(route: str) -> None:
 # ---------------------------------------------------------------- optimality
 
 
-@on_every_route
-def test_no_kronecker_product_beats_the_optimum(case: Case, route: str) -> None:
-    H = case.operator(route)
+def no_kronecker_product_beats_the_optimum(case: Case, H: kp.SecondMoment) -> None:
     best = kp.approximate(H, "optimal")
     cosine, error = kp.cosine_similarity(H, best), kp.relative_error(H, best)
     m, n = case.shape
@@ -169,9 +183,7 @@ def nearly_tied(positions: int, ratio: float) -> Case:
     )
 
 
-@on_every_route
-def test_cosine_of_the_optimum_is_its_share_of_the_spectrum(case: Case, route: str) -> None:
-    H = case.operator(route)
+def cosine_of_the_optimum_is_its_share_of_the_spectrum(case: Case, H: kp.SecondMoment) -> None:
     sigma = float(H.kronecker_spectrum(1)[0])
     cosine = kp.cosine_similarity(H, kp.approximate(H, "optimal"))
     assert cosine == pytest.approx(sigma / H.norm(), abs=SCALAR)
@@ -212,10 +224,8 @@ def test_alternating_least_squares_on_the_fixture(route: str) -> None:
     assert cosines[0] > kp.cosine_similarity(H, kp.approximate(H, "shampoo-squared"))
 
 
-@on_every_route
-def test_eigen_corrected_is_the_best_diagonal_of_its_basis(case: Case, route: str) -> None:
+def eigen_corrected_is_the_best_diagonal_of_its_basis(case: Case, H: kp.SecondMoment) -> None:
     """Shampoo, its square and any other diagonal in the same eigenbasis are further from H."""
-    H = case.operator(route)
     P = kp.approximate(H, "eigen-corrected")
     error = kp.relative_error(H, P) ** 2
     rng = np.random.default_rng(0)
@@ -259,9 +269,7 @@ def test_eigen_corrected_recovers_a_non_separable_spectrum() -> None:
     assert kp.relative_error(H, kp.approximate(H, "optimal")) > 0.05
 
 
-@on_every_route
-def test_diagonal_is_the_best_diagonal(case: Case, route: str) -> None:
-    H = case.operator(route)
+def diagonal_is_the_best_diagonal(case: Case, H: kp.SecondMoment) -> None:
     P = kp.approximate(H, "diagonal")
     cosine = np.linalg.norm(np.diag(case.H)) / oracle.norm(case.H)
     assert kp.cosine_similarity(H, P) == pytest.approx(cosine, abs=SCALAR)
@@ -272,9 +280,7 @@ def test_diagonal_is_the_best_diagonal(case: Case, route: str) -> None:
 # ---------------------------------------------------------------- traces, overlaps, few samples
 
 
-@on_every_route
-def test_trace_scale_matches_all_traces(case: Case, route: str) -> None:
-    H = case.operator(route)
+def trace_scale_matches_all_traces(case: Case, H: kp.SecondMoment) -> None:
     P = kp.approximate(H, "shampoo-squared")
     assert _trace(P) == pytest.approx(H.trace(), rel=SCALAR)
     matrix = dense(P)
@@ -283,9 +289,7 @@ def test_trace_scale_matches_all_traces(case: Case, route: str) -> None:
     assert_close(oracle.right_factor(matrix, case.shape), right, ENTRIES)
 
 
-@on_every_route
-def test_squared_shampoo_is_the_unscaled_square(case: Case, route: str) -> None:
-    H = case.operator(route)
+def squared_shampoo_is_the_unscaled_square(case: Case, H: kp.SecondMoment) -> None:
     square, root = kp.approximate(H, "shampoo-squared"), kp.approximate(H, "shampoo")
     assert_close(dense(root.power(2)), dense(square) * H.trace(), ENTRIES)
     # |L^1/2 kron R^1/2|^2 = Tr L Tr R
@@ -319,11 +323,10 @@ def test_optimum_of_a_single_matrix_is_rank_one(route: str) -> None:
     assert_close(as_numpy(H.kronecker_spectrum(2)), expected, SCALAR)
 
 
-@on_every_route
-def test_shampoo_dominates_the_target(case: Case, route: str) -> None:
+def shampoo_dominates_the_target(case: Case, H: kp.SecondMoment) -> None:
     """H <= r L^1/2 kron R^1/2 in the Loewner order, r the largest rank of a sample."""
     rank = max(np.linalg.matrix_rank(G) for G in case.G.reshape(-1, *case.shape))
-    gap = rank * dense(kp.approximate(case.operator(route), "shampoo")) - case.H
+    gap = rank * dense(kp.approximate(H, "shampoo")) - case.H
     assert np.linalg.eigvalsh(gap)[0] >= -ROOT_ENTRIES * oracle.norm(case.H)
 
 

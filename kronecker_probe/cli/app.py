@@ -361,8 +361,8 @@ def analyze(
     with exit_codes():
         with usage_checked():
             package, folder = _analyses()
-            # those that begin with _ are parts of others
-            known = {p.stem.replace("_", "-"): p.stem for p in sorted(folder.glob("[a-z]*.py"))}
+            entries = [*folder.glob("*.py"), *(p.parent for p in folder.glob("*/__init__.py"))]
+            known = {p.stem.replace("_", "-"): p.stem for p in sorted(entries)}
             if name not in known:
                 raise unknown_name("analysis", name, known)
         script = importlib.import_module(f"{package}.{known[name]}").SCRIPT

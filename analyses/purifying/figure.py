@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from kronecker_probe.plots.panels import GREY, Panels, Style, log_axis, name_axes
 
-from ._purifying_tables import (
+from .tables import (
     DRIFTS,
     FOLLOWERS,
     GRAFTED,

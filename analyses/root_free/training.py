@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._root_free_methods import METHODS, SEARCH_SEED, Preset, Row, trained, workload_of
+from .methods import METHODS, SEARCH_SEED, Preset, Row, trained, workload_of
 
 RATES = (1e-4, 1.0)  # the range of the search
 POINTS = 20  # of a loss curve
@@ -21,7 +21,7 @@ def rates(trials: int) -> list[float]:
     return [math.exp(low + (high - low) * place) for place in places]
 
 
-def training(name: str, method: str, preset: Preset) -> Iterator[Row]:
+def measure_training(name: str, method: str, preset: Preset) -> Iterator[Row]:
     """The search, and the loss curves of its best rate.
 
     Args:

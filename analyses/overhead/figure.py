@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator
 
 from kronecker_probe.plots.panels import Panels, log_axis, name_axes
 
-from ._overhead_steps import ADAMW, LIMIT, METHODS, PROBLEMS
-from ._overhead_tables import RARE, USUAL, methods_of, percents, sentences
+from .steps import ADAMW, LIMIT, METHODS, PROBLEMS
+from .tables import RARE, USUAL, methods_of, percents, sentences
 
 BARS = {
     "forward_backward": ("forward + backward", "#dddddd", ""),

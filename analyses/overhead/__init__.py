@@ -39,8 +39,8 @@ from kronecker_probe.cli.analysis import Script
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.tracking.training import torch_device
 
-from ._overhead_figure import draw
-from ._overhead_steps import (
+from .figure import draw
+from .steps import (
     ADAMW,
     CYCLE,
     METHODS,
@@ -54,7 +54,7 @@ from ._overhead_steps import (
     posed,
     timed_step,
 )
-from ._overhead_tables import USUAL, drawn, sentences
+from .tables import USUAL, drawn, sentences
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,3 @@ def main() -> None:
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)
-
-if __name__ == "__main__":
-    main()

@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from kronecker_probe.linalg.inverse_roots import TOLERANCE
 from kronecker_probe.plots.panels import GREY, SHADE, Panels, Style, log_axis, name_axes
 
-from ._root_free_batch import SCALINGS
-from ._root_free_coordinates import COMPARED
-from ._root_free_methods import CNN, GPT, METHODS
-from ._root_free_precision import BEST, FULL, HALF, INVERSE_FREE, INVERSES, ROOTS
-from ._root_free_sentences import BREAKS, KEYS, sentences
-from ._root_free_tables import best_rates, by_precision, changes, curves, distances, second_moments
+from .batch import SCALINGS
+from .coordinates import COMPARED
+from .methods import CNN, GPT, METHODS
+from .precision import BEST, FULL, HALF, INVERSE_FREE, INVERSES, ROOTS
+from .sentences import BREAKS, KEYS, sentences
+from .tables import best_rates, by_precision, changes, curves, distances, second_moments
 
 CHANCE = {CNN: math.log(10), GPT: math.log(256)}  # losses of guessing
 WORST = 10.0  # what the figure shows of larger losses

@@ -17,7 +17,7 @@ A root-free method divides by the estimate of the curvature H itself, not by its
   D is a random diagonal matrix for diagonal methods, and a Kronecker product of two for factored
   ones. What a method holds at the start is mapped as well, so that nothing but its rule matters.
 - ``precision``: the GPT by InverseFreeShampoo with its whole state in bfloat16, and by Shampoo and
-  RootFreeShampoo with inverse roots and inverses computed in it (``_root_free_precision``).
+  RootFreeShampoo with inverse roots and inverses computed in it (``root_free/precision.py``).
 
 The table (root_free.csv) has one number a row: a ``part``, the ``workload``, the ``method``, what
 was ``measured`` (distances and residuals as their log10), and whatever else the part varies.
@@ -30,14 +30,14 @@ from rich.progress import track
 
 from kronecker_probe.cli.analysis import Script
 
-from ._root_free_batch import SCALINGS, batches
-from ._root_free_coordinates import COMPARED, invariance
-from ._root_free_figure import draw
-from ._root_free_methods import CNN, GPT, METHODS, SEARCH_SEED, Preset, Row
-from ._root_free_precision import precision
-from ._root_free_sentences import sentences
-from ._root_free_tables import best_rates, by_precision, changes, curves, distances, second_moments
-from ._root_free_training import RATES, rates, training
+from .batch import SCALINGS, batches
+from .coordinates import COMPARED, invariance
+from .figure import draw
+from .methods import CNN, GPT, METHODS, SEARCH_SEED, Preset, Row
+from .precision import measure_precision
+from .sentences import sentences
+from .tables import best_rates, by_precision, changes, curves, distances, second_moments
+from .training import RATES, measure_training, rates
 
 NAME = "root_free"
 
@@ -90,18 +90,17 @@ def collect(preset: Preset) -> pd.DataFrame:
     rows: list[Row] = []
     for workload in (CNN, GPT):
         for method in track(METHODS, description=f"training of {workload}"):
-            rows += ({"part": "training"} | row for row in training(workload, method, preset))
+            rows += (
+                {"part": "training"} | row for row in measure_training(workload, method, preset)
+            )
     for seed in track(range(preset.seeds), description="batch sizes and coordinates"):
         shared = {"workload": CNN, "seed": seed}
         for part, measure in (("batch", batches), ("invariance", invariance)):
             rows += ({"part": part} | shared | row for row in measure(seed, preset))
     found = best_rates(pd.DataFrame(rows), GPT)
-    runs = track(precision(found, preset), description="precision", total=None)
+    runs = track(measure_precision(found, preset), description="precision", total=None)
     rows += ({"part": "precision"} | row for row in runs)
     return pd.DataFrame(rows)
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)
-
-if __name__ == "__main__":
-    SCRIPT.main()

@@ -11,7 +11,7 @@ import kronecker_probe as kp
 from kronecker_probe import optim
 from kronecker_probe.workloads import Workload
 
-from ._root_free_methods import CNN, Preset, Row, workload_of
+from .methods import CNN, Preset, Row, workload_of
 
 WARMUP = 20  # steps before the second moments are measured
 SCALINGS = ("B g²", "g²")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from kronecker_probe import optim
 
-from ._root_free_methods import CNN, DECAY, METHODS, Params, Preset, Row, workload_of
+from .methods import CNN, DECAY, METHODS, Params, Preset, Row, workload_of
 
 SPREAD = 1.0  # standard deviation of log D
 

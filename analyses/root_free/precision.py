@@ -34,7 +34,7 @@ from kronecker_probe.linalg.residuals import root_residual
 from kronecker_probe.optim import KroneckerOptimizer
 from kronecker_probe.optim.engine.inspection import HeldFactor
 
-from ._root_free_methods import DECAY, GPT, MOMENTUM, Params, Preset, Row, trained, workload_of
+from .methods import DECAY, GPT, MOMENTUM, Params, Preset, Row, trained, workload_of
 
 FULL, HALF, BEST = "float32", "bfloat16", "bfloat16, best iterate"
 INVERSE_FREE, INVERSES, ROOTS = "InverseFreeShampoo", "RootFreeShampoo", "Shampoo"
@@ -42,7 +42,7 @@ EVERY = 10  # steps from one refresh of the roots to the next, as by default
 ITERATIONS = 40  # a float32 factor with a damping of 1e-6 takes 20
 
 
-def precision(rates: dict[str, float], preset: Preset) -> Iterator[Row]:
+def measure_precision(rates: dict[str, float], preset: Preset) -> Iterator[Row]:
     """Final losses of all runs, and the residuals of their roots.
 
     Args:

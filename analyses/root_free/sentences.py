@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from ._root_free_batch import SCALINGS
-from ._root_free_methods import CNN, GPT, METHODS
-from ._root_free_precision import BEST, FULL, HALF, INVERSE_FREE, ROOTS
-from ._root_free_tables import (
+from .batch import SCALINGS
+from .methods import CNN, GPT, METHODS
+from .precision import BEST, FULL, HALF, INVERSE_FREE, ROOTS
+from .tables import (
     best_rates,
     by_precision,
     change_of,

@@ -19,7 +19,7 @@ from kronecker_probe import optim
 from kronecker_probe.errors import KroneckerProbeError
 from kronecker_probe.workloads import Workload, load_workload
 
-from ._training_methods import METHODS, matrices
+from .methods import METHODS, matrices
 
 STRETCH = 10  # steps from one refresh to the next, by default
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from ._root_free_precision import FULL
+from .precision import FULL
 
 ENDS = ["median", "min", "max"]
 

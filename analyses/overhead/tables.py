@@ -9,7 +9,7 @@ import pandas as pd
 
 from kronecker_probe.table.numbers import listed
 
-from ._overhead_steps import ADAMW, LIMIT, METHODS, PARTS, PROBLEMS, Problem
+from .steps import ADAMW, LIMIT, METHODS, PARTS, PROBLEMS, Problem
 
 USUAL, RARE = 10, 100  # F: the default, and what is drawn beside it
 

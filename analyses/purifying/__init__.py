@@ -39,8 +39,8 @@ from kronecker_probe import optim
 from kronecker_probe.cli.analysis import Script
 from kronecker_probe.workloads import Workload, load_workload
 
-from ._purifying_figure import draw
-from ._purifying_tables import (
+from .figure import draw
+from .tables import (
     BETAS,
     FOLLOWERS,
     GRAFTED,
@@ -262,6 +262,3 @@ def _workload(seed: int) -> Workload:
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)
-
-if __name__ == "__main__":
-    SCRIPT.main()

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kronecker_probe.plots.panels import GREY, SHADE, Panels, name_axes
 
-from ._training_methods import METHODS, Row
-from ._training_tables import REFERENCE, correlation, cosines, sentences, summary
+from .methods import METHODS, Row
+from .tables import REFERENCE, correlation, cosines, sentences, summary
 
 
 def draw(table: pd.DataFrame) -> Figure:

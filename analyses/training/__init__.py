@@ -44,10 +44,10 @@ from rich.progress import track
 
 from kronecker_probe.cli.analysis import Script
 
-from ._training_figure import draw
-from ._training_methods import METHODS, Row
-from ._training_runs import Length, Preset, Run, smoothed, steps_to, train
-from ._training_tables import NAME, RATES, REFERENCE, sentences
+from .figure import draw
+from .methods import METHODS, Row
+from .runs import Length, Preset, Run, smoothed, steps_to, train
+from .tables import NAME, RATES, REFERENCE, sentences
 
 SEARCH_SEED = 1000  # none of those that are reported
 
@@ -131,6 +131,3 @@ def _of_run(run: Run, window: int) -> Iterator[Row]:
 
 
 SCRIPT = Script(NAME, __doc__.splitlines()[0], PRESETS, collect, draw, sentences)
-
-if __name__ == "__main__":
-    SCRIPT.main()

@@ -1,0 +1,5 @@
+"""Runs the analysis: ``python -m analyses.overhead``."""
+
+from . import main
+
+main()

@@ -1,0 +1,5 @@
+"""Runs the analysis: ``python -m analyses.root_free``."""
+
+from . import SCRIPT
+
+SCRIPT.main()

@@ -1,0 +1,5 @@
+"""Runs the analysis: ``python -m analyses.training``."""
+
+from . import SCRIPT
+
+SCRIPT.main()

@@ -1,0 +1,1 @@
+"""Sixty numerical mistakes, and which test finds each: ``python -m tests.mutants``."""
