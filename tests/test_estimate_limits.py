@@ -92,8 +92,6 @@ FEW = [(20, "N = 20 examples"), (200, "a few examples carry")]
 
 
 @pytest.mark.parametrize(("count", "told"), FEW)
-    ("count", "told"), [(20, "N = 20 examples"), (200, "a few examples carry")]
-)
 def test_few_data_and_few_that_carry_all_are_told_apart(count: int, told: str) -> None:
     d, a = factors(count)
     if count > 30:
