@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.gradients.layers.base import layouts
 from kronecker_probe.gradients.layers.modules import MODULE_RULES
+from kronecker_probe.gradients.tracing.record import recording
 
 
 class Gated(nn.Module):
@@ -182,3 +184,24 @@ def test_the_model_is_left_as_it_was(rule: None) -> None:
     kp.capture(model, F.cross_entropy, batch())
     assert not model.first._forward_hooks
     assert not model.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_a_call_is_treated_in_chunks_of_examples(rule: None, positions: tuple[int, ...]) -> None:
+    """As K-FAC's optimizer does it: outputs and inputs of chunks are those of the whole call."""
+    model, (x, _) = Network(), batch(*positions)
+    with recording(model, dict(model.named_parameters())) as record:
+        model(x)
+    assert [call.name for call in record.calls] == ["first", "last"]
+    for call in record.calls:
+        call.layout = layouts(call.lead, len(x))[0]
+        d = torch.randn(call.output_shape, dtype=torch.float64)
+        whole = call.outputs("weight", d), call.inputs("weight")
+        chunks = [slice(0, 7), slice(7, 20)]
+        parts = [call.examples(part) for part in chunks]
+        outputs = [
+            one.outputs("weight", call.examples_of(d, part))
+            for one, part in zip(parts, chunks, strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(outputs), whole[0])
+        torch.testing.assert_close(torch.cat([one.inputs("weight") for one in parts]), whole[1])

@@ -49,7 +49,7 @@ def capture_loader(
     """Capture every batch of a loader; one set of samples with weights over all N examples.
 
     The result is that of ``kp.capture`` on all examples at once. Each batch is moved to the model's
-    device and read once, so that a generator will do. What a loss normalizes within a batch (by
+    device and read once, so a generator will do. What a loss normalizes within a batch (by
     class weights, or by the labels that are not ignored) it normalizes within each batch here.
     The loss and the accuracy are means over the examples.
 
@@ -62,8 +62,7 @@ def capture_loader(
         loss_fn: A mean or a sum over examples.
         loader: Yields (inputs, targets). Batches of other sizes are welcome; other numbers of
             shared positions or columns are padded with zeros, in memory only.
-        seed: Of the sampled labels. Batch k takes seed + 1,000,003 k, so that the first one has
-            the labels that ``kp.capture`` would sample.
+        seed: Of the sampled labels; batch k takes seed + 1,000,003 k (k = 0 as ``kp.capture``).
         spill_to: Directory for the files, which is made if it is not there; None: in memory.
         max_batches: Stop after so many.
         **options: The other options of ``kp.capture``.

@@ -147,7 +147,8 @@ class Call:
         """The same call for some of its examples, to be treated in chunks; the layout is known."""
         x = self._cut(self.x, part)
         lead = self._cut(self.x.new_empty(self.output_shape, device="meta"), part)
-        return replace(self, x=x, output_shape=lead.shape)
+        options = self.rule.options_of(self.options, part)
+        return replace(self, x=x, output_shape=lead.shape, options=options)
 
     def examples_of(self, gradient: Tensor, part: slice) -> Tensor:
         """The output gradient of :meth:`examples`, from that of the whole call."""
@@ -210,6 +211,10 @@ class Rule(abc.ABC):
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name."""
         return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+
+    def options_of(self, options: Mapping[str, Any], part: slice) -> Mapping[str, Any]:
+        """The options of a call for some of its examples."""
+        return options
 
     @abc.abstractmethod
     def problem(self, options: Mapping[str, Any]) -> str:

@@ -111,6 +111,14 @@ class ModuleRule(ProductRule):
         inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in bound["inputs"])
         return {"module": bound["module"], "inputs": inputs, "factors": {}}
 
+    def options_of(self, options: Mapping[str, Any], part: slice) -> Mapping[str, Any]:
+        count = len(next(x for x in options["inputs"] if isinstance(x, Tensor)))
+        inputs = tuple(
+            x[part] if isinstance(x, Tensor) and x.ndim and len(x) == count else x
+            for x in options["inputs"]
+        )
+        return {**options, "inputs": inputs, "factors": {}}
+
     def gap(self, role: str, call: Call) -> str:
         """Why the rule does not measure a parameter; empty if it does."""
         if role in self._factors(call):
