@@ -74,8 +74,8 @@ def module_rule(module: nn.Module) -> ModuleRule | None:
 class ModuleRule(ProductRule):
     """A user's rule for a class of modules; a call's roles are the names of its own parameters.
 
-    The options of a call are the ``module``, its ``inputs``, and the ``factors`` of each role that
-    the rule gives at an output gradient of zero: (T, a), or None for G itself.
+    The options of a call are the ``module``, its ``inputs``, and ``factors``: of each role the a
+    [N, T, n] that the rule gives at an output gradient of zero, or None for G itself.
     """
 
     arguments = ("module", "input")
@@ -101,7 +101,7 @@ class ModuleRule(ProductRule):
         if not isinstance(options["output"], Tensor):
             return f"{name}, which has a layer rule, returned a {type(options['output']).__name__}"
         if options["input"] is None or options["keywords"]:
-            return f"{name}, which has a layer rule, was not called with tensors by position"
+            return f"{name}, which has a layer rule, got no tensor, or arguments by keyword only"
         if torch._C._functorch.is_functorch_wrapped_tensor(options["input"]):
             return "its layer runs inside a torch.func transform"
         return ""

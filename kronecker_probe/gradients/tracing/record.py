@@ -95,14 +95,14 @@ class Recorder(TorchFunctionMode):
     def watching(self, model: nn.Module) -> Iterator[None]:
         """With hooks on the modules whose class has a rule of the user's own."""
         handles = []
-        for module in model.modules():
-            rule = module_rule(module)
+        ruled = [(module, rule) for module in model.modules() if (rule := module_rule(module))]
+        for module, rule in ruled:
             reads = {
                 role: name
                 for role, parameter in module.named_parameters(recurse=False)
                 if (name := self.names.get(id(parameter))) is not None
             }
-            if rule is not None and reads:
+            if reads:
                 handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(
