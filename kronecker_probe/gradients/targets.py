@@ -37,7 +37,7 @@ def check_target(
     """
     if target not in known and target in MADE_OTHERWISE:
         raise UnknownNameError(
-            f"{option}={target!r} is drawn by no backward pass over data: it is made by "
+            f"{option}={target!r} is not captured from a batch: it comes from "
             f"{MADE_OTHERWISE[target]}. Known: {', '.join(known)}."
         )
     if target not in known:

@@ -175,7 +175,7 @@ def _absence(made: Uses, reached: Uses, graph: _Graph, reads: int) -> str:
         return ""
     if made:
         return "unused: no gradient of the outputs reaches its layer"
-    return "unused: the forward pass does not read it, or without gradient tracking"
+    return "unused: the forward pass does not read it, or reads it without gradient tracking"
 
 
 def _unaccounted(name: str, reached: Uses, graph: _Graph) -> str:

@@ -316,8 +316,8 @@ class GradientWindow:
         saved = state["parameters"]
         if list(saved) != list(self._tracks):
             raise InvalidInputError(
-                f"The saved window is of {', '.join(saved)}; this one is of "
-                f"{', '.join(self._tracks)}."
+                f"The saved window records {', '.join(saved)}, and this one "
+                f"{', '.join(self._tracks)}; make it with the same parameters."
             )
         for name, track in self._tracks.items():
             shapes = [list(tensor.shape[1:]) for tensor in track.ring.tensors]
