@@ -43,10 +43,6 @@ def select(
 ) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
     """The parameters to measure, and the reasons for all others.
 
-    Args:
-        model: The model.
-        layers: Glob, or several, of parameter names.
-
     Raises:
         UnknownNameError: A glob that matches nothing.
         InvalidInputError: The model has no parameters, or some that are not initialized or that

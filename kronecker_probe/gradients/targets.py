@@ -22,13 +22,7 @@ MADE_OTHERWISE = {
 def check_target(
     target: str, label_draws: int, option: str = "target", known: Sequence[str] = CAPTURE_TARGETS
 ) -> None:
-    """Refuse an unknown kind, and label samples where no labels are drawn.
-
-    Args:
-        target: The kind.
-        label_draws: Sampled labels per example.
-        option: What the caller's argument is called.
-        known: Kinds that the caller knows.
+    """Refuse an unknown target, and several label samples where no labels are sampled.
 
     Raises:
         UnknownNameError: No such target.

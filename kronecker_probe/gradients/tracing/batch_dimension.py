@@ -68,16 +68,8 @@ def separate(
     tested on a forward pass of a random part, about a tenth and at most PART examples, which must
     also reproduce the outputs of the whole up to rounding (sqrt(eps) of the largest). This can miss
     a coupling among other examples than those, or one that changes no output by that much. Where
-    the part differs in any way, the whole batch is tested.
-
-    Args:
-        model: The model.
-        inputs: Of the batch.
-        outputs: Of the model, with their graph.
-        exact: Parameter name to the calls whose gradients add up to its own.
-        parameters: Parameter name to the parameter.
-        once: Whether another forward pass would spoil the graph, because the model writes into
-            tensors of its own: then the whole batch is tested.
+    the part differs in any way, or a second pass would spoil the graph (``once``: the model writes
+    into tensors of its own), the whole batch is tested.
     """
     calls = list(dict.fromkeys(call for made in exact.values() for call, _ in made))
     n_examples = outputs.shape[0]

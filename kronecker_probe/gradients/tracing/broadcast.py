@@ -42,12 +42,6 @@ def spread(
 
     A call whose only reader broadcasts its output over the examples is replaced by the call on
     inputs that are expanded so; parameters that are added or expanded directly get a call.
-
-    Args:
-        record: Of one forward pass; changed in place.
-        parameters: Those that are measured, by name.
-        nodes: Below the outputs.
-        n_examples: N.
     """
     if n_examples == 1:
         return

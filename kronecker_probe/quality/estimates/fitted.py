@@ -53,12 +53,7 @@ class Bracket:
 
 @final
 class Refits:
-    """Fits to all examples, to all but some, and to either half.
-
-    Args:
-        examples: The examples.
-        whole: Label -> operator fitted to all of them, for those known already.
-    """
+    """Fits to all examples (``whole`` holds known ones), to all but some, and to either half."""
 
     def __init__(self, examples: Examples, whole: dict[str, Operator]) -> None:
         self._examples = examples

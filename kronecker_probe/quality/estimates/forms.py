@@ -18,12 +18,7 @@ NULL = 1e-12
 
 
 def example_forms(target: SecondMoment, operator: Operator) -> Tensor:
-    """sum_c <G_ic, P G_ic> of each example, without its weight, float64 [N].
-
-    Args:
-        target: H.
-        operator: P, of H's shape.
-    """
+    """sum_c <G_ic, P G_ic> of each example, without its weight, float64 [N]."""
     if isinstance(operator, KroneckerOperator):
         forms = target.quadratic_forms(operator.left_factor, operator.right_factor)
         return operator.scale * forms

@@ -23,11 +23,7 @@ CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
 
 @final
 class SampleMeans:
-    """U-statistics over single examples where they are unshared, else over groups of examples.
-
-    Args:
-        examples: Of the target.
-    """
+    """U-statistics over single examples where they are unshared, else over groups of examples."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples

@@ -16,11 +16,7 @@ Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 @final
 class SampleRows:
-    """X [K, mn] with the K = N C rows sqrt(w_i) vec(G_ic), never held as a whole.
-
-    Args:
-        samples: The gradient samples.
-    """
+    """X [K, mn] with the K = N C rows sqrt(w_i) vec(G_ic), never held as a whole."""
 
     def __init__(self, samples: GradientSamples) -> None:
         self.samples = samples
