@@ -41,7 +41,9 @@ def part(step: int) -> pd.DataFrame:
 
 
 def files(directory: Path) -> set[str]:
-    return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    """All files but that of the lock, which stays."""
+    found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    return found - {"run.lock"}
 
 
 # ---------------------------------------------------------------- the table

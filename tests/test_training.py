@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, RunDirectoryError
 from kronecker_probe.optim import Shampoo
-from kronecker_probe.tracking import training
+from kronecker_probe.tracking import checkpoints as checkpoints_module
 from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
@@ -241,7 +241,7 @@ def test_interrupted_in_the_middle_of_a_step(
             monkeypatch.setattr(run.optimizer, "step", interrupting(run.optimizer.step, 6))
         case "checkpoint":
             saving = interrupting(save_checkpoint, 2)
-            monkeypatch.setattr(training, "save_checkpoint", saving)
+            monkeypatch.setattr(checkpoints_module, "save_checkpoint", saving)
         case "accuracy":
             monkeypatch.setattr(run, "_probe_accuracy", interrupting(run._probe_accuracy, 2))
     with pytest.raises(KeyboardInterrupt):
@@ -390,7 +390,9 @@ def test_two_processes_cannot_write_one_run(
             assert holder.is_alive()
             time.sleep(0.01)
         for options in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(RunDirectoryError, match="Another process is writing to"):
+            with pytest.raises(
+                RunDirectoryError, match=rf"\(process {holder.pid} on .+\) is writing to"
+            ):
                 make(out, **options)
     finally:
         holder.kill()  # a lock goes with its process, however it ends

@@ -254,12 +254,8 @@ def measure(
     with exit_codes():
         with usage_checked():
             from kronecker_probe.tracking.tracker import Tracker
-            from kronecker_probe.tracking.training import (
-                ending_noted,
-                load_model,
-                load_training_state,
-                torch_device,
-            )
+            from kronecker_probe.tracking.training import ending_noted, torch_device
+            from kronecker_probe.tracking.training_state import load_model, load_training_state
             from kronecker_probe.workloads import load_workload
 
             if target is Target.TRAJECTORY:
@@ -275,7 +271,7 @@ def measure(
             if checkpoint is not None:
                 state = load_training_state(checkpoint)
                 load_model(loaded.model, state, checkpoint)
-                step = state["tracker"]["steps_taken"]
+                step = state.tracker.steps_taken
             inputs, targets = loaded.probe(probe_size, seed)
             if overwrite and out is None:
                 raise InvalidInputError("--overwrite needs --out.")

@@ -107,7 +107,9 @@ class Comparison:
         with naming("create", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         runs = {name: vars(timing) for name, timing in self.timings.items()}
-        write_atomically(self.path / FILE, json.dumps({"runs": runs}, indent=1).encode())
+        write_atomically(
+            self.path / FILE, json.dumps({"runs": runs}, indent=1).encode(), inside=self.path
+        )
 
     def stores(self) -> dict[str, RunStore]:
         """The runs that were started."""
@@ -295,7 +297,7 @@ def write_comparison(comparison: Comparison) -> tuple[Summary, list[Path]]:
         "report.html": page.encode(),
     }
     for name, data in files.items():
-        write_atomically(comparison.path / name, data)
+        write_atomically(comparison.path / name, data, inside=comparison.path)
     return summary, [comparison.path / name for name in files]
 
 

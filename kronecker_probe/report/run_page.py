@@ -33,7 +33,7 @@ from kronecker_probe.table.read import (
     shape,
     steps_told,
 )
-from kronecker_probe.tracking.run_directory.files import naming, write_atomically
+from kronecker_probe.tracking.run_directory.files import make_directory, write_atomically
 from kronecker_probe.tracking.run_directory.store import RunStore
 
 _COLUMNS = ("cosine", "relative_error", "best_scale_error", "best_scale")
@@ -128,14 +128,15 @@ def write_report(run_path: str | Path) -> ReportPaths:
         raise RunDirectoryError(
             f"{store.path} holds no measurements yet{bad}; train on with --resume, then ask again."
         )
-    with naming("write figures into", store.figures):
-        store.figures.mkdir(exist_ok=True)
+    make_directory(store.figures, inside=store.path)
     drawn, written = [], []
     for name, (plot, heading, caption) in _FIGURES.items():
         one, paths = _draw(store, table, name, plot, heading, caption)
         drawn.append(one)
         written += paths
-    write_atomically(store.report, _render(store, table, damaged, drawn).encode())
+    write_atomically(
+        store.report, _render(store, table, damaged, drawn).encode(), inside=store.path
+    )
     return ReportPaths(store.report, tuple(written))
 
 
@@ -163,7 +164,7 @@ def _draw(
             )
         contents[kind] = buffer.getvalue()
         paths.append(store.figures / f"{name}.{kind}")
-        write_atomically(paths[-1], contents[kind])
+        write_atomically(paths[-1], contents[kind], inside=store.path)
     svg = base64.b64encode(contents["svg"]).decode()
     return _Drawn(heading, caption, title=" ".join(figure.get_suptitle().split()), svg=svg), paths
 

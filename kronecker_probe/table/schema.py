@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -110,6 +111,22 @@ def from_parquet(data: bytes, step: int) -> pd.DataFrame:
     Raises:
         ValueError: the bytes are not a whole part of that step; the message says why.
     """
+    return to_frame([read_part(data, step)])
+
+
+def to_frame(parts: Sequence[pa.Table]) -> pd.DataFrame:
+    """What :func:`read_part` returned, one below the other, as one table in the schema's dtypes."""
+    if not parts:
+        return empty_table()
+    return conform(pa.concat_tables(parts).to_pandas(types_mapper=_PANDAS.get))
+
+
+def read_part(data: bytes, step: int) -> pa.Table:
+    """The part of ``step``, checked: whole, of that step, with the schema's columns and types.
+
+    Raises:
+        ValueError: the bytes are not a whole part of that step; the message says why.
+    """
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -131,7 +148,10 @@ def from_parquet(data: bytes, step: int) -> pd.DataFrame:
     stored = (table.schema.metadata or {}).get(_STEP_KEY, b"no step").decode(errors="replace")
     if stored != str(step):
         raise ValueError(f"the file holds the measurements of step {stored}, not of step {step}")
-    return conform(table.to_pandas(types_mapper=_PANDAS.get))
+    for name in _REQUIRED:
+        if table.column(name).null_count:
+            raise ValueError(f"column {name!r} holds a null")
+    return table.select(list(DTYPES)).replace_schema_metadata()
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:

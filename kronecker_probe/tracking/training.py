@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -19,8 +18,7 @@ from kronecker_probe.gradients.batch_means import BATCH_GRADIENT
 from kronecker_probe.gradients.targets import CAPTURE_TARGETS
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.optim.build import build_optimizer, learning_rates
-from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, save_checkpoint
-from kronecker_probe.tracking.run_directory.files import naming
+from kronecker_probe.tracking.checkpoints import Checkpoints
 from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.target import TargetOptions
 from kronecker_probe.tracking.tracker import Tracker
@@ -131,7 +129,6 @@ class Training:
     ) -> None:
         self.workload = workload
         self.options = options
-        self.keep_all = keep_checkpoints == "all"
         self.probed = spread(options.steps, options.probes, options.spacing)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
@@ -168,11 +165,11 @@ class Training:
         self.device = device
         self.accuracy = math.nan
         self.tested_at: int | None = None
-        # A run killed in a probe leaves two; with more, somebody asked for all: those stay.
-        found = self._checkpoints()
-        self._kept = set(found.values() if len(found) > 2 else ())
+        self.checkpoints = Checkpoints(
+            self.store, self.model, self.optimizer, self.tracker, keep_all=keep_checkpoints == "all"
+        )
         if resume:
-            self._restore()
+            self.checkpoints.restore(self.probed, options.steps)
         self.store.note_rates(learning_rates(self.optimizer))
 
     def _check_data(self, device: torch.device) -> None:
@@ -217,14 +214,14 @@ class Training:
             for step in range(self.tracker.steps_taken, self.options.steps):
                 loss = self._step(step)
                 report(Progress(step + 1, loss, self.accuracy, self.tested_at))
-            with self._checkpointed():
+            with self.checkpoints.around():
                 self._probe_accuracy()
                 self.tracker.finish()
         return self.tracker
 
     def _step(self, step: int) -> float:
         """One optimizer step; at a probed step the state before it is stored and measured."""
-        with self._checkpointed() if step in self.probed else nullcontext():
+        with self.checkpoints.around() if step in self.probed else nullcontext():
             batch = _to(
                 self.workload.batch(step, self.options.batch_size, self.options.seed), self.device
             )
@@ -244,36 +241,6 @@ class Training:
         self.optimizer.step()
         return value
 
-    @contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """Store the state before the block; the older ones go only when the block is done.
-
-        Before the block, because a forward pass moves generators and batch statistics.
-        """
-        path = self.store.checkpoint_path(self.tracker.steps_taken)
-        state = {
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "tracker": self.tracker.state_dict(),
-            "generators": _generators(self.device),
-        }
-        with naming("write", path):
-            path.parent.mkdir(exist_ok=True)  # a run killed at its very start lacks it
-        save_checkpoint(path, state)
-        yield
-        if not self.keep_all:
-            for other in set(self._checkpoints().values()) - self._kept - {path}:
-                other.unlink(missing_ok=True)
-
-    def _checkpoints(self) -> dict[int, Path]:
-        """The checkpoints by step, the last first."""
-        found = {
-            int(path.stem.removeprefix("step-")): path
-            for path in self.store.checkpoints.glob("step-*.safetensors")
-            if path.stem.removeprefix("step-").isdecimal()
-        }
-        return dict(sorted(found.items(), reverse=True))
-
     def _probe_accuracy(self) -> None:
         test = self.workload.test
         if test is None or test[1].dtype.is_floating_point:
@@ -285,58 +252,6 @@ class Training:
         self.accuracy = float((outputs.argmax(dim=class_dim) == targets).double().mean())
         self.tested_at = self.tracker.steps_taken
         self.tracker.log(test_accuracy=self.accuracy)
-
-    def _restore(self) -> None:
-        """Go back to the last checkpoint that lets every missing step be measured, or to step 0."""
-        stored = self.store.steps()
-        missing = [step for step in self.probed if step not in stored]
-        for step, path in self._checkpoints().items():
-            if missing and step > missing[0]:
-                continue
-            try:
-                state = load_training_state(path)
-            except InvalidInputError as error:
-                warnings.warn(f"{error} Going on from an earlier one.", RuntimeWarning, 3)
-                continue
-            load_model(self.model, state, path)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.tracker.load_state_dict(state["tracker"])
-            _set_generators(state["generators"], self.device)
-            return
-        if stored:
-            warnings.warn(
-                f"No checkpoint from before step {missing[0] if missing else self.options.steps}, "
-                "which is to be measured: training again from step 0. Stored steps are kept.",
-                RuntimeWarning,
-                3,
-            )
-
-
-def load_training_state(path: Path) -> dict[str, Any]:
-    """A checkpoint of :class:`Training`: model, optimizer, tracker, generators.
-
-    Raises:
-        InvalidInputError: The file cannot be read, or is no such checkpoint.
-    """
-    state = load_checkpoint(path)
-    lacking = {"model", "optimizer", "tracker", "generators"} - state.keys()
-    if lacking:
-        raise InvalidInputError(
-            f"{path} is no checkpoint of a run: it lacks {', '.join(sorted(lacking))}."
-        )
-    return state
-
-
-def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into a model.
-
-    Raises:
-        InvalidInputError: The checkpoint is of another model.
-    """
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise InvalidInputError(f"The checkpoint {path} is of another model: {error}") from error
 
 
 @contextmanager
@@ -386,16 +301,3 @@ def _target_batch_size(options: TrainingOptions) -> int | None:
     if options.target == BATCH_GRADIENT and options.target_batch_size is None:
         return options.batch_size
     return options.target_batch_size
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.tracking.run_directory.files import write_atomically
+from kronecker_probe.tracking.run_directory.files import shown, write_atomically
 
 _TENSOR, _COMPLEX, _TUPLE, _ITEMS = "__tensor__", "__complex__", "__tuple__", "__items__"
 # what every supported version of safetensors holds; complex tensors go in as pairs of reals
@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "", tensors))
     metadata = {"tree": tree, "checksum": _checksum(tree, tensors)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    write_atomically(path, safetensors.torch.save(tensors, metadata), inside=path.parent)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -50,21 +50,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InvalidInputError: The file is missing, damaged, or was not written here.
     """
     if not path.is_file():
-        raise InvalidInputError(f"There is no checkpoint {path}; give an existing file.")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise InvalidInputError(
+            f"There is no checkpoint {shown(path)}: it {what}; give an existing file."
+        )
+
+    def refuse(why: object, error: Exception | None = None) -> NoReturn:
+        raise InvalidInputError(f"Cannot read the checkpoint {shown(path)}: {why}.") from error
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InvalidInputError(f"Cannot read the checkpoint {path}: {error}.") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        refuse(error, error)
     if not {"tree", "checksum"} <= metadata.keys():
-        raise InvalidInputError(
-            f"{path} is no checkpoint of kronecker-probe (no tree in its header)."
-        )
+        refuse("it is none of kronecker-probe (no tree in its header)")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            refuse(f"tensor {name!r} is of {tensor.dtype}")
     # safetensors checks only lengths: a flipped bit would come back as another weight
     if metadata["checksum"] != _checksum(metadata["tree"], tensors):
-        raise InvalidInputError(f"Cannot read the checkpoint {path}: its checksum does not match.")
-    state: dict[str, Any] = _decode(json.loads(metadata["tree"]), tensors)
+        refuse("its checksum does not match")
+    try:
+        state = _decode(json.loads(metadata["tree"]), tensors)
+    except RecursionError as error:
+        refuse("its values are nested too deep", error)
+    except ValueError as error:
+        refuse(f"its tree is damaged ({error})", error)
+    if not isinstance(state, dict):
+        refuse(f"its tree is a {type(state).__name__}, not a dict")
     return state
 
 
@@ -118,14 +133,38 @@ def _put(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree that :func:`_encode` wrote.
+
+    Raises:
+        ValueError: It cannot have written this.
+    """
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if _TENSOR in value:
-        return tensors[value[_TENSOR]]
-    if _COMPLEX in value:
-        return torch.view_as_complex(tensors[value[_COMPLEX]])
-    if _TUPLE in value:
-        return tuple(_decode(item, tensors) for item in value[_TUPLE])
-    return {key: _decode(item, tensors) for key, item in value[_ITEMS]}
+    if len(value) != 1:
+        raise ValueError(f"an entry with the keys {sorted(value)}")
+    ((kind, held),) = value.items()
+    if kind in (_TENSOR, _COMPLEX):
+        if not isinstance(held, str) or held not in tensors:
+            raise ValueError(f"there is no tensor {held!r}")
+        tensor = tensors[held]
+        return tensor if kind == _TENSOR else _as_complex(held, tensor)
+    if kind not in (_TUPLE, _ITEMS) or not isinstance(held, list):
+        raise ValueError(f"an entry {kind!r} of a {type(held).__name__}")
+    if kind == _TUPLE:
+        return tuple(_decode(item, tensors) for item in held)
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in held):
+        raise ValueError("a dict that is no list of pairs")
+    keys = [key for key, _ in held]
+    # 1 and True are one key
+    if not all(type(key) in (str, int) for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError(f"a dict with the keys {keys}")
+    return {key: _decode(item, tensors) for key, item in held}
+
+
+def _as_complex(name: str, tensor: Tensor) -> Tensor:
+    try:
+        return torch.view_as_complex(tensor)
+    except RuntimeError as error:
+        raise ValueError(f"tensor {name!r}, {tensor.dtype}, is no pair of reals") from error

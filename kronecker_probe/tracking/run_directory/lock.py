@@ -1,76 +1,78 @@
-"""One writer a run directory: a lock that the system drops when the process ends, however.
-
-The lock file lies in the temporary directory of the machine, so that a run directory holds nothing
-but the run; writers on two machines that share a disk do not see each other.
-"""
+"""One writer for a run directory: an operating system's lock on ``run.lock`` in it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import os
-import tempfile
+import platform
+import warnings
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kronecker_probe.errors import RunDirectoryError
+from kronecker_probe.tracking.run_directory.files import naming, refuse_links, shown
 
-try:
-    import fcntl
-except ImportError:  # no POSIX locks on this system: one writer is then up to the user
-    fcntl = None  # type: ignore[assignment]
-
-_HELD = {errno.EACCES, errno.EAGAIN}
-
-
-# The system drops a process's lock when *any* descriptor of the file is closed: one is shared.
-_shared: dict[Path, tuple[int, int]] = {}  # lock file -> descriptor, users
+FILE = "run.lock"
+# what a file system without locks answers
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 class Lock:
-    """Held from construction until the object or the process goes away.
+    """Held from construction until the object or the process goes away, however it ends.
 
-    A process may take the same lock twice; another process is refused.
+    The file stays, with the process id and the machine of the last holder, and means nothing by
+    itself: the system drops the lock with its process, so that no lock is ever stale. A process
+    may take the same lock twice. On NFS the lock holds between machines where the server has a
+    lock service (any Linux client and server of today); on a file system without locks there is a
+    warning, and one writer is then up to the user.
 
     Raises:
-        RunDirectoryError: Another process writes to ``directory``.
+        RunDirectoryError: Another process writes to ``directory``, or the lock file is a link or
+            cannot be created.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file: Path | None = None
-        if fcntl is None:
-            return
-        file = _lock_file(directory)
-        descriptor, users = _shared.get(file, (-1, 0))
-        if users == 0:
+        file = directory / FILE
+        refuse_links(file, directory)
+        holder = _holder(file)  # before trying: some versions of filelock empty the file
+        self._lock: FileLock | None = None
+        lock = FileLock(file, timeout=0, thread_local=False, is_singleton=True)
+        with naming("lock", file):
             try:
-                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-            except OSError:
-                return  # no temporary directory: go on without
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(descriptor)
-                if error.errno not in _HELD:
-                    return  # a file system without locks
+                lock.acquire()
+            except Timeout as error:
                 raise RunDirectoryError(
-                    f"Another process is writing to {directory}; wait for it, stop it, or choose "
-                    "another path."
+                    f"Another process{holder} is writing to {shown(directory)}; wait for it, stop "
+                    "it, or choose another path."
                 ) from error
-        _shared[file] = descriptor, users + 1
-        self._file = file
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"{shown(directory)} cannot be locked ({error}): make sure that no other "
+                    "process writes to it.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                return
+        self._lock, self._process = lock, os.getpid()
+        with contextlib.suppress(OSError):  # where a locked file cannot be written, it is unnamed
+            file.write_text(f"{os.getpid()} on {platform.node()}\n")
 
     def __del__(self) -> None:
-        if self._file is None:
-            return
-        descriptor, users = _shared[self._file]
-        if users > 1:
-            _shared[self._file] = descriptor, users - 1
-        else:
-            del _shared[self._file]
-            os.close(descriptor)
+        # a forked child shares the lock: it is its parent's to give back
+        lock = getattr(self, "_lock", None)
+        if lock is not None and self._process == os.getpid():
+            lock.release()
 
 
-def _lock_file(directory: Path) -> Path:
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"kronecker-probe-{user}-{name}.lock"
+def _holder(file: Path) -> str:
+    """Who wrote the lock file last, for messages."""
+    try:
+        process, _, machine = file.read_text(errors="replace")[:200].strip().partition(" on ")
+    except OSError:
+        return ""
+    known = process.isdecimal() and machine.isprintable()
+    return f" (process {process} on {machine})" if known else ""

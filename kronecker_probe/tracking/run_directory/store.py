@@ -4,46 +4,47 @@
 
     runs/digits-mlp/
       run.json                          config, seed, versions, device, commit, status
+      run.lock                          held by the process that writes
       measurements/step-000020.parquet  one part per probed step
       checkpoints/  figures/  report.html
 
 Every file is written aside and renamed, so that killing the process at any moment loses nothing
-that was measured. Only Parquet, JSON and safetensors: opening a run never executes code.
+that was measured. Only Parquet, JSON and safetensors: opening a run never executes code. Nothing
+is written or deleted through a symbolic link in the directory.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, final
 
 import pandas as pd
 
-from kronecker_probe.errors import InvalidInputError, RunDirectoryError, unknown_name
-from kronecker_probe.table import schema
-from kronecker_probe.tracking.run_directory import provenance
+from kronecker_probe.errors import RunDirectoryError, unknown_name
+from kronecker_probe.tracking.run_directory import lock, provenance
 from kronecker_probe.tracking.run_directory.files import (
     is_temporary,
+    make_directory,
     naming,
+    refuse_links,
     remove_temporaries,
-    write_atomically,
+    shown,
 )
-from kronecker_probe.tracking.run_directory.lock import Lock
+from kronecker_probe.tracking.run_directory.parts import Parts
 from kronecker_probe.tracking.run_directory.record import (
     FILE,
     FORMAT,
-    FORMAT_KEY,
+    STATUSES,
+    RunRecord,
     as_json,
     differing,
     read_record,
     write_record,
 )
 
-STATUSES = ("running", "done", "interrupted", "failed")
-_PART = re.compile(r"step-(\d+)\.parquet")
 # what --overwrite may delete, directory by directory; any other file is the user's
 _OWN_FILES = {
     "measurements": re.compile(r"step-\d+\.parquet(\.\d+)?(\.bad)?"),
@@ -60,10 +61,11 @@ class RunStore:
         path: the run directory.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: RunRecord) -> None:
         self.path = path
         self._record = record
-        self._lock: Lock | None = None  # a writer's
+        self._parts = Parts(path)
+        self._lock: lock.Lock | None = None  # a writer's
 
     @classmethod
     def create(
@@ -90,29 +92,34 @@ class RunStore:
             InvalidInputError: an option of ``config`` is no JSON value.
         """
         directory = Path(path)
-        record = {
-            FORMAT_KEY: FORMAT,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "status": "running",
-            "reason": None,
-            "seed": seed,
-            "device": device,
-            "commit": provenance.commit(),
-            "versions": provenance.versions(),
-            "machine": provenance.machine(),
-            "config": as_json(config),
-        }
+        record = RunRecord(
+            kronecker_probe_run=FORMAT,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            status="running",
+            reason=None,
+            seed=seed,
+            device=device,
+            commit=provenance.commit(),
+            versions=provenance.versions(),
+            machine=provenance.machine(),
+            config=as_json(config),
+        )
         with naming("create the run directory", directory):
             if directory.exists() and not directory.is_dir():
-                raise RunDirectoryError(f"{directory} is a file; choose another path for the run.")
+                raise RunDirectoryError(
+                    f"{shown(directory)} is a file; choose another path for the run."
+                )
             directory.mkdir(parents=True, exist_ok=True)
-            lock = Lock(directory)
-            _make_room(directory, overwrite)
+            _deletable(directory, overwrite)  # nothing is put into a directory of others' files
+            held = lock.Lock(directory)
+            for file in _deletable(directory, overwrite):
+                file.unlink(missing_ok=True)
+            # run.json is still the old one: killed here, this is a run directory nevertheless
             store = cls(directory, record)
-            store._lock = lock
-            write_record(directory, record)  # first of all, so that a kill leaves a run or nothing
-            for own in (store.measurements, store.checkpoints, store.figures):
-                own.mkdir(exist_ok=True)
+            store._lock = held
+            write_record(directory, record)
+            for name in _OWN_FILES:
+                make_directory(directory / name, inside=directory)
         return store
 
     @classmethod
@@ -120,19 +127,16 @@ class RunStore:
         """Opens a stored run for reading; changes nothing on disk.
 
         Raises:
-            RunDirectoryError: there is no run at ``path``, or a newer version wrote it.
+            RunDirectoryError: there is no run at ``path``, its run.json is damaged, or a newer
+                version wrote it.
         """
         directory = Path(path)
-        if not (directory / FILE).is_file():
+        if not (directory / FILE).exists():
             what = "has no run.json" if directory.is_dir() else "is not a directory"
-            raise RunDirectoryError(f"No run at {directory}: it {what}; give the path of a run.")
-        record = read_record(directory)
-        if record[FORMAT_KEY] > FORMAT:
             raise RunDirectoryError(
-                f"{directory} was written in run format {record[FORMAT_KEY]}, this version "
-                f"reads up to {FORMAT}; upgrade kronecker-probe."
+                f"No run at {shown(directory)}: it {what}; give the path of a run."
             )
-        return cls(directory, record)
+        return cls(directory, read_record(directory))
 
     @classmethod
     def resume(cls, path: str | Path, config: dict[str, Any]) -> Self:
@@ -145,19 +149,21 @@ class RunStore:
             RunDirectoryError: no run at ``path``, or its config differs from ``config``.
         """
         store = cls.open(path)
-        store._lock = Lock(store.path)
+        for own in (FILE, *_OWN_FILES, "report.html"):
+            refuse_links(store.path / own, store.path)
+        store._lock = lock.Lock(store.path)
         store.check_resumable(config)
         store.set_status("running")
-        for directory in (store.path, store.measurements, store.checkpoints, store.figures):
+        for directory in (store.path, *(store.path / own for own in _OWN_FILES)):
             remove_temporaries(directory)
         for name in store.damaged():
-            store._move_aside(store.path / name)
+            store._parts.move_aside(store.path / name)
         return store
 
     @property
     def measurements(self) -> Path:
         """The directory of the parts."""
-        return self.path / "measurements"
+        return self._parts.path
 
     @property
     def checkpoints(self) -> Path:
@@ -177,17 +183,17 @@ class RunStore:
     @property
     def config(self) -> dict[str, Any]:
         """The options of the run, as they came back from JSON."""
-        return dict(self._record["config"])
+        return dict(self._record.config)
 
     @property
     def record(self) -> dict[str, Any]:
         """All of run.json: config, seed, device, versions, machine, commit, created, status."""
-        return dict(self._record)
+        return self._record.to_json()
 
     @property
     def status(self) -> str:
-        """One of :data:`STATUSES`."""
-        return str(self._record["status"])
+        """How the run stands: "running", "done", "interrupted" or "failed"."""
+        return self._record.status
 
     def set_status(self, status: str, reason: str | None = None) -> None:
         """Records how the run stands, and why.
@@ -202,8 +208,8 @@ class RunStore:
         """
         if status not in STATUSES:
             raise unknown_name("status", status, STATUSES)
-        self._record = self._record | {"status": status, "reason": reason}
-        write_record(self.path, self._record)
+        why = None if reason is None else shown(reason)
+        self._update(status=status, reason=why)
 
     def note_rates(self, rates: Sequence[float]) -> None:
         """Records the learning rates with which the run started, once.
@@ -217,9 +223,12 @@ class RunStore:
         Raises:
             RunDirectoryError: run.json cannot be written; the old one is left as it was.
         """
-        if "learning_rates" not in self._record:
-            self._record = self._record | {"learning_rates": list(rates)}
-            write_record(self.path, self._record)
+        if self._record.learning_rates is None:
+            self._update(learning_rates=[float(rate) for rate in rates])
+
+    def _update(self, **changes: Any) -> None:
+        self._record = self._record.model_copy(update=changes)
+        write_record(self.path, self._record)
 
     def check_resumable(self, config: dict[str, Any]) -> None:
         """Refuses to go on with a run under other options.
@@ -249,21 +258,11 @@ class RunStore:
             InvalidInputError: ``step`` is negative or ``frame`` does not fit the schema.
             RunDirectoryError: the part cannot be written; nothing visible has changed.
         """
-        if step < 0:
-            raise InvalidInputError(f"step must be at least 0, not {step}.")
-        data = schema.to_parquet(frame, step)
-        path = self.part_path(step)
-        with naming("write", path):
-            self.measurements.mkdir(exist_ok=True)
-        remove_temporaries(self.measurements)
-        if path.exists() and not self.has_part(step):
-            self._move_aside(path)
-        write_atomically(path, data)
-        return path
+        return self._parts.write(step, frame)
 
     def part_path(self, step: int) -> Path:
         """Where the part of probed step ``step`` lies, written or not."""
-        return self.measurements / f"step-{step:06d}.parquet"
+        return self._parts.of(step)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies, written or not."""
@@ -271,18 +270,20 @@ class RunStore:
 
     def has_part(self, step: int) -> bool:
         """Whether step ``step`` is stored and whole; a truncated part counts as not measured."""
-        return isinstance(_load(self.part_path(step), step), pd.DataFrame)
+        return self._parts.has(step)
 
     def steps(self) -> list[int]:
         """The probed steps whose parts are stored and whole, ascending."""
-        return sorted(self._parts()[0])
+        return self._parts.steps()
 
     def damaged(self) -> dict[str, str]:
         """Parts that cannot be read: path below the run directory -> why."""
-        return self._parts()[1]
+        return self._parts.damaged()
 
     def read(self, *, strict: bool = True) -> pd.DataFrame:
         """All parts as one table in the schema's dtypes, sorted by step.
+
+        A part is read from disk once, and again only when its file has changed.
 
         Args:
             strict: refuse a run with a damaged part; False leaves such parts out and warns.
@@ -290,86 +291,41 @@ class RunStore:
         Raises:
             RunDirectoryError: a part cannot be read and ``strict`` is set; names the file.
         """
-        frames, damaged = self._parts()
-        if damaged:
-            named = "; ".join(f"{self.path / name}: {why}" for name, why in damaged.items())
-            if strict:
-                raise RunDirectoryError(
-                    f"Cannot read {named}. Measure these steps again with --resume (the files "
-                    "are kept as *.bad), or read the rest with strict=False."
-                )
-            warnings.warn(f"Left out of the table: {named}.", RuntimeWarning, stacklevel=2)
-        whole = [frame for frame in frames.values() if len(frame)]
-        if not whole:
-            return schema.empty_table()
-        table = pd.concat(whole, ignore_index=True)
-        return table.sort_values("step", kind="stable", ignore_index=True)
-
-    def _parts(self) -> tuple[dict[int, pd.DataFrame], dict[str, str]]:
-        """The whole parts by step, and the damaged ones: name -> why."""
-        frames: dict[int, pd.DataFrame] = {}
-        damaged: dict[str, str] = {}
-        with naming("read", self.measurements):
-            if not self.measurements.is_dir():
-                return frames, damaged
-            paths = sorted(self.measurements.iterdir())
-        for path in paths:
-            match = _PART.fullmatch(path.name)
-            if match is None:
-                continue
-            step = int(match[1])
-            part = _load(path, step)
-            if path != self.part_path(step):  # step-20 beside step-000020 would count twice
-                part = f"a part of step {step} is named {self.part_path(step).name}"
-            if isinstance(part, pd.DataFrame):
-                frames[step] = part
-            else:
-                damaged[f"{self.measurements.name}/{path.name}"] = part
-        return frames, damaged
-
-    def _move_aside(self, path: Path) -> None:
-        aside, count = path.with_name(f"{path.name}.bad"), 0
-        while aside.exists():
-            count += 1
-            aside = path.with_name(f"{path.name}.{count}.bad")
-        with naming("move aside", path):
-            path.rename(aside)
+        return self._parts.table(strict=strict)
 
 
-def _load(path: Path, step: int) -> pd.DataFrame | str:
-    """The rows of a part, or why it has none."""
-    if not path.is_file():
-        return "there is no such file"
-    with naming("read", path):
-        data = path.read_bytes()
-    try:
-        return schema.from_parquet(data, step)
-    except ValueError as error:
-        return str(error)
+def _deletable(directory: Path, overwrite: bool) -> list[Path]:
+    """What must go from ``directory`` before a run starts in it, but for run.json.
 
-
-def _make_room(directory: Path, overwrite: bool) -> None:
-    """Makes sure that ``directory`` holds no run, deleting one only where that was asked for."""
-    if all(is_temporary(path.name) for path in directory.iterdir()):
-        remove_temporaries(directory)  # a run killed before its run.json was there
-        return
+    Raises:
+        RunDirectoryError: It holds files that are no run, or a run and ``overwrite`` is not set,
+            or a link in the place of a file that would be deleted.
+    """
+    found = list(directory.iterdir())
+    leftovers = [path for path in found if is_temporary(path.name)]
+    if all(is_temporary(path.name) or path.name == lock.FILE for path in found):
+        return leftovers  # empty, or of a run that was killed before its run.json was there
     if not (directory / FILE).exists():
         raise RunDirectoryError(
-            f"{directory} is not empty and holds no run; choose another path for the run."
+            f"{shown(directory)} is not empty and holds no run; choose another path for the run."
         )
     record = read_record(directory)
     if not overwrite:
         raise RunDirectoryError(
-            f"{directory} holds another run (of {record.get('created')}, "
-            f"{record.get('status')}); go on with it by --resume (resume=True), delete it by "
-            "--overwrite (overwrite=True), "
+            f"{shown(directory)} holds another run (of {record.created}, {record.status}); "
+            "go on with it by --resume (resume=True), delete it by --overwrite (overwrite=True), "
             "or choose another path."
         )
-    remove_temporaries(directory)
-    (directory / "report.html").unlink(missing_ok=True)
+    refuse_links(directory / FILE, directory)
     for name, pattern in _OWN_FILES.items():
         own = directory / name
-        for path in own.iterdir() if own.is_dir() else ():
-            if path.is_file() and (pattern.fullmatch(path.name) or is_temporary(path.name)):
-                path.unlink()
-    # run.json stays until the new one replaces it: killed here, this is still a run directory
+        refuse_links(own, directory)
+        leftovers += [
+            path
+            for path in (own.iterdir() if own.is_dir() else ())
+            if pattern.fullmatch(path.name) or is_temporary(path.name)
+        ]
+    every = [*leftovers, directory / "report.html"]
+    for path in every:
+        refuse_links(path, directory)
+    return [path for path in every if path.is_file()]
