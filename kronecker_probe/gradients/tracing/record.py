@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from kronecker_probe.gradients.layers import RULES
 from kronecker_probe.gradients.layers.base import Call, Read, Rule
 from kronecker_probe.gradients.layers.modules import ModuleRule, module_rule
-from kronecker_probe.gradients.tracing.isolation import held_tensors
+from kronecker_probe.gradients.tracing.held_state import held_tensors
 
 ROLES = ("weight", "bias")
 
