@@ -66,9 +66,13 @@ if TYPE_CHECKING:
     from kronecker_probe.quality.metrics.spectral import split_error as split_error
     from kronecker_probe.quality.metrics.spectral import trace_ratio as trace_ratio
     from kronecker_probe.quality.scores import Scores as Scores
+    from kronecker_probe.tracking.optimizer_state.registry import (
+        register_optimizer_state as register_optimizer_state,
+    )
     from kronecker_probe.tracking.run_directory.store import RunStore as RunStore
     from kronecker_probe.tracking.tracker import Tracker as Tracker
     from kronecker_probe.workloads import Workload as Workload
+    from kronecker_probe.workloads import register_workload as register_workload
 
 __version__ = "0.1.0"
 
@@ -122,8 +126,10 @@ _PUBLIC = {
     "Finding": "findings.finding",
     "Scores": "quality.scores",
     "Tracker": "tracking.tracker",
+    "register_optimizer_state": "tracking.optimizer_state.registry",
     "RunStore": "tracking.run_directory.store",
     "Workload": "workloads",
+    "register_workload": "workloads",
     "optim": "optim",
     "plots": "plots",
     "errors": "errors",

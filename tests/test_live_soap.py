@@ -14,7 +14,7 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.eigen import EigenOperator
 from kronecker_probe.tracking.optimizer_state import soap
-from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
+from kronecker_probe.tracking.optimizer_state.in_use import operator_in_use
 
 SAME = 1e-12  # the same float64 products in another order
 EPS, BETA2, STEP = 1e-2, 0.9, 3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
-from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
+from kronecker_probe.tracking.optimizer_state.in_use import operator_in_use
 
 STEPS = 5
 SAME = 1e-11  # float64 recurrences against float64 sums
@@ -369,5 +369,7 @@ def test_other_optimizers_are_named(kind: type[torch.optim.Optimizer]) -> None:
     optimizer = kind([weight], lr=0.1)  # type: ignore[call-arg]
     weight.grad = torch.ones(3, 2)
     optimizer.step()
-    with pytest.raises(UnsupportedError, match=f"{kind.__name__} has no operator.*none of"):
+    with pytest.raises(
+        UnsupportedError, match=f"{kind.__name__} has no operator.*no reader.*register"
+    ):
         operator_in_use(optimizer, weight)

@@ -506,7 +506,7 @@ def test_an_operator_that_fails_does_not_end_the_training() -> None:
     run(model, optimizer, tracker, 2)
     rows = tracker.table[tracker.table["approximation"] == "in-use"]
     assert rows["value"].isna().all()
-    assert all_say(rows, "Own.operator failed: KeyError.*no state yet")
+    assert all_say(rows, "state of Own could not be read: KeyError.*no state yet")
 
 
 def test_any_optimizer_with_an_operator_can_be_read() -> None:

@@ -236,7 +236,8 @@ def test_interrupted_in_the_middle_of_a_step(
         case "forward":
             monkeypatch.setattr(run.model[1], "forward", interrupting(run.model[1].forward, 10))
         case "measure":
-            monkeypatch.setattr(run.tracker, "_live", interrupting(run.tracker._live, 2))
+            reading = interrupting(run.tracker._read_optimizers, 2)
+            monkeypatch.setattr(run.tracker, "_read_optimizers", reading)
         case "optimizer":
             monkeypatch.setattr(run.optimizer, "step", interrupting(run.optimizer.step, 6))
         case "checkpoint":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from kronecker_probe.errors import InvalidInputError, UnsupportedError
+from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.gradients.coverage import Capture
 from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.selection import select
@@ -21,7 +21,6 @@ from kronecker_probe.operators.base import Operator
 from kronecker_probe.quality.compare import (
     Row,
     Scores,
-    absent_row,
     approximation_names,
     chosen_metrics,
     compare,
@@ -29,9 +28,7 @@ from kronecker_probe.quality.compare import (
 )
 from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.table.schema import conform, empty_table
-from kronecker_probe.tracking.optimizer_state.factors import inside_rows
-from kronecker_probe.tracking.optimizer_state.followed_rule import followed_rule, in_use_rule_row
-from kronecker_probe.tracking.optimizer_state.operator import operator_in_use
+from kronecker_probe.tracking.optimizer_state.in_use import read_state
 from kronecker_probe.tracking.run_directory.record import FILE
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.schedule import Schedule, make_schedule
@@ -212,14 +209,14 @@ class Tracker:
                 f"this call (step {self.steps_taken})."
             )
         samples = self.target.samples(data)
-        live, beside = self._live(samples)
+        in_use, beside = self._read_optimizers(samples)
         scores = compare(
             samples,
             self.approximations,
             metrics=self.metrics,
             estimates=self.kinds,
             singular_values=self.singular_values,
-            extra=live,
+            extra=in_use,
         )
         self._store(scores, samples, beside)
         return scores
@@ -288,34 +285,12 @@ class Tracker:
 
         return plot_trajectory(self.table, **options)
 
-    def _live(self, samples: Capture) -> tuple[dict[str, dict[str, Operator]], list[Row]]:
-        """The optimizer's operators, and rows beside them.
-
-        Those say which rule an operator follows, or why there is none, and how its factors are.
-        """
-        found: dict[str, dict[str, Operator]] = {}
-        beside: list[Row] = []
+    def _read_optimizers(
+        self, samples: Capture
+    ) -> tuple[dict[str, dict[str, Operator]], list[Row]]:
         if not self.optimizers:
-            return found, beside
-        parameters = dict(self.model.named_parameters())
-        for name, one in samples.items():
-            optimizer = _holder(self.optimizers, parameters[name])
-            if optimizer is None:
-                beside.append(absent_row(name, "in-use", "no optimizer of the tracker's holds it"))
-                continue
-            try:
-                operator = operator_in_use(optimizer, parameters[name])
-                if operator.shape != one.shape:
-                    raise UnsupportedError(
-                        f"the optimizer sees {operator.shape}, the layer is {one.shape}"
-                    )
-                found[name] = {"in-use": operator}
-                if rule := followed_rule(optimizer, parameters[name]):
-                    beside.append(in_use_rule_row(name, rule))
-            except UnsupportedError as error:
-                beside.append(absent_row(name, "in-use", str(error)))
-            beside += inside_rows(optimizer, name, parameters[name], one)
-        return found, beside
+            return {}, []
+        return read_state(self.optimizers, dict(self.model.named_parameters()), samples)
 
     def _store(self, scores: Scores, samples: Capture, beside: list[Row]) -> None:
         step = self.steps_taken
@@ -361,12 +336,3 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimize
                 "param_groups; give a torch.optim.Optimizer, or a list of them."
             )
     return found
-
-
-def _holder(optimizers: Sequence[Optimizer], parameter: Tensor) -> Optimizer | None:
-    """The one whose groups have the parameter, or that has no groups to tell by."""
-    for one in optimizers:
-        groups = getattr(one, "param_groups", None)
-        if groups is None or any(parameter is held for group in groups for held in group["params"]):
-            return one
-    return None

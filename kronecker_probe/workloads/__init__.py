@@ -11,26 +11,21 @@ from pathlib import Path
 import torch
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.workloads.digits import digits_cnn, digits_logistic, digits_mlp
-from kronecker_probe.workloads.pydoc import pydoc_gpt
-from kronecker_probe.workloads.workload import Workload
 
-WORKLOADS: dict[str, Callable[[int], Workload]] = {
-    "digits-mlp": digits_mlp,
-    "digits-logistic": digits_logistic,
-    "digits-cnn": digits_cnn,
-    "pydoc-gpt": pydoc_gpt,
-}
+# the built-in ones register themselves
+from kronecker_probe.workloads import digits, pydoc  # noqa: F401
+from kronecker_probe.workloads.registry import WORKLOADS, register_workload
+from kronecker_probe.workloads.workload import Workload
 
 
 def load_workload(name: str, seed: int = 0) -> Workload:
-    """A workload by built-in name, or by ``package.module:factory``.
+    """A workload by its registered name, or by ``package.module:factory``.
 
     The factory takes the seed and returns a :class:`Workload`; modules are found as by Python
     itself, and in the working directory. Torch's generator is seeded before the call.
 
     Raises:
-        UnknownNameError: No such built-in workload.
+        UnknownNameError: No workload is registered by this name.
         InvalidInputError: The module, or the factory in it, cannot be found or fails its contract.
     """
     factory = _imported(name) if ":" in name else WORKLOADS.get(name)
@@ -77,4 +72,4 @@ def _imported(name: str) -> Callable[[int], Workload]:
     return factory  # type: ignore[no-any-return]
 
 
-__all__ = ["WORKLOADS", "Workload", "load_workload"]
+__all__ = ["WORKLOADS", "Workload", "load_workload", "register_workload"]

@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from kronecker_probe.workloads.registry import register_workload
 from kronecker_probe.workloads.workload import Pair, Workload
 
 TEST_SHARE = 0.2
@@ -29,6 +30,7 @@ def _pair(images: Tensor, labels: Tensor, index: Tensor) -> Pair:
     return images[index], labels[index]
 
 
+@register_workload("digits-mlp")
 def digits_mlp(seed: int) -> Workload:
     """A 64-128-64-10 ReLU network on all ten digits."""
     train, test = _digits(tuple(range(10)))
@@ -49,6 +51,7 @@ def digits_mlp(seed: int) -> Workload:
     )
 
 
+@register_workload("digits-cnn")
 def digits_cnn(seed: int) -> Workload:
     """Two convolutions and a linear layer on all ten digits, as 1 x 8 x 8 images."""
     (train, train_labels), (test, test_labels) = _digits(tuple(range(10)))
@@ -74,6 +77,7 @@ def digits_cnn(seed: int) -> Workload:
     )
 
 
+@register_workload("digits-logistic")
 def digits_logistic(seed: int) -> Workload:
     """Binary logistic regression on the digits 3 and 8, as two-class cross-entropy."""
     train, test = _digits((3, 8))

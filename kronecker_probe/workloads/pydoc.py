@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronecker_probe.workloads.registry import register_workload
 from kronecker_probe.workloads.workload import Pair, Workload
 
 BYTES = 256  # the vocabulary
@@ -16,6 +17,7 @@ WIDTH, HEADS, BLOCKS = 64, 4, 2
 TEST_SHARE = 0.1
 
 
+@register_workload("pydoc-gpt")
 def pydoc_gpt(seed: int) -> Workload:
     """A GPT of two blocks that predicts the next byte of Python's help texts.
 

@@ -10,35 +10,43 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
-from kronecker_probe.tracking.optimizer_state.reader import Held
+from kronecker_probe.tracking.optimizer_state.reader import Held, find_held
+from kronecker_probe.tracking.optimizer_state.registry import register_optimizer_state
 
 
-def adam(held: Held) -> DiagonalOperator:
+@register_optimizer_state(torch.optim.Adam, torch.optim.AdamW)
+def adam(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     """Adam and AdamW: P = diag((sqrt(v / (1 - beta2^t)) + eps)^2).
 
     With amsgrad v is the largest one so far, before the correction, as torch has it. M is the
     first moment over 1 - beta1^t.
     """
+    held = find_held(optimizer, parameter)
     key = "max_exp_avg_sq" if held.option("amsgrad") else "exp_avg_sq"
     root = math.sqrt(held.bias_correction(held.steps()))
     return _diagonal(held, _moment(held, key).sqrt().div_(root).add_(held.option("eps")))
 
 
-def nadam(held: Held) -> DiagonalOperator:
+@register_optimizer_state(torch.optim.NAdam)
+def nadam(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     """NAdam: P as for Adam. M is its mixture of the gradient and the first moment."""
+    held = find_held(optimizer, parameter)
     corrected = _moment(held, "exp_avg_sq").div(held.bias_correction(held.steps()))
     return _diagonal(held, corrected.sqrt_().add_(held.option("eps")))
 
 
-def rmsprop(held: Held) -> DiagonalOperator:
+@register_optimizer_state(torch.optim.RMSprop)
+def rmsprop(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     """RMSprop: P = diag((sqrt(v) + eps)^2), where centered with v - g^2 of the mean gradient g.
 
     M is the gradient of the step. With momentum the update sums such directions of all steps,
     each with the P of its time; this P is that of the last one.
     """
+    held = find_held(optimizer, parameter)
     held.steps()
     moment = _moment(held, "square_avg")
     if held.option("centered"):
@@ -53,11 +61,13 @@ def rmsprop(held: Held) -> DiagonalOperator:
     return _diagonal(held, moment.sqrt().add_(held.option("eps")))
 
 
-def adagrad(held: Held) -> DiagonalOperator:
+@register_optimizer_state(torch.optim.Adagrad)
+def adagrad(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     """Adagrad: P = diag((sqrt(s) + eps)^2) with the sum s of squared gradients.
 
     M is the gradient; the decay of the learning rate is no part of P.
     """
+    held = find_held(optimizer, parameter)
     held.steps()
     return _diagonal(held, _moment(held, "sum").sqrt().add_(held.option("eps")))
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
-from kronecker_probe.tracking.optimizer_state.reader import Held
+from kronecker_probe.tracking.optimizer_state.reader import Held, find_held
+from kronecker_probe.tracking.optimizer_state.registry import (
+    register_optimizer_state,
+    runs_step_of,
+)
 
 
-def muon(held: Held) -> KroneckerOperator:
+def _is_muon(optimizer: Optimizer, parameter: Tensor) -> bool:
+    known = getattr(torch.optim, "Muon", None)  # from torch 2.9
+    return known is not None and runs_step_of(optimizer, known)
+
+
+@register_optimizer_state(_is_muon)
+def muon(optimizer: Optimizer, parameter: Tensor) -> KroneckerOperator:
     r"""The P with P^(-1/2) B = NS(B) for the momentum B = U diag(s) V^T that is held.
 
     Muon orthogonalizes B by a few steps of an odd polynomial, which is NS(B) = U diag(s g(s)) V^T
@@ -29,6 +40,7 @@ def muon(held: Held) -> KroneckerOperator:
     Raises:
         UnsupportedError: B is zero, or the coefficients give a gain that is not positive.
     """
+    held = find_held(optimizer, parameter)
     momentum = held.tensor("momentum_buffer")
     if momentum.ndim != 2:
         raise UnsupportedError(f"the momentum of {held.kind} is {list(momentum.shape)}, not 2-D")

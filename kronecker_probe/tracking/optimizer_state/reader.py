@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -145,11 +144,3 @@ def find_held(optimizer: Optimizer, parameter: Tensor) -> Held:
     raise UnsupportedError(
         f"a tensor of shape {list(parameter.shape)} is not a parameter of this {kind}"
     )
-
-
-def runs_step_of(optimizer: Optimizer, known: type[Optimizer]) -> bool:
-    """Whether its ``step`` is that of ``known``: a derived class with its own may do anything."""
-    if not isinstance(optimizer, known):
-        return False
-    # torch wraps the step of each class for its profiler
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(known.step)

@@ -13,12 +13,13 @@ from kronecker_probe.linalg.memory import available_bytes
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.eigen import EigenOperator
-from kronecker_probe.tracking.optimizer_state.reader import Held
+from kronecker_probe.tracking.optimizer_state.reader import Held, find_held
+from kronecker_probe.tracking.optimizer_state.registry import register_optimizer_state
 
 _SIDES = ("Q_L", "Q_R")
 
 
-def looks_like(optimizer: Optimizer, parameter: Tensor) -> bool:
+def _looks_like(optimizer: Optimizer, parameter: Tensor) -> bool:
     """Whether the state of the parameter, or of any other, is laid out like SOAP's."""
     states = [optimizer.state.get(parameter), *optimizer.state.values()]
     return any(
@@ -27,7 +28,8 @@ def looks_like(optimizer: Optimizer, parameter: Tensor) -> bool:
     )
 
 
-def soap(held: Held) -> Operator:
+@register_optimizer_state(_looks_like)
+def soap(optimizer: Optimizer, parameter: Tensor) -> Operator:
     r"""P = (Q_L kron Q_R) diag(d^2) (Q_L kron Q_R)^T with the denominators d of the step.
 
     ``exp_avg_sq`` is v, the second moment in the bases Q. Two conventions are known:
@@ -44,6 +46,7 @@ def soap(held: Held) -> Operator:
             parameter than m x n (merged, blocked or more dimensions), bases that are not
             orthonormal, or an optimizer of another convention.
     """
+    held = find_held(optimizer, parameter)
     bases = _bases(held)
     steps = held.steps()
     moment = held.tensor("exp_avg_sq")
