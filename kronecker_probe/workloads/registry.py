@@ -16,30 +16,27 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {}
 """Name -> function of the seed."""
 
 
-def register_workload(name: str, *, replace: bool = False) -> Callable[[_Factory], _Factory]:
+def register_workload(name: str) -> Callable[[_Factory], _Factory]:
     """Registers a workload, as a decorator of ``factory(seed) -> Workload``.
 
     It then has a name like a built-in one, in ``load_workload`` and on the command line.
 
     Args:
         name: Letters, digits, ".", "_" and "-"; it also names the default run directory.
-        replace: Take the place of an earlier workload of this name.
 
     Returns:
         A decorator that returns the factory as it is.
 
     Raises:
-        InvalidInputError: Another name, or one that is taken and ``replace`` is not set.
+        InvalidInputError: Another name, or one that is taken.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidInputError(
             f"A workload cannot be named {name!r}; use letters, digits, '.', '_' and '-', as in "
             '@register_workload("my-mlp").'
         )
-    if name in WORKLOADS and not replace:
-        raise InvalidInputError(
-            f"There is a workload {name!r} already; choose another name, or pass replace=True."
-        )
+    if name in WORKLOADS:
+        raise InvalidInputError(f"There is a workload {name!r} already; choose another name.")
 
     def register(factory: _Factory) -> _Factory:
         if not callable(factory):

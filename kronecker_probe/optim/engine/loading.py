@@ -16,6 +16,8 @@ from kronecker_probe.optim.preconditioners.factored import COUNTERS
 
 # Tensors of whole numbers.
 COUNTS = {*COUNTERS, "offset"}
+_WHOLE = (torch.int64,)
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def checked_groups(
@@ -64,6 +66,12 @@ def checked_states(
     Raises:
         InvalidInputError: One that does not fit its parameter.
     """
+    known = {key for given in groups for key in given["params"]}
+    if foreign := [key for key in loaded["state"] if key not in known]:
+        raise InvalidInputError(
+            f"The loaded state is of a parameter {foreign[0]!r} that is in no loaded group. Save "
+            "and load all of a state dict."
+        )
     for ours, given in zip(own, groups, strict=True):
         for param, key in zip(ours["params"], given["params"], strict=True):
             if state := loaded["state"].get(key):
@@ -140,7 +148,7 @@ def _check_state(
 
 def _check_values(key: str, value: Tensor, name: str) -> None:
     counts = key.rpartition(".")[2] in COUNTS
-    if value.is_floating_point() == counts:
+    if value.dtype not in (_WHOLE if counts else _REAL):
         raise InvalidInputError(f"{key} in the loaded state of {name} is of {value.dtype}.")
     if not counts and not bool(value.isfinite().all()):
         raise InvalidInputError(

@@ -20,7 +20,7 @@ _READERS: dict[type | Applies, Reader] = {}
 
 
 def register_optimizer_state(
-    *optimizers: type | Applies, replace: bool = False
+    *optimizers: type | Applies,
 ) -> Callable[[_Given], _Given]:
     """Registers a reader of the preconditioner that an optimizer has in use, as a decorator.
 
@@ -33,14 +33,13 @@ def register_optimizer_state(
         optimizers: Classes of optimizers, each with its derived classes that keep its ``step``; or
             functions of (optimizer, parameter) that say whether the reader applies. Classes
             are asked before functions, what is registered later before what is earlier.
-        replace: Take the place of an earlier reader.
 
     Returns:
         A decorator that returns the reader as it is.
 
     Raises:
         InvalidInputError: Nothing is given, neither a class nor a function, or one that has a
-            reader already and ``replace`` is not set.
+            reader already.
     """
     if not optimizers or not all(map(callable, optimizers)):
         raise InvalidInputError(
@@ -48,10 +47,9 @@ def register_optimizer_state(
             "@register_optimizer_state(MyOptimizer)."
         )
     for key in optimizers:
-        if key in _READERS and not replace:
+        if key in _READERS:
             raise InvalidInputError(
-                f"{_name(key)} has a reader of its state already; pass replace=True to take its "
-                "place."
+                f"{_name(key)} has a reader of its state already; register one for each class."
             )
 
     def register(reader: _Given) -> _Given:
@@ -60,9 +58,7 @@ def register_optimizer_state(
                 f"The reader of {', '.join(map(_name, optimizers))} is a {type(reader).__name__}; "
                 "decorate a function of (optimizer, parameter)."
             )
-        for key in optimizers:
-            _READERS.pop(key, None)  # the latest is asked first
-            _READERS[key] = reader
+        _READERS.update(dict.fromkeys(optimizers, reader))
         return reader
 
     return register
