@@ -64,8 +64,8 @@ def test_a_step_with_a_bad_gradient_can_be_skipped(name: str) -> None:
 
 
 def test_unnamed_parameters_are_found_by_position_and_shape() -> None:
-    param = torch.torch.nn.Parameter(torch.zeros(3, 2))
-    other = torch.torch.nn.Parameter(torch.zeros(2, 2))
+    param = torch.nn.Parameter(torch.zeros(3, 2))
+    other = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = optim.Shampoo([{"params": [param]}, {"params": [other]}])
     other.grad = torch.full((2, 2), math.nan)
     with pytest.raises(NonFiniteError, match=r"parameter 0 of group 1, of shape \[2, 2\]"):
@@ -129,7 +129,7 @@ BAD: dict[str, list[Any]] = {
     ("option", "value"), [(key, value) for key, values in BAD.items() for value in values]
 )
 def test_options_are_checked_at_construction(option: str, value: Any) -> None:
-    param = torch.torch.nn.Parameter(torch.zeros(2, 2))
+    param = torch.nn.Parameter(torch.zeros(2, 2))
     section, _, field = option.partition(".")
     given = {section: {field: value}} if field else {option: value}
     match = field or option
@@ -141,7 +141,7 @@ def test_options_are_checked_at_construction(option: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_unknown_options_name_the_nearest(name: str) -> None:
-    param = torch.torch.nn.Parameter(torch.zeros(2, 2))
+    param = torch.nn.Parameter(torch.zeros(2, 2))
     for options, message in [
         ({"weightdecay": 0.1}, r"'weightdecay'.*Did you mean 'weight_decay'"),
         ({"basis": {"frequancy": 3}}, r"option of basis 'frequancy'.*'frequency'"),
@@ -153,7 +153,7 @@ def test_unknown_options_name_the_nearest(name: str) -> None:
 
 
 def test_groups_and_guards_are_checked() -> None:
-    param = torch.torch.nn.Parameter(torch.zeros(2, 2))
+    param = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(InvalidInputError, match=r"dict with 'params'.*list"):
         optim.Shampoo([param]).add_param_group([param])
     with pytest.raises(InvalidInputError, match="statistics is a str"):
@@ -260,7 +260,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", TOGETHER)
 def test_choices_that_make_no_sense_together_are_refused(name: str) -> None:
     options, message = TOGETHER[name]
-    param = torch.torch.nn.Parameter(torch.zeros(2, 2))
+    param = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(InvalidInputError, match=message):
         optim.KroneckerOptimizer([param], lr=0.1, **options)
 
@@ -268,7 +268,7 @@ def test_choices_that_make_no_sense_together_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (7,), (7, 1), (1, 7), (2, 1, 3), (2, 50_000)])
 def test_every_shape_takes_finite_steps(name: str, shape: tuple[int, ...]) -> None:
-    param = torch.torch.nn.Parameter(torch.ones(shape))
+    param = torch.nn.Parameter(torch.ones(shape))
     optimizer = PRESETS[name]([param], lr=1e-3)
     for step in range(13):  # an odd number of signs does not cancel
         generator = torch.Generator().manual_seed(step)
@@ -285,7 +285,7 @@ def test_every_shape_takes_finite_steps(name: str, shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_gradient_for_long_and_then_some(name: str, dtype: torch.dtype) -> None:
-    params = [torch.torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in [(4, 3), (5,), ()]]
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in [(4, 3), (5,), ()]]
     optimizer = PRESETS[name](params, lr=1e-4)
     for step in range(60):
         for param in params:
@@ -305,7 +305,7 @@ def test_no_gradient_for_long_and_then_some(name: str, dtype: torch.dtype) -> No
 
 
 def test_a_parameter_that_moved_to_another_group_is_refused() -> None:
-    one, other = (torch.torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    one, other = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
     optimizer = optim.SOAP([{"params": [one]}, {"params": [other]}])
     one.grad, other.grad = torch.ones(3, 2), torch.ones(3, 2)
     optimizer.step()
@@ -318,7 +318,7 @@ def test_a_parameter_that_moved_to_another_group_is_refused() -> None:
 
 
 def test_a_parameter_of_another_shape_is_refused() -> None:
-    param = torch.torch.nn.Parameter(torch.ones(6, 5))
+    param = torch.nn.Parameter(torch.ones(6, 5))
     optimizer = optim.SOAP([param])
     param.grad = torch.ones(6, 5)
     optimizer.step()
@@ -330,7 +330,7 @@ def test_a_parameter_of_another_shape_is_refused() -> None:
 
 @pytest.mark.parametrize("option", ["lr", "betas", "basis"])
 def test_an_option_that_was_dropped_is_named(option: str) -> None:
-    param = torch.torch.nn.Parameter(torch.ones(6, 5))
+    param = torch.nn.Parameter(torch.ones(6, 5))
     optimizer = optim.SOAP([param])
     del optimizer.param_groups[0][option]
     param.grad = torch.ones(6, 5)
@@ -350,7 +350,7 @@ def test_an_option_that_was_dropped_is_named(option: str) -> None:
     ],
 )
 def test_a_damaged_state_is_refused(damage: Any, message: str) -> None:
-    param = torch.torch.nn.Parameter(torch.ones(3, 2))
+    param = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = optim.SOAP([param])
     param.grad = torch.ones(3, 2)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""The second moment that a tracker scores: draws from data, or the run's own gradients."""
+"""The second moment H that a tracker scores: of a batch, or of the run's own gradients."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TargetOptions:
 
     Attributes:
         target: One of :data:`TARGETS`.
-        label_draws: Sampled labels a datum, for "fisher".
-        target_batch_size: Data of a batch, for "batch-gradient".
+        label_draws: Label samples per example, for "fisher".
+        target_batch_size: Examples per batch, for "batch-gradient".
         window: Gradients to keep, for "trajectory"; None for 200.
-        decay: Of the average, for "trajectory"; None for a sum.
-        window_memory: What the window may take, for "trajectory"; None for "1GB".
-        window_tolerance: Share of the gradients' energy that their scored form may drop, for
+        decay: Of the gradients' average, for "trajectory"; None for a sum.
+        window_memory: Largest size of the window, for "trajectory"; None for "1GB".
+        window_tolerance: Share of the gradients' energy that truncation may leave out, for
             "trajectory"; None for 1e-3, which moves cosines by less than that; 0 for exact.
     """
 
@@ -85,38 +85,38 @@ class TargetOptions:
             )
 
     def record(self) -> dict[str, Any]:
-        """What run.json keeps: the draws, and every option that differs from its default."""
+        """What run.json keeps: the target, and every option that differs from its default."""
         plain = TargetOptions()
         changed = {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
         return {"target": self.target, **changed}
 
 
 class Target(abc.ABC):
-    """Makes the samples of a probed step.
+    """Makes the gradient samples of a probed step.
 
     Attributes:
-        needs_data: Whether :meth:`samples` is nothing without data.
+        needs_data: Whether :meth:`samples` needs a batch.
     """
 
     needs_data: ClassVar[bool]
 
     def update(self) -> None:
-        """See the gradients of a step, probed or not."""
+        """Take in the gradients of a step, probed or not."""
         return
 
     @abc.abstractmethod
     def samples(self, data: Pair | None) -> Capture:
-        """The samples at this step.
+        """The gradient samples at this step.
 
         Args:
             data: The probe set, or the batch of this step.
 
         Raises:
-            InvalidInputError: Malformed data.
+            InvalidInputError: The batch is malformed.
         """
 
     def rows(self) -> list[dict[str, Any]]:
-        """What else is worth storing of the last samples."""
+        """Rows about the last gradient samples, beside their scores."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class Target(abc.ABC):
 
 
 @final
-class DrawnTarget(Target):
-    """Draws from the data at the current weights, as gradients of data or of batches."""
+class BatchTarget(Target):
+    """Gradient samples of a batch at the current weights, per example or per mini-batch."""
 
     needs_data = True
 
@@ -219,7 +219,8 @@ class TrajectoryTarget(Target):
                 return loss.value, loss.accuracy(outputs.detach(), targets)
 
     def rows(self) -> list[dict[str, Any]]:
-        whole = self.window.dropped_energy.keys() - self._truncated  # of others compare tells it
+        # compare writes the rows of truncated layers
+        whole = self.window.dropped_energy.keys() - self._truncated
         left_out = {
             "truncated_weight": self.window.truncated_weight,
             "truncated_energy": self.window.truncated_energy,
@@ -253,4 +254,4 @@ def make_target(
     """The target that ``options`` name."""
     if options.target == TRAJECTORY:
         return TrajectoryTarget(model, loss_fn, layers, options)
-    return DrawnTarget(model, loss_fn, layers, options, seed)
+    return BatchTarget(model, loss_fn, layers, options, seed)

@@ -1,4 +1,4 @@
-"""Probing a model along its training, without leaving a trace in it."""
+"""Measuring a model along its training, without changing the training."""
 
 from __future__ import annotations
 
@@ -39,39 +39,39 @@ from kronecker_probe.tracking.target import TRAJECTORY, TargetOptions, make_targ
 class Tracker:
     """Measures approximation quality at scheduled steps of a training loop.
 
-    Call :meth:`step` once an iteration, after ``backward()`` and before ``optimizer.step()``.
-    Off schedule it does nothing, but for "trajectory", which copies the gradients of every step;
-    on schedule it measures the model as it is. Model, gradients, random generators and the
-    training trajectory stay bitwise the same.
+    Call :meth:`step` once per iteration, after ``backward()`` and before ``optimizer.step()``.
+    At scheduled steps it measures the model as it is; at others it does nothing, except that the
+    target "trajectory" copies the gradients of every step. Model, gradients, random generators
+    (those that modules hold included) and the training trajectory stay bitwise the same.
 
     Args:
         model: The model being trained.
         loss_fn: As for ``kp.capture``.
-        optimizer: If given, what it holds is scored too, as the approximation "in-use". Of several,
-            each parameter's own counts, as with Muon on hidden matrices and AdamW on the rest.
+        optimizer: If given, its preconditioner in use is scored too, as the approximation "in-use".
+            Several may be given, such as Muon for hidden matrices and AdamW for the rest.
         out: Run directory; None keeps the numbers in memory only.
-        every: Interval in steps, a collection of steps, or a predicate on the step. An optimizer
-            that refreshes every 10 steps is at its best when probed every 20; see how it ages with
-            an interval that has no common divisor with its own.
+        every: Interval in steps, a collection of steps, or a predicate on the step. Probes every
+            20 steps always meet an optimizer that refreshes every 10 steps right after a refresh;
+            an interval without a common divisor shows the loss from staleness too.
         probe: Fixed (inputs, targets) to measure, so that the curve shows training and not batch
             noise; None measures the batch given to :meth:`step` or :meth:`finish`.
-        target: The target: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
-            moment of mean gradients of batches at the true labels, ``kp.batch_gradients``); or
-            "trajectory" (the run's own gradients, ``kp.GradientWindow``, which are what the
-            optimizer's factors stand for; data then only give the probe's loss).
+        target: Which H: "ggn", "fisher", "empirical-fisher"; "batch-gradient" (the exact second
+            moment of mini-batch mean gradients at the true labels, ``kp.batch_gradients``); or
+            "trajectory" (the run's own gradients, ``kp.GradientWindow``, whose second moment the
+            optimizer's factors estimate; the probe set then only gives the probe's loss).
         layers: Glob, or several, of parameter names; by default all weights, no biases.
         approximations: A name or spec, or several, as for ``kp.compare``; None for the six.
         metrics: A metric, or several, as for ``kp.compare``; None for the four of the cosine.
         estimates: "plugin", "held-out", "population", or several; None for plug-in and population,
-            and for plug-in alone where the draws are not independent ("batch-gradient",
+            and for plug-in alone where gradient samples are not independent ("batch-gradient",
             "trajectory").
-        seed: Of the sampled labels.
-        label_draws: Sampled labels a datum, for "fisher".
-        target_batch_size: Data of a batch, for "batch-gradient".
+        seed: Of the label samples.
+        label_draws: Label samples per example, for "fisher".
+        target_batch_size: Examples per batch, for "batch-gradient".
         window: Gradients to keep, for "trajectory"; None for 200.
         decay: Of the gradients' average, for "trajectory": the optimizer's beta2; None for a sum.
-        window_memory: What the window may take, for "trajectory"; None for "1GB".
-        window_tolerance: Share of the gradients' energy that their scored form may drop, for
+        window_memory: Largest size of the window, for "trajectory"; None for "1GB".
+        window_tolerance: Share of the gradients' energy that truncation may leave out, for
             "trajectory"; None for 1e-3, which moves cosines by less than that; 0 for exact.
         singular_values: Leading singular values of R(H) to store at each probe; None for 8, and
             for "trajectory" for 1, because each further one takes many passes over the window.
@@ -86,7 +86,7 @@ class Tracker:
             options.
         InvalidInputError: An option is out of range or without effect; the message names it.
         MemoryBudgetError: The window would not fit; the message proposes a size.
-        UnknownNameError: Unknown draws or approximation, or a glob that matches no parameter.
+        UnknownNameError: Unknown target or approximation, or a glob that matches no parameter.
     """
 
     def __init__(
@@ -125,15 +125,9 @@ class Tracker:
         kinds = _default_kinds(target) if estimates is None else check_kinds(estimates)
         if not any(map(is_lazy, model.parameters())):
             select(model, layers)  # before the run directory is touched
-        if out is None and (resume or overwrite):
-            raise InvalidInputError("resume and overwrite need a run directory: give out=.")
-        if resume and overwrite:
-            raise InvalidInputError("resume=True with overwrite=True; choose one.")
         if singular_values is None:
             singular_values = 1 if target == TRAJECTORY else 8
-        for option, value in (("singular_values", singular_values), ("start", start)):
-            if value < 0:
-                raise InvalidInputError(f"{option}={value}; give 0 or more.")
+        _check(out, resume, overwrite, singular_values=singular_values, start=start)
         self.model = model
         self.loss_fn = loss_fn
         self.optimizers = _optimizers(optimizer)
@@ -151,23 +145,28 @@ class Tracker:
         self._parts: list[pd.DataFrame] = []
         self._measured: set[int] = set()
         self.store = None
-        # like the target's, only what differs from the default: older runs can be resumed
-        asked: dict[str, Any] = {} if metrics is None else {"metrics": _plain(metrics)}
-        if kinds != _default_kinds(target):
-            asked["estimates"] = _plain(kinds)
         if out is not None:
-            self.store = self._open(
-                Path(out), {**options.record(), **asked, **(config or {})}, resume, overwrite
-            )
+            self.store = self._open(Path(out), options, config or {}, resume, overwrite)
 
     def _open(
-        self, out: Path, config: Mapping[str, Any], resume: bool, overwrite: bool
+        self,
+        out: Path,
+        target: TargetOptions,
+        config: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
     ) -> RunStore:
+        # like the target's, only what differs from the default: older runs can be resumed
+        asked: dict[str, Any] = {} if self.metrics is None else {"metrics": _plain(self.metrics)}
+        if self.kinds != _default_kinds(target.target):
+            asked["estimates"] = _plain(self.kinds)
         options: dict[str, Any] = {
-            "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
+            "layers": _plain(self.layers),
             "approximations": list(self.approximations),
             "seed": self.seed,
             "singular_values": self.singular_values,
+            **target.record(),
+            **asked,
             **config,
         }
         if resume and (out / FILE).exists():
@@ -311,8 +310,18 @@ class Tracker:
         self._pending.clear()
 
 
+def _check(out: object, resume: bool, overwrite: bool, **counts: int) -> None:
+    if out is None and (resume or overwrite):
+        raise InvalidInputError("resume and overwrite need a run directory: give out=.")
+    if resume and overwrite:
+        raise InvalidInputError("resume=True with overwrite=True; choose one.")
+    for option, value in counts.items():
+        if value < 0:
+            raise InvalidInputError(f"{option}={value}; give 0 or more.")
+
+
 def _default_kinds(target: str) -> tuple[str, ...]:
-    """Closed forms and gradients along a run are no independent draws: the matrix itself."""
+    """Estimates need independent gradient samples, which batches and trajectories do not give."""
     return ("plugin", "population") if target in CAPTURE_TARGETS else ("plugin",)
 
 

@@ -24,8 +24,10 @@ from kronecker_probe.tracking.target import TargetOptions
 from kronecker_probe.tracking.tracker import Tracker
 from kronecker_probe.workloads import Workload
 
-# Data on which a workload is tried before its training begins.
+# examples on which a workload is tried before its training begins
 FEW = 4
+# options that the tracker puts into run.json
+_RECORDED = (*vars(TargetOptions()), "approximations", "metrics", "estimates")
 
 
 @final
@@ -33,28 +35,20 @@ FEW = 4
 class TrainingOptions:
     """How a workload is trained and probed.
 
+    All options that are not listed are those of :class:`Tracker`; None stands for its default.
+
     Attributes:
         steps: Optimizer steps.
-        batch_size: Data a step.
+        batch_size: Examples per step.
         lr: Learning rate; None for the optimizer's own default.
         optimizer: Its name, as for ``optim.build.build_optimizer``.
-        settings: Its settings, "basis.tolerance=0.1".
+        settings: Its settings, for example "basis.tolerance=0.1".
         probes: Number of probed steps, both ends included.
         spacing: "even", or "early" for more of them at the start.
-        probe_size: Data of the fixed probe set.
-        target: The target, as for :class:`Tracker`, which says more on the next options too.
-        layers: Globs of parameter names.
+        probe_size: Examples in the fixed probe set.
         seed: Of the model, the batches, the probe set and the sampled labels.
         device: Torch device.
-        label_draws: Sampled labels a datum, for "fisher".
-        target_batch_size: Data of a batch, for "batch-gradient"; None for ``batch_size``.
-        window: Gradients to keep, for "trajectory"; None for 200.
-        decay: Of the gradients' average, for "trajectory"; None for a sum.
-        window_memory: What the window may take, for "trajectory"; None for "1GB".
-        window_tolerance: Share of energy that may be dropped, for "trajectory"; None for 1e-3.
-        approximations: Specs, as for :class:`Tracker`; None for its default, as for the next two.
-        metrics: Metrics.
-        estimates: Kinds of estimate.
+        target_batch_size: Examples per batch, for "batch-gradient"; None for ``batch_size``.
     """
 
     steps: int
@@ -106,7 +100,7 @@ class Training:
         workload: What is trained.
         name: Its name, for run.json.
         out: The run directory.
-        options: How.
+        options: How it is trained and probed.
         resume: Go on with the run in ``out``, from its last checkpoint.
         overwrite: Delete the run in ``out`` first.
         keep_checkpoints: "last", or "all" for one at every probed step.
@@ -136,7 +130,7 @@ class Training:
         self.optimizer = build_optimizer(
             options.optimizer, named, options.lr, options.settings, self.model
         )
-        self._check_data(device)
+        self._try_workload(device)
         self.tracker = Tracker(
             self.model,
             workload.loss_fn,
@@ -144,21 +138,10 @@ class Training:
             out=out,
             every=self.probed,
             probe=_to(workload.probe(options.probe_size, options.seed), device),
-            target=options.target,
-            layers=options.layers,
-            seed=options.seed,
-            label_draws=options.label_draws,
-            target_batch_size=_target_batch_size(options),
-            window=options.window,
-            decay=options.decay,
-            window_memory=options.window_memory,
-            window_tolerance=options.window_tolerance,
-            approximations=options.approximations,
-            metrics=options.metrics,
-            estimates=options.estimates,
-            config={"workload": name, **_json(options)},
+            config={"workload": name, **_config(options)},
             resume=resume,
             overwrite=overwrite,
+            **_tracker_options(options),
         )
         assert self.tracker.store is not None
         self.store = self.tracker.store
@@ -172,11 +155,11 @@ class Training:
             self.checkpoints.restore(self.probed, options.steps)
         self.store.note_rates(learning_rates(self.optimizer))
 
-    def _check_data(self, device: torch.device) -> None:
-        """Try model, loss, layers and test set on a few data, before anything is written.
+    def _try_workload(self, device: torch.device) -> None:
+        """Try model, loss, layers and test set on a few examples, before anything is written.
 
         Raises:
-            KroneckerProbeError: What ``kp.capture`` says of them.
+            KroneckerProbeError: That of ``kp.capture``, or the model does not take test inputs.
         """
         inputs, targets = _to(self.workload.probe(FEW, self.options.seed), device)
         capture(
@@ -264,7 +247,7 @@ def ending_noted(tracker: Tracker) -> Iterator[None]:
         status = "interrupted" if interrupted else "failed"
         reason = f"interrupted at step {tracker.steps_taken}" if interrupted else str(error)
         if tracker.store is not None:
-            # the disk that failed a run fails its record too; the first error is the news
+            # the disk that made a run fail makes its record fail too; raise the first error
             with suppress(RunDirectoryError):
                 tracker.store.set_status(status, reason)
         raise
@@ -289,15 +272,14 @@ def _to(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tens
     return pair[0].to(device), pair[1].to(device)
 
 
-def _json(options: TrainingOptions) -> dict[str, Any]:
-    """The options for run.json but for those that the tracker records itself."""
-    values = asdict(options)
-    values["layers"] = list(options.layers)
-    tracked = {*vars(TargetOptions()), "approximations", "metrics", "estimates"}
-    return {key: value for key, value in values.items() if key not in tracked}
-
-
-def _target_batch_size(options: TrainingOptions) -> int | None:
+def _tracker_options(options: TrainingOptions) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in (*_RECORDED, "layers", "seed")}
     if options.target == BATCH_GRADIENT and options.target_batch_size is None:
-        return options.batch_size
-    return options.target_batch_size
+        values["target_batch_size"] = options.batch_size
+    return values
+
+
+def _config(options: TrainingOptions) -> dict[str, Any]:
+    """The options for run.json, but for those that the tracker records itself."""
+    kept = {key: value for key, value in asdict(options).items() if key not in _RECORDED}
+    return kept | {"layers": list(options.layers)}

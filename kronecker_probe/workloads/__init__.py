@@ -1,4 +1,9 @@
-"""Models with data to train and probe: the built-in ones, and the user's own by name."""
+"""Models with data to train and measure: the built-in ones, and the user's own by name.
+
+In: a name and a seed.
+Out: a :class:`Workload`: model, loss, data and defaults for training.
+May import: ``gradients`` (for the type of a loss), ``errors``.
+"""
 
 from __future__ import annotations
 

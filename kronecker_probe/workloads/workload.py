@@ -1,4 +1,4 @@
-"""What a workload is."""
+"""A workload: a model with its loss and its data."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Workload:
     Attributes:
         model: Freshly initialized.
         loss_fn: ``loss_fn(outputs, targets)``, as for ``kp.capture``.
-        train: (inputs, targets), data in the first dimension.
+        train: (inputs, targets), examples in the first dimension.
         test: Held-out (inputs, targets) for the accuracy; None for none.
         steps: Optimizer steps of a full run.
-        batch_size: Data a step.
+        batch_size: Examples per step.
         lr: Learning rate of the embedded Shampoo.
         description: One line for ``kronecker-probe workloads``.
-        threads: CPU threads of torch that suit it; None leaves torch's own choice. Matrices of a
-            few hundred rows gain nothing from more than one, and lose much on a busy machine.
-        target: The gradients that suit it, as for ``kp.capture``; "fisher" where an exact
-            Gauss-Newton would take thousands of backward passes.
+        threads: CPU threads for torch; None for torch's own choice. Matrices of a few hundred
+            rows gain nothing from more than one, and lose much on a busy machine.
+        target: The default target, as for ``kp.capture``; "fisher" where the exact Gauss-Newton
+            matrix would take thousands of backward passes.
         layers: Globs of the parameters to measure by default.
     """
 
@@ -68,7 +68,7 @@ class Workload:
             InvalidInputError: ``size`` is not positive.
         """
         if size < 1:
-            raise InvalidInputError(f"probe size {size}; give at least 1 datum.")
+            raise InvalidInputError(f"probe size {size}; give at least 1 example.")
         inputs, targets = self.train
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
         index = order[: min(size, len(targets))]
@@ -78,13 +78,13 @@ class Workload:
         """The batch of one step: epochs of shuffled data, a function of (seed, step) alone.
 
         So a resumed run sees the same batches. The last incomplete batch of an epoch is dropped;
-        a ``size`` above the number of data gives all of them.
+        a ``size`` above the number of examples gives all of them.
 
         Raises:
             InvalidInputError: ``size`` is not positive.
         """
         if size < 1:
-            raise InvalidInputError(f"batch size {size}; give at least 1 datum.")
+            raise InvalidInputError(f"batch size {size}; give at least 1 example.")
         inputs, targets = self.train
         size = min(size, len(targets))
         epoch, position = divmod(step, len(targets) // size)

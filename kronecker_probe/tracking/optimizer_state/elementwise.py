@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.diagonal import DiagonalOperator
-from kronecker_probe.tracking.optimizer_state.reader import Held, find_held
+from kronecker_probe.tracking.optimizer_state.reader import ParameterState, parameter_state
 from kronecker_probe.tracking.optimizer_state.registry import register_optimizer_state
 
 
@@ -25,18 +25,18 @@ def adam(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     With amsgrad v is the largest one so far, before the correction, as torch has it. M is the
     first moment over 1 - beta1^t.
     """
-    held = find_held(optimizer, parameter)
-    key = "max_exp_avg_sq" if held.option("amsgrad") else "exp_avg_sq"
-    root = math.sqrt(held.bias_correction(held.steps()))
-    return _diagonal(held, _moment(held, key).sqrt().div_(root).add_(held.option("eps")))
+    state = parameter_state(optimizer, parameter)
+    key = "max_exp_avg_sq" if state.option("amsgrad") else "exp_avg_sq"
+    root = math.sqrt(state.bias_correction(state.steps()))
+    return _diagonal(state, _moment(state, key).sqrt().div_(root).add_(state.option("eps")))
 
 
 @register_optimizer_state(torch.optim.NAdam)
 def nadam(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     """NAdam: P as for Adam. M is its mixture of the gradient and the first moment."""
-    held = find_held(optimizer, parameter)
-    corrected = _moment(held, "exp_avg_sq").div(held.bias_correction(held.steps()))
-    return _diagonal(held, corrected.sqrt_().add_(held.option("eps")))
+    state = parameter_state(optimizer, parameter)
+    corrected = _moment(state, "exp_avg_sq").div(state.bias_correction(state.steps()))
+    return _diagonal(state, corrected.sqrt_().add_(state.option("eps")))
 
 
 @register_optimizer_state(torch.optim.RMSprop)
@@ -46,19 +46,19 @@ def rmsprop(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
     M is the gradient of the step. With momentum the update sums such directions of all steps,
     each with the P of its time; this P is that of the last one.
     """
-    held = find_held(optimizer, parameter)
-    held.steps()
-    moment = _moment(held, "square_avg")
-    if held.option("centered"):
-        mean = held.tensor("grad_avg")
+    state = parameter_state(optimizer, parameter)
+    state.steps()
+    moment = _moment(state, "square_avg")
+    if state.option("centered"):
+        mean = state.tensor("grad_avg")
         moment = moment.addcmul(mean, mean, value=-1)
         negative = int((moment < 0).sum())
         if negative:
             raise UnsupportedError(
-                f"the centered second moment of {held.kind} is negative in {negative} entries, by "
+                f"the centered second moment of {state.kind} is negative in {negative} entries, by "
                 f"the rounding of {moment.dtype}: its root is NaN"
             )
-    return _diagonal(held, moment.sqrt().add_(held.option("eps")))
+    return _diagonal(state, moment.sqrt().add_(state.option("eps")))
 
 
 @register_optimizer_state(torch.optim.Adagrad)
@@ -67,19 +67,19 @@ def adagrad(optimizer: Optimizer, parameter: Tensor) -> DiagonalOperator:
 
     M is the gradient; the decay of the learning rate is no part of P.
     """
-    held = find_held(optimizer, parameter)
-    held.steps()
-    return _diagonal(held, _moment(held, "sum").sqrt().add_(held.option("eps")))
+    state = parameter_state(optimizer, parameter)
+    state.steps()
+    return _diagonal(state, _moment(state, "sum").sqrt().add_(state.option("eps")))
 
 
-def _moment(held: Held, key: str) -> Tensor:
-    moment = held.tensor(key)
+def _moment(state: ParameterState, key: str) -> Tensor:
+    moment = state.tensor(key)
     if bool((moment < 0).any()):
-        raise UnsupportedError(f'the "{key}" of {held.kind} is negative in places')
-    if held.group.get("fused"):  # the fused kernels compute in at least float32
+        raise UnsupportedError(f'the "{key}" of {state.kind} is negative in places')
+    if state.group.get("fused"):  # the fused kernels compute in at least float32
         moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
     return moment
 
 
-def _diagonal(held: Held, denominator: Tensor) -> DiagonalOperator:
-    return DiagonalOperator(held.squared(denominator).reshape(held.matrix_shape))
+def _diagonal(state: ParameterState, denominator: Tensor) -> DiagonalOperator:
+    return DiagonalOperator(state.squared(denominator).reshape(state.matrix_shape))

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
-from kronecker_probe.tracking.optimizer_state.reader import Held, find_held
+from kronecker_probe.tracking.optimizer_state.reader import ParameterState, parameter_state
 from kronecker_probe.tracking.optimizer_state.registry import (
     register_optimizer_state,
     runs_step_of,
@@ -22,7 +22,7 @@ def _is_muon(optimizer: Optimizer, parameter: Tensor) -> bool:
 
 @register_optimizer_state(_is_muon)
 def muon(optimizer: Optimizer, parameter: Tensor) -> KroneckerOperator:
-    r"""The P with P^(-1/2) B = NS(B) for the momentum B = U diag(s) V^T that is held.
+    r"""The P with P^(-1/2) B = NS(B) for the momentum B = U diag(s) V^T of the state.
 
     Muon orthogonalizes B by a few steps of an odd polynomial, which is NS(B) = U diag(s g(s)) V^T
     with a gain g(s) that comes near 1 / s from the fifth step on, but for small s. So::
@@ -40,33 +40,33 @@ def muon(optimizer: Optimizer, parameter: Tensor) -> KroneckerOperator:
     Raises:
         UnsupportedError: B is zero, or the coefficients give a gain that is not positive.
     """
-    held = find_held(optimizer, parameter)
-    momentum = held.tensor("momentum_buffer")
+    state = parameter_state(optimizer, parameter)
+    momentum = state.tensor("momentum_buffer")
     if momentum.ndim != 2:
-        raise UnsupportedError(f"the momentum of {held.kind} is {list(momentum.shape)}, not 2-D")
+        raise UnsupportedError(f"the momentum of {state.kind} is {list(momentum.shape)}, not 2-D")
     if not bool(momentum.any()):
         raise UnsupportedError(
-            f"the momentum of {held.kind} is zero: it has no polar factor, so there is no P"
+            f"the momentum of {state.kind} is zero: it has no polar factor, so there is no P"
         )
     left, singular, right = torch.linalg.svd(momentum.double(), full_matrices=False)
-    gains = _gains(held, singular)
+    gains = _gains(state, singular)
     return KroneckerOperator(_factor(left, gains), _factor(right.mT, gains))
 
 
-def _gains(held: Held, singular: Tensor) -> Tensor:
+def _gains(state: ParameterState, singular: Tensor) -> Tensor:
     """g(s) at the singular values, float64 [r + 1], and at 0 in the last place."""
-    a, b, c = (float(value) for value in held.option("ns_coefficients"))
-    scale = 1 / max(float(torch.linalg.vector_norm(singular)), float(held.option("eps")))
+    a, b, c = (float(value) for value in state.option("ns_coefficients"))
+    scale = 1 / max(float(torch.linalg.vector_norm(singular)), float(state.option("eps")))
     points = torch.cat([singular, singular.new_zeros(1)]) * scale
     gains = torch.full_like(points, scale)
-    for _ in range(int(held.option("ns_steps"))):
+    for _ in range(int(state.option("ns_steps"))):
         squares = points.square()
         factor = a + b * squares + c * squares.square()
         points = points * factor
         gains = gains * factor
     if not bool((gains.isfinite() & (gains > 0)).all()):
         raise UnsupportedError(
-            f"the Newton-Schulz polynomial of {held.kind} with coefficients ({a:g}, {b:g}, {c:g}) "
+            f"the Newton-Schulz polynomial of {state.kind} with coefficients ({a:g}, {b:g}, {c:g}) "
             "is not positive on this momentum: its step is no P^(-1/2) of a PSD P"
         )
     return gains

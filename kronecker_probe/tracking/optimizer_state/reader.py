@@ -1,4 +1,4 @@
-"""What an optimizer holds for one parameter, checked before it is believed."""
+"""An optimizer's state of one parameter, each entry checked as it is read."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kronecker_probe.errors import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class ParameterState:
     """The state of one parameter and the options of its group.
 
     Attributes:
-        optimizer: Whose they are.
+        optimizer: The optimizer.
         parameter: Real and floating-point.
         group: Its parameter group.
-        state: Its state, which is not empty.
+        entries: Its state, which is not empty.
     """
 
     optimizer: Optimizer
     parameter: Tensor
     group: Mapping[str, Any]
-    state: Mapping[str, Any]
+    entries: Mapping[str, Any]
 
     @property
     def kind(self) -> str:
@@ -44,10 +44,10 @@ class Held:
         """How many steps were taken, at least 1.
 
         Raises:
-            UnsupportedError: None yet, or no such number is held.
+            UnsupportedError: None yet, or the state has no such number.
         """
         # pytorch_optimizer counts in the group
-        value = self.state.get("step", self.group.get("step"))
+        value = self.entries.get("step", self.group.get("step"))
         if value is None:
             raise UnsupportedError(f"{self.kind} holds no step count for this parameter")
         steps = float(value)
@@ -63,9 +63,9 @@ class Held:
         Raises:
             UnsupportedError: It is missing, of another shape, sharded or quantized, or not finite.
         """
-        if key not in self.state:
+        if key not in self.entries:
             raise UnsupportedError(f'{self.kind} holds no "{key}" for this parameter')
-        return self.checked(f'"{key}"', self.state[key], tuple(self.parameter.shape))
+        return self.checked(f'"{key}"', self.entries[key], tuple(self.parameter.shape))
 
     def checked(self, what: str, value: object, shape: tuple[int, ...]) -> Tensor:
         """``value`` if it is a plain, real and finite tensor of this shape.
@@ -126,11 +126,12 @@ class Held:
         return denominator.double().square()
 
 
-def find_held(optimizer: Optimizer, parameter: Tensor) -> Held:
+def parameter_state(optimizer: Optimizer, parameter: Tensor) -> ParameterState:
     """The state and group of a parameter.
 
     Raises:
-        UnsupportedError: It is not held, has no state yet, or is not real and floating-point.
+        UnsupportedError: It is none of the optimizer's, has no state yet, or is not real and
+            floating-point.
     """
     kind = type(optimizer).__name__
     if not parameter.is_floating_point():
@@ -140,7 +141,7 @@ def find_held(optimizer: Optimizer, parameter: Tensor) -> Held:
             state = optimizer.state.get(parameter)
             if not state:
                 raise UnsupportedError(f"{kind} holds no state for this parameter yet")
-            return Held(optimizer, parameter, group, state)
+            return ParameterState(optimizer, parameter, group, state)
     raise UnsupportedError(
         f"a tensor of shape {list(parameter.shape)} is not a parameter of this {kind}"
     )
