@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -378,6 +379,12 @@ def test_a_workload_that_cannot_be_measured_is_refused_before_anything_is_writte
     workload = dataclasses.replace(tiny.workload(), **change)
     with pytest.raises(InvalidInputError, match=told):
         Training(workload, "tiny", tmp_path / "run", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_checkpoints_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"run-\\udcff is no UTF-8 path"):
+        make(tmp_path / os.fsdecode(b"run-\xff"))
     assert list(tmp_path.iterdir()) == []
 
 

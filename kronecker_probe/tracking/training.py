@@ -19,6 +19,7 @@ from kronecker_probe.gradients.targets import CAPTURE_TARGETS
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.optim.build import build_optimizer, learning_rates
 from kronecker_probe.tracking.checkpoints import Checkpoints
+from kronecker_probe.tracking.run_directory.files import shown
 from kronecker_probe.tracking.schedule import spread
 from kronecker_probe.tracking.target import TargetOptions
 from kronecker_probe.tracking.tracker import Tracker
@@ -123,6 +124,11 @@ class Training:
     ) -> None:
         self.workload = workload
         self.options = options
+        if str(out) != shown(out):
+            raise InvalidInputError(
+                f"The run directory {shown(out)} is no UTF-8 path, which checkpoints "
+                "(safetensors) need; choose another path."
+            )
         self.probed = spread(options.steps, options.probes, options.spacing)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
