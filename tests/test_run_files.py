@@ -304,9 +304,10 @@ def test_two_writers_with_temporary_directories_of_their_own(
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        for _ in range(2):  # a refused one leaves who holds it as it was
-            with pytest.raises(RunDirectoryError, match=rf"process {holder.pid} on .+ is writing"):
-                RunStore.resume(tmp_path / "run", {})
+        with pytest.raises(RunDirectoryError, match=rf"process {holder.pid} on .+ is writing"):
+            RunStore.resume(tmp_path / "run", {})
+        with pytest.raises(RunDirectoryError, match="is writing"):
+            RunStore.create(tmp_path / "run", {}, overwrite=True)
     finally:
         holder.kill()
         holder.wait(60)

@@ -239,7 +239,7 @@ class RunStore:
         options = differing(self.config, as_json(config))
         if options:
             raise RunDirectoryError(
-                f"Cannot resume {self.path}: options differ ({'; '.join(options)}). "
+                f"Cannot resume {shown(self.path)}: options differ ({'; '.join(options)}). "
                 "Resume with the options of the run, or choose another path."
             )
 
