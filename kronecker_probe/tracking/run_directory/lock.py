@@ -17,6 +17,9 @@ from kronecker_probe.tracking.run_directory.files import naming, refuse_links, s
 FILE = "run.lock"
 # what a file system without locks answers
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+# Those of this process: each counts how often it is taken. They are kept, because a forked child
+# that dropped its copy would unlock the file for its parent as well.
+_LOCKS: dict[Path, FileLock] = {}
 
 
 class Lock:
@@ -38,7 +41,8 @@ class Lock:
         refuse_links(file, directory)
         holder = _holder(file)  # before trying: some versions of filelock empty the file
         self._lock: FileLock | None = None
-        lock = FileLock(file, timeout=0, thread_local=False, is_singleton=True)
+        real = directory.resolve() / FILE
+        lock = _LOCKS.setdefault(real, FileLock(real, timeout=0, thread_local=False))
         with naming("lock", file):
             try:
                 lock.acquire()
