@@ -16,9 +16,10 @@ PARALLEL := -n auto --dist worksteal
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# what the default leaves out and every change must pass: all cases on all routes, and the analyses
+# what the default leaves out and every change must pass: all cases on all routes, four times as many
+# examples of each property, and the analyses
 test-rest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PARALLEL) -m "(grid or figures) and not slow and not gpu"
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(PARALLEL) -m "(grid or figures or hypothesis) and not slow and not gpu"
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
