@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | figures | check | lock | test-newest | test-lowest
+# make demo | test | test-rest | test-all | bench | figures | check | lock | test-newest | test-lowest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,16 +6,23 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-newest test-lowest bench figures peers lint types imports dependencies check lock clean
+.PHONY: demo test test-rest test-all test-newest test-lowest bench figures peers lint types imports dependencies check lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kronecker-probe track digits-mlp --steps 2000 --out runs/digits-mlp --overwrite
 
+PARALLEL := -n auto --dist worksteal
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# what the default leaves out and every change must pass: all cases on all routes, four times as many
+# examples of each property, and the analyses
+test-rest: $(VENV)/.installed-test
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(PARALLEL) -m "(grid or figures or hypothesis) and not slow and not gpu"
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
@@ -69,7 +76,7 @@ test-newest test-lowest: test-%:
 	rm -rf $(VENV)-$* && $(PYTHON) -m venv $(VENV)-$*
 	if [ $* = lowest ]; then $(PYTHON) .ci/lowest.py; else echo "torch==$(TORCH)"; fi > $(VENV)-$*/constraints.txt
 	PIP_CONSTRAINT=$(VENV)-$*/constraints.txt $(VENV)-$*/bin/python -m pip install --quiet --editable ".[test]"
-	$(VENV)-$*/bin/python -m pytest
+	$(VENV)-$*/bin/python -m pytest $(PARALLEL)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

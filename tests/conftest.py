@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=100, database=None
-)
+for name, count in {"default": 25, "full": 100}.items():  # full: with the grid, HYPOTHESIS_PROFILE
+    hypothesis.settings.register_profile(
+        name, deadline=None, derandomize=True, max_examples=count, database=None
+    )
 hypothesis.settings.register_profile(  # a search for new counterexamples: HYPOTHESIS_PROFILE=...
     "explore", deadline=None, derandomize=False, max_examples=1000, print_blob=True
 )

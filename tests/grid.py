@@ -7,8 +7,8 @@ set holds every case once, and every pair of their properties, routes included, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
-from typing import Any
+from itertools import combinations, product
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from tests.cases import CASES, Case
 
 Property = tuple[str, object]
+Key = TypeVar("Key")
 
 
 class Checks:
@@ -71,12 +72,17 @@ def covering(runs: Sequence[tuple[Case, str]]) -> set[tuple[str, str]]:
         properties = _properties(case, route)
         key = (str(case), route)
         pairs[key] = {frozenset(pair) for pair in combinations(properties, 2)} | {str(case)}
-    missing = set().union(*pairs.values())
+    return _chosen(pairs)
+
+
+def _chosen(held: dict[Key, set[Any]]) -> set[Key]:
+    """Keys that together hold all that any key holds."""
+    missing = set().union(*held.values())
     chosen = set()
     while missing:
-        best = max(pairs, key=lambda key: len(pairs[key] & missing))
+        best = max(held, key=lambda key: len(held[key] & missing))
         chosen.add(best)
-        missing -= pairs[best]
+        missing -= held[best]
     return chosen
 
 
@@ -94,3 +100,30 @@ def on_every_route(cases: Iterable[Case] = CASES) -> pytest.MarkDecorator:
         for case, route in runs
     ]
     return pytest.mark.parametrize(("case", "route"), found)
+
+
+def pairwise(*axes: Sequence[Any], alone: bool = False) -> list[Any]:
+    """All combinations of one value an axis; by default only so many that every pair occurs.
+
+    With ``alone``, so many that every value occurs.
+    """
+    runs = list(product(*(range(len(axis)) for axis in axes)))
+    # of equally good ones the first is chosen: the values of the last axis take turns
+    runs.sort(key=lambda run: (run[-1] + run[0]) % len(axes[-1]))
+    together = 1 if alone else 2
+    held = {run: set(combinations(enumerate(run), together)) for run in runs}
+    default = _chosen(held)
+    found = []
+    for run in runs:
+        values = [axis[place] for axis, place in zip(axes, run, strict=True)]
+        marks = () if run in default else pytest.mark.grid
+        found.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
+    return found
+
+
+def some(values: Iterable[Any], *default: Any) -> list[Any]:
+    """All of the values, but by default only those."""
+    return [
+        value if value in default else pytest.param(value, marks=pytest.mark.grid)
+        for value in values
+    ]

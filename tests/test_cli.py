@@ -27,6 +27,7 @@ from kronecker_probe.tracking.run_directory.checkpoint import load_checkpoint, s
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Training, TrainingOptions
 from kronecker_probe.workloads import load_workload
+from tests.undrawn import undrawn
 
 DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,13 @@ def _wide_and_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name.startswith("users_"):
             del sys.modules[name]
     importlib.invalidate_caches()
+
+
+@pytest.fixture(autouse=True)
+def _undrawn() -> Iterator[None]:
+    """All but the run that the module shares."""
+    with undrawn():
+        yield
 
 
 def invoke(*arguments: object) -> Result:

@@ -95,7 +95,7 @@ def test_with_expected_statistics_it_finds_the_kl_optimum() -> None:
     one = InverseFree(recipe_of(holder.param_groups[0]), (3, 2), (0, 1))
     state = one.initial(torch.zeros(1, 3, 2, dtype=torch.float64))
     # E over the draws of the outer products, as one gradient of 6 times the columns
-    for _ in range(4000):
+    for _ in range(1200):
         velocities = []
         for draw in G:
             trial = {k: v.clone() for k, v in state.items()}

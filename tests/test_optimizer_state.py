@@ -64,7 +64,16 @@ def assert_equal_models(first: torch.nn.Module, second: torch.nn.Module) -> None
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.grid),
+        pytest.param(torch.float64, marks=pytest.mark.grid),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_continues_bitwise(variant: str, dtype: torch.dtype) -> None:
     whole = network(dtype)

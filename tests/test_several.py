@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from kronecker_probe.errors import RunDirectoryError
 from kronecker_probe.report.comparison_page import Comparison, Timing
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress
+from tests.undrawn import undrawn
 
 DONE, FAILED, USAGE = 0, 1, 2
 SHORT = ("--steps", "4", "--probes", "3", "--probe-size", "16", "--layers", "0.weight",
@@ -37,6 +39,12 @@ def workload(seed):
     return kp.Workload(model, nn.CrossEntropyLoss(), (inputs, targets), (inputs, targets),
                        steps=4, batch_size=8, lr=0.01, description="mine")
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn() -> Iterator[None]:
+    with undrawn():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from kronecker_probe import optim
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
 from kronecker_probe.optim.blocks.contractions import PANELLED, completed, packed
 from kronecker_probe.tracking.optimizer_state.factors import factor_rows
+from tests.grid import some
 from tests.optimizer_cases import PRESETS
 
 # Products in another order of operations
@@ -82,7 +83,7 @@ def test_packed_roots_of_products_take_the_same_steps(root: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in FACTORED if "rmsprop" not in n and "ada" not in n])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", some([torch.float32, torch.float64], torch.float32), ids=str)
 def test_factors_in_bfloat16_are_those_in_full_to_its_precision(
     name: str, dtype: torch.dtype
 ) -> None:

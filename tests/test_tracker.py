@@ -26,6 +26,7 @@ from kronecker_probe.errors import (
 )
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.schedule import make_schedule, spread
+from tests.grid import pairwise
 from tests.synthetic_tables import COLUMNS
 from tests.tiny_training import assert_same_tree
 
@@ -114,9 +115,10 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("target", ["ggn", "fisher", "empirical-fisher"])
-@pytest.mark.parametrize("measured", ["probe", "batch"])
+@pytest.mark.parametrize(
+    ("name", "target", "measured"),
+    pairwise(list(OPTIMIZERS), ["ggn", "fisher", "empirical-fisher"], ["probe", "batch"]),
+)
 def test_training_is_the_same_to_the_bit(
     tmp_path: Path, name: str, target: str, measured: str
 ) -> None:

@@ -29,6 +29,7 @@ from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
 from kronecker_probe.workloads import Workload
 from tests import tiny_training as tiny
+from tests.grid import pairwise, some
 from tests.tiny_training import OPTIONS, PROBED, STEPS, assert_same_run, make, train
 
 APPROXIMATIONS = 6
@@ -194,7 +195,7 @@ def test_files_of_the_user_beside_the_checkpoints_stay(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- interrupted
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("step", some(range(1, STEPS + 1), 1, 6, 8, STEPS))
 def test_interrupted_and_resumed_is_the_uninterrupted_run(
     reference: RunStore, tmp_path: Path, step: int
 ) -> None:
@@ -445,8 +446,7 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("keep", ["last", "all"])
-@pytest.mark.parametrize("step", PROBED)
+@pytest.mark.parametrize(("step", "keep"), pairwise(PROBED, ["last", "all"], alone=True))
 def test_a_damaged_part_is_measured_again(
     reference: RunStore, tmp_path: Path, step: int, keep: str
 ) -> None:
@@ -463,7 +463,7 @@ def test_a_damaged_part_is_measured_again(
     assert any("from step 0" in str(w.message) for w in told) == from_start
 
 
-@pytest.mark.parametrize("stop", [5, 8])
+@pytest.mark.parametrize("stop", some([5, 8], 5))
 def test_the_last_part_of_an_interrupted_run_is_measured_again(
     reference: RunStore, tmp_path: Path, stop: int
 ) -> None:
@@ -475,8 +475,10 @@ def test_the_last_part_of_an_interrupted_run_is_measured_again(
 
 
 @pytest.mark.filterwarnings("ignore:No checkpoint from before step 9")
-@pytest.mark.parametrize("keep", ["last", "all"])
-@pytest.mark.parametrize("how", ["truncated", "a flipped bit", "foreign", "not a run's"])
+@pytest.mark.parametrize(
+    ("how", "keep"),
+    pairwise(["truncated", "a flipped bit", "foreign", "not a run's"], ["last", "all"], alone=True),
+)
 def test_a_damaged_checkpoint_falls_back_without_measuring_again(
     reference: RunStore, tmp_path: Path, keep: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,7 +583,7 @@ def check_killed(out: Path, reference: RunStore) -> None:
 
 
 # a write, its fsync, its rename: of run.json, checkpoints and parts, first, middle and last
-@pytest.mark.parametrize("event", [0, 6, 9, 14, 23, 38, 55, 70])
+@pytest.mark.parametrize("event", some([0, 6, 9, 14, 23, 38, 55, 70], 6, 23, 55))
 def test_killed_while_writing(spawn: Any, reference: RunStore, tmp_path: Path, event: int) -> None:
     assert kill_at(spawn, tmp_path / "run", event)
     check_killed(tmp_path / "run", reference)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = "kronecker_probe"
-COPIED = (PACKAGE, "tests", "analyses", "benchmarks", "docs", "pyproject.toml", "README.md")
+FOLDERS = (PACKAGE, "tests", "analyses", "benchmarks", "docs", "figures")
+COPIED = (*FOLDERS, "pyproject.toml", "README.md")
 COLUMNS = ("mutant", "room", "mistake", "outcome", "test")
 # A test that a mutant keeps from ending is as good as one that fails.
 TIMEOUT = 900
