@@ -13,6 +13,7 @@ from kronecker_probe.findings.advice import no_worse_directions
 from kronecker_probe.findings.finding import Finding
 from kronecker_probe.findings.optimizer_state import LIVE, in_use_finding
 from kronecker_probe.findings.staleness import STALE, followed_rule
+from kronecker_probe.table.codes import ReasonCode
 from kronecker_probe.table.numbers import (
     CLOSE,
     ROUNDING,
@@ -41,7 +42,6 @@ FORECAST = 3
 PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
 # Draws that are the matrix itself and no sample of it.
 _EXACT = ("batch-gradient", "trajectory")
-_NOT_INDEPENDENT = "are not independent"
 _BEST = "the best any Kronecker product can do"
 _CORRECTED = "corrected eigenvalues (SOAP, EShampoo)"
 # What keeps a good fit of the form from being read as one of the run's preconditioner.
@@ -60,7 +60,7 @@ class LayerFindings:
         now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.now = now
         self.target = _first(now, "target")
-        self.exact = self.target in _EXACT or any(_NOT_INDEPENDENT in note for note in _notes(now))
+        self.exact = self.target in _EXACT or _has(now, ReasonCode.NOT_INDEPENDENT)
         self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         self.dropped = dropped_energy(self.at)
         self.noise = max(self._sampling_noise(), self.dropped)
@@ -383,6 +383,10 @@ def _first(rows: pd.DataFrame, column: str) -> str:
 def _column(rows: pd.DataFrame, column: str) -> pd.Series[float]:
     values = rows[column].dropna() if column in rows else pd.Series(dtype=float)
     return values.astype("float64")
+
+
+def _has(rows: pd.DataFrame, code: ReasonCode) -> bool:
+    return "reason" in rows and bool((rows["reason"] == code).any())
 
 
 def _notes(rows: pd.DataFrame) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from kronecker_probe.findings.finding import Finding
 from kronecker_probe.findings.fit import GOOD, NOT_HELD, LayerFindings
+from kronecker_probe.table.codes import ReasonCode
 from kronecker_probe.table.numbers import Number, listed
 from kronecker_probe.table.read import label
 
@@ -17,10 +17,6 @@ from kronecker_probe.table.read import label
 DIVERGED = 3.0
 # Layers that a sentence names.
 NAMED = 3
-# How the note of a norm begins whose data repeat: how many do, and of how many.
-_COPIES = r"(\d+) of (\d+) (?:data|examples) have the same gradients"
-# How that of a K-FAC begins that has no factors.
-_NO_FACTORS = r"^K-FAC\S* needs"
 
 
 def run_findings(table: pd.DataFrame, layers: Sequence[LayerFindings]) -> list[Finding]:
@@ -66,15 +62,13 @@ def _training(table: pd.DataFrame) -> list[Finding]:
 def _copies(table: pd.DataFrame) -> list[Finding]:
     """Data that repeat, told once for all layers, each at its last step."""
     rows = table[(table["metric"] == "norm") & table["parameter"].notna()]
-    if "note" not in rows or rows.empty:
+    if "copies" not in rows or rows.empty:
         return []
     if "step" in rows:
         rows = rows[rows["step"] == rows.groupby("parameter")["step"].transform("max")]
-    found = [
-        (str(name), int(match[1]), int(match[2]))
-        for name, note in zip(rows["parameter"], rows["note"], strict=True)
-        if not pd.isna(note) and (match := re.match(_COPIES, str(note)))
-    ]
+    repeated = rows[rows["copies"].notna()]
+    columns = (repeated[name] for name in ("parameter", "copies", "n_examples"))
+    found = [(str(name), int(copies), int(of)) for name, copies, of in zip(*columns, strict=True)]
     if not found:
         return []
     names = list(dict.fromkeys(name for name, _, _ in found))
@@ -92,8 +86,8 @@ def _copies(table: pd.DataFrame) -> list[Finding]:
 
 def _skipped(table: pd.DataFrame) -> list[Finding]:
     rows = table[table["metric"] == "skipped"]
-    if "note" in rows:  # what nobody asked for is no news
-        rows = rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
+    if "reason" in rows:  # what nobody asked for is no news
+        rows = rows[~rows["reason"].eq(ReasonCode.NOT_SELECTED).fillna(False)]
     measured = table.loc[table["approximation"].notna(), "parameter"]
     skipped = rows.loc[~rows["parameter"].isin(measured), "parameter"].dropna().unique()
     if not len(skipped):
@@ -202,10 +196,7 @@ def _without_factors(layers: Sequence[LayerFindings]) -> list[Finding]:
 
 
 def _lacks_factors(rows: pd.DataFrame) -> bool:
-    if "note" not in rows:
-        return False
-    notes = rows.loc[rows["value"].isna(), "note"].astype("string").fillna("")
-    return bool(notes.str.contains(_NO_FACTORS).any())
+    return "reason" in rows and bool((rows["reason"] == ReasonCode.NO_FACTORS).any())
 
 
 def _shown(names: Sequence[object]) -> str:

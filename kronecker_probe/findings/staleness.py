@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, final
 
 import pandas as pd
@@ -12,8 +11,6 @@ from kronecker_probe.table.read import label
 
 # A preconditioner behind its own fresh factors by more than this is stale.
 STALE = 0.05
-# The note of the tracker's row that names the rule.
-_RULE = re.compile(r"^live follows (\S+)")
 
 
 def followed_rule(rows: pd.DataFrame) -> str:
@@ -22,11 +19,12 @@ def followed_rule(rows: pd.DataFrame) -> str:
     Args:
         rows: Of one parameter and step.
     """
-    if "note" not in rows:
+    if "rule" not in rows:
         return ""
-    notes = [str(note) for note in rows.loc[rows["metric"] == "in_use_rule", "note"].dropna()]
-    match = _RULE.match(notes[-1]) if notes else None
-    return match[1] if match else ""
+    whole = rows[(rows["metric"] == "in_use_rule") & rows["rule"].notna()]
+    if "block_size" in rows:
+        whole = whole[whole["block_size"].isna()]
+    return str(whole["rule"].iloc[-1]) if len(whole) else ""
 
 
 @final

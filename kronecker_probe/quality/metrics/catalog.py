@@ -19,6 +19,7 @@ from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.metrics import directions, divergences, spectral
 from kronecker_probe.quality.metrics import frobenius as metrics
 from kronecker_probe.quality.metrics.undefined import UndefinedError
+from kronecker_probe.table.codes import code_of
 
 Cost: TypeAlias = Literal["cheap", "iterative"]
 # metric name -> (value, standard error or None)
@@ -94,7 +95,7 @@ class ExtraMetric:
             values = compute(target, approximation, **self.options)
         except (UndefinedError, UnsupportedError, MemoryBudgetError, InvalidInputError) as reason:
             return [
-                {"metric": name, "value": math.nan, "stderr": None, "note": str(reason)}
+                {"metric": name, "value": math.nan, "reason": code_of(reason), "note": str(reason)}
                 for name in names
             ]
         return [
