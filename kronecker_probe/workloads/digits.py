@@ -30,31 +30,43 @@ def _pair(images: Tensor, labels: Tensor, index: Tensor) -> Pair:
     return images[index], labels[index]
 
 
-@register_workload("digits-mlp")
-def digits_mlp(seed: int) -> Workload:
-    """A 64-128-64-10 ReLU network on all ten digits."""
-    train, test = _digits(tuple(range(10)))
-    model = nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+def _workload(model: nn.Module, data: tuple[Pair, Pair], steps: int, description: str) -> Workload:
     return Workload(
         model,
         nn.CrossEntropyLoss(),
-        train,
-        test,
-        steps=5000,
+        *data,
+        steps=steps,
         batch_size=64,
         lr=1e-3,
-        description="64-128-64-10 MLP on 8x8 handwritten digits (1,797 images, 10 classes)",
+        description=description,
         threads=1,
         layers=("*.weight",),
     )
 
 
+@register_workload("digits-mlp")
+def digits_mlp(seed: int) -> Workload:
+    """A 64-128-64-10 ReLU network on all ten digits."""
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    what = "64-128-64-10 MLP on 8x8 handwritten digits (1,797 images, 10 classes)"
+    return _workload(model, _digits(tuple(range(10))), 5000, what)
+
+
+@register_workload("digits-logistic")
+def digits_logistic(seed: int) -> Workload:
+    """Binary logistic regression on the digits 3 and 8, as two-class cross-entropy."""
+    what = "logistic regression on the digits 3 and 8, as 2-class cross-entropy"
+    return _workload(nn.Sequential(nn.Linear(64, 2)), _digits((3, 8)), 400, what)
+
+
 @register_workload("digits-cnn")
 def digits_cnn(seed: int) -> Workload:
     """Two convolutions and a linear layer on all ten digits, as 1 x 8 x 8 images."""
-    (train, train_labels), (test, test_labels) = _digits(tuple(range(10)))
+    train, test = (
+        (images.view(-1, 1, 8, 8), labels) for images, labels in _digits(tuple(range(10)))
+    )
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -63,33 +75,5 @@ def digits_cnn(seed: int) -> Workload:
         nn.Flatten(),
         nn.Linear(32 * 4 * 4, 10),
     )
-    return Workload(
-        model,
-        nn.CrossEntropyLoss(),
-        (train.view(-1, 1, 8, 8), train_labels),
-        (test.view(-1, 1, 8, 8), test_labels),
-        steps=1000,
-        batch_size=64,
-        lr=1e-3,
-        description="CNN, 16 and 32 channels, on 8x8 handwritten digits (10 classes)",
-        threads=1,
-        layers=("*.weight",),
-    )
-
-
-@register_workload("digits-logistic")
-def digits_logistic(seed: int) -> Workload:
-    """Binary logistic regression on the digits 3 and 8, as two-class cross-entropy."""
-    train, test = _digits((3, 8))
-    return Workload(
-        nn.Sequential(nn.Linear(64, 2)),
-        nn.CrossEntropyLoss(),
-        train,
-        test,
-        steps=400,
-        batch_size=64,
-        lr=1e-3,
-        description="logistic regression on the digits 3 and 8, as 2-class cross-entropy",
-        threads=1,
-        layers=("*.weight",),
-    )
+    what = "CNN, 16 and 32 channels, on 8x8 handwritten digits (10 classes)"
+    return _workload(model, (train, test), 1000, what)

@@ -12,7 +12,7 @@ from kronecker_probe.workloads.registry import register_workload
 from kronecker_probe.workloads.workload import Pair, Workload
 
 BYTES = 256  # the vocabulary
-CONTEXT = 64  # bytes that a position sees at most
+CONTEXT = 64  # length of a window: a byte is predicted from at most so many before it
 WIDTH, HEADS, BLOCKS = 64, 4, 2
 TEST_SHARE = 0.1
 
