@@ -93,7 +93,9 @@ def _to_2(table: pa.Table) -> pa.Table:
         "rule": _parsed(rows, metrics == "in_use_rule", r"^live follows (\S+)"),
         "reason": _reasons(rows, metrics),
     }
-    for name, values in (("approximation", approximations), ("metric", metrics)):
+    notes = rows["note"].where(metrics != "in_use_rule", None)
+    texts = (("approximation", approximations), ("metric", metrics), ("note", notes))
+    for name, values in texts:
         place = table.column_names.index(name)
         table = table.set_column(place, name, pa.array(values, pa.string(), from_pandas=True))
     for name, kind in _TYPES_OF_2.items():

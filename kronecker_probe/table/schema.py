@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kronecker_probe.errors import InvalidInputError
@@ -36,7 +37,7 @@ def conform(frame: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         InvalidInputError: a column is missing or unknown, a value does not fit its column, a
-            required value is null, or a code or a number is not allowed.
+            required value is null.
     """
     missing = [name for name in DTYPES if name not in frame.columns]
     unknown = [str(name) for name in frame.columns if name not in DTYPES]
@@ -46,10 +47,7 @@ def conform(frame: pd.DataFrame) -> pd.DataFrame:
             f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
         )
     columns = {column.name: _cast(frame[column.name], column) for column in COLUMNS}
-    table = pd.DataFrame(columns).reset_index(drop=True)
-    if faults := _faults(table):
-        raise InvalidInputError(f"Not a measurement table: {faults}.")
-    return table
+    return pd.DataFrame(columns).reset_index(drop=True)
 
 
 def _cast(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
@@ -65,19 +63,23 @@ def _cast(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
         ) from error
 
 
-def _faults(table: pd.DataFrame) -> str:
+def _faults(table: pa.Table) -> str:
     """What breaks the contract: unknown codes, values below the least, intervals upside down."""
     found = []
     for column in COLUMNS:
-        values = table[column.name].dropna()
+        values = table.column(column.name)
+        if values.null_count == len(values):
+            continue
         if column.codes is not None:
-            unknown = sorted(set(values) - column.codes)
+            unknown = set(pc.unique(values).to_pylist()) - column.codes - {None}
             if unknown:
                 known = ", ".join(sorted(column.codes))
-                found.append(f"{column.name} has {unknown[0]!r}, not one of {known}")
-        if column.least is not None and len(values) and (values < column.least).any():
-            found.append(f"{column.name} has {values.min()}, below {column.least:g}")
-    if (table["low"] > table["high"]).any():
+                found.append(f"{column.name} has {min(unknown)!r}, not one of {known}")
+        if column.least is not None:
+            least = pc.min(values).as_py()
+            if least is not None and least < column.least:
+                found.append(f"{column.name} has {least}, below {column.least:g}")
+    if pc.any(pc.greater(table.column("low"), table.column("high"))).as_py():
         found.append("low is above high")
     return "; ".join(found)
 
@@ -86,7 +88,8 @@ def to_parquet(frame: pd.DataFrame, step: int) -> bytes:
     """The part of probed step ``step`` as the bytes of a Parquet file (zstd, checksummed pages).
 
     Raises:
-        InvalidInputError: ``frame`` does not fit the schema (:func:`conform`).
+        InvalidInputError: ``frame`` does not fit the schema (:func:`conform`), or has a code or a
+            number that is not allowed.
     """
     table = conform(frame)
     # value goes through numpy so that NaN stays NaN; a pandas column would turn it into null
@@ -96,9 +99,12 @@ def to_parquet(frame: pd.DataFrame, step: int) -> bytes:
     ]
     about = {_STEP_KEY: str(step).encode(), _VERSION_KEY: str(VERSION).encode()}
     schema = ARROW_SCHEMA.with_metadata(about)
+    part = pa.Table.from_arrays(arrays, schema=schema)
+    if faults := _faults(part):
+        raise InvalidInputError(f"Not a measurement table: {faults}.")
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_arrays(arrays, schema=schema),
+        part,
         sink,
         compression="zstd",
         write_page_checksum=True,
@@ -151,7 +157,7 @@ def read_part(data: bytes, step: int) -> pa.Table:
         if column.required and table.column(column.name).null_count:
             raise ValueError(f"column {column.name!r} has a null")
     table = table.select(list(DTYPES)).replace_schema_metadata()
-    if faults := _faults(table.to_pandas(types_mapper=_PANDAS.get)):
+    if faults := _faults(table):
         raise ValueError(faults)
     return table
 
