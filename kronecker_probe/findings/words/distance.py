@@ -25,7 +25,7 @@ def _optimum(one: Finding) -> str:
     """The optimum's cosine, and what it was first."""
     before = one.details["before"]
     return f"cosine {one.details['optimal']}" + (
-        f"; {before[1]} at step {before[0]}" if before else ""
+        f", from {before[1]} at step {before[0]}" if before else ""
     )
 
 
