@@ -1,4 +1,4 @@
-"""What the command line prints: the progress bar, the table, the conclusions. No torch."""
+"""What the command line prints: the progress bar, the table, the findings. No torch."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def show_probes(steps: Sequence[int]) -> None:
 
 
 def show_run(directory: Path) -> None:
-    """Write figures and report of a stored run, and print tables, conclusions and paths."""
+    """Write figures and report of a stored run, and print tables, findings and paths."""
     from kronecker_probe.report.run_page import write_report
     from kronecker_probe.tracking.run_directory.store import RunStore
 
@@ -171,14 +171,13 @@ def _split(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
-    """The numbers at the last probed step, a table a metric, and a sentence for each layer.
+    """The numbers at the last probed step, one table per metric, and the findings.
 
     Args:
         table: a measurement table.
         asked: whether the metrics were asked for by name: then all of them are printed, and
             otherwise the cosine alone.
     """
-    from kronecker_probe.findings.headlines import conclusions
     from kronecker_probe.table.read import at_step
 
     now = at_step(table, None)
@@ -194,17 +193,14 @@ def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
         wide = Console(width=max(console.width, 80, needed))
         # not as rich's title and caption, which wrap at the width of a narrow table
         wide.print(title, shown, *legend, sep="\n", highlight=False)
-    for sentence in conclusions(table):
-        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
-    if last_step(table) is not None:
-        _show_findings(table)
+    _show_findings(table)
 
 
 def _show_findings(table: pd.DataFrame) -> None:
-    """A line a subject of the diagnosis of a run, the most urgent ones."""
+    """One line per code of the diagnosis, the most urgent ones."""
     from kronecker_probe.findings.diagnose import diagnose
 
-    sentences = diagnose(table).summary(("warning", "notice", "good"))
+    sentences = diagnose(table).summary()
     if sentences:
         console.print("[bold]Findings[/]")
     for sentence in sentences[:FINDINGS]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.findings.error_causes import CAUSES, FRESH
-from kronecker_probe.findings.staleness import followed_rule
+from kronecker_probe.findings.facts import followed_rule
+from kronecker_probe.findings.split import CAUSES, FRESH
 from kronecker_probe.table.numbers import digits
 from kronecker_probe.table.read import at_step, label
 

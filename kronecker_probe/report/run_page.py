@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from kronecker_probe import plots
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.findings.diagnose import diagnose
-from kronecker_probe.findings.headlines import conclusions, headline
+from kronecker_probe.findings.headlines import headline
 from kronecker_probe.report.optimizer_table import inside_table
 from kronecker_probe.table.read import (
     KIND_NAMES,
@@ -193,7 +193,6 @@ def _render(
         headline=headline(table),
         findings=found.summary(("warning", "notice", "good")),
         abstained=found.summary(("abstained",)),
-        conclusions=conclusions(table),
         targets=[_TARGETS.get(draws, draws) for draws in table["target"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
         step=last_step(table),
