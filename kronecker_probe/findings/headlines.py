@@ -161,8 +161,19 @@ def conclusions(table: pd.DataFrame) -> list[str]:
     table = matrices(table)
     wide = scores(table)
     told = _told(table)
+    chosen = of_best_kind(table)  # of the whole table, so that no step has a kind of its own
+    plugin = {str(name) for name in chosen["parameter"].unique()}
+    plugin &= plugin if kind_remark(table) == ABSTAINING else set(abstentions(table))
+    by_layer = dict(iter(chosen.groupby("parameter", sort=False)))
     sentences = [
-        _conclusion(table, told, pd.DataFrame(wide.xs(name, level="parameter")), str(name))
+        _conclusion(
+            table,
+            told,
+            by_layer.get(name, chosen[:0]),
+            str(name) in plugin,
+            pd.DataFrame(wide.xs(name, level="parameter")),
+            str(name),
+        )
         for name in wide.index.get_level_values("parameter").unique()
     ]
     return sentences + ([f"{remark}."] if remark else [])
@@ -183,7 +194,14 @@ def _told(table: pd.DataFrame) -> _Told:
     return texts
 
 
-def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter: str) -> str:
+def _conclusion(
+    table: pd.DataFrame,
+    told: _Told,
+    rows: pd.DataFrame,
+    plugin: bool,
+    wide: pd.DataFrame,
+    parameter: str,
+) -> str:
     """The sentence about one parameter; ``wide`` has a row per step."""
     defined = wide.notna().any(axis=1)
     undefined = [int(step) for step in wide.index[~defined]]
@@ -195,7 +213,7 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
     last = wide[defined.to_numpy()].iloc[-1].dropna()
     texts = {str(name): told[step, parameter, str(name)] for name in last.index}
     when = f"at step {step} " if "step" in table else ""
-    if parameter in abstentions(table) or kind_remark(table) == ABSTAINING:
+    if plugin:
         when += "in plug-in numbers, as the estimates abstain, "
     if "optimal" not in last:
         parts = [f"{label(name)} has cosine {text}" for name, text in texts.items()]
@@ -204,8 +222,6 @@ def _conclusion(table: pd.DataFrame, told: _Told, wide: pd.DataFrame, parameter:
         first = wide["optimal"].dropna()
         start = told[int(first.index[0]), parameter, "optimal"]
         trend = f"; {start} at step {first.index[0]}" if len(first) > 1 else ""
-        rows = of_best_kind(table)  # of the whole table, so that no step has a kind of its own
-        rows = rows[rows["parameter"] == parameter]
         now = rows[rows["step"] == step] if "step" in rows else rows
         clauses = [when + _ranking(gaps(now), f"cosine {texts['optimal']}{trend}")]
         if "eigen-corrected" in last:
