@@ -323,7 +323,7 @@ def report(
     """Redraw every figure and report.html of RUN from its stored table (needs no torch)."""
     with exit_codes():
         with usage_checked():
-            from kronecker_probe.report.comparison_page import Comparison
+            from kronecker_probe.report.comparison import Comparison
             from kronecker_probe.report.run_page import write_report
             from kronecker_probe.tracking.run_directory.store import RunStore
 

@@ -51,10 +51,8 @@ def inside_table(table: pd.DataFrame) -> InsideTable | None:
     """
     now = at_step(table, None)
     inside = now[now["approximation"].isna() & now["metric"].isin([*CAUSES, *_FACTORS])]
-    cells = {
-        str(name): _row(now[now["parameter"] == name])
-        for name in inside["parameter"].dropna().unique()
-    }
+    by_layer = dict(iter(now.groupby("parameter", sort=False)))
+    cells = {str(name): _row(by_layer[name]) for name in inside["parameter"].dropna().unique()}
     if not cells:
         return None
     columns = [name for name in next(iter(cells.values())) if _some(cells, name)]
