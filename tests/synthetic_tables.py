@@ -13,8 +13,8 @@ APPROXIMATIONS = (
 )  # fmt: skip
 COLUMNS = (
     "step", "parameter", "m", "n", "n_examples", "n_columns", "n_positions", "target",
-    "approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note", "interval", "copies",
-    "rule", "block_size", "epsilon", "reason",
+    "approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "interval",
+    "n_eff", "copies", "rule", "block_size", "epsilon", "reason", "note",
 )  # fmt: skip
 NO_LIVE = "no preconditioner yet: first refresh at step 10"
 
@@ -29,7 +29,7 @@ def frame(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
             "note"]  # fmt: skip
     return table.astype(
         {"step": "int64"}
-        | dict.fromkeys(["value", "stderr", "low", "high", "n_eff"], "float64")
+        | dict.fromkeys(["value", "stderr", "low", "high", "n_eff", "epsilon"], "float64")
         | dict.fromkeys(whole, "Int64")
         | dict.fromkeys(text, "string")
     )

@@ -50,7 +50,7 @@ def migrated(table: pa.Table, version: str, newest: int) -> pa.Table:
     """The rows in the newest version's columns.
 
     Args:
-        table: The rows as stored, with their step already checked.
+        table: The rows as stored.
         version: What the part says of itself; "" before version 2.
         newest: The version that this package writes.
 
@@ -128,7 +128,7 @@ def _reasons(rows: pd.DataFrame, metrics: pd.Series[Any]) -> pd.Series[Any]:
     absent = rows["approximation"].eq("live")
     skipped = metrics == "skipped"
     codes = {note: _reason(str(note)) for note in rows.loc[undefined, "note"].unique()}
-    found = rows["note"].map(codes).where(undefined, None)
+    found = rows["note"].astype("object").map(codes).astype("object").where(undefined, None)
     unknown = undefined & found.isna()
     found[unknown] = str(ReasonCode.UNDEFINED)
     found[unknown & absent] = str(ReasonCode.NO_PRECONDITIONER)

@@ -145,14 +145,14 @@ def read_part(data: bytes, step: int) -> pa.Table:
     if table.num_rows != file.metadata.num_rows:  # the footer itself has no checksum
         raise ValueError("not a whole Parquet file (its row counts disagree)")
     metadata = table.schema.metadata or {}
-    stored = metadata.get(_STEP_KEY, b"no step").decode(errors="replace")
-    if stored != str(step):
-        raise ValueError(f"the file holds the measurements of step {stored}, not of step {step}")
     table = migrated(table, metadata.get(_VERSION_KEY, b"").decode(errors="replace"), VERSION)
     found = {field.name: field.type for field in table.schema}
     expected = {field.name: field.type for field in ARROW_SCHEMA}
     if found != expected or len(table.schema) != len(expected):
         raise ValueError(f"not a measurement table ({_difference(found, expected)})")
+    stored = metadata.get(_STEP_KEY, b"no step").decode(errors="replace")
+    if stored != str(step):
+        raise ValueError(f"the file holds the measurements of step {stored}, not of step {step}")
     for column in COLUMNS:
         if column.required and table.column(column.name).null_count:
             raise ValueError(f"column {column.name!r} has a null")
