@@ -89,7 +89,8 @@ def layers() -> dict[str, list[Row]]:
         "few samples": cosines({"kfac": 0.9}, n_eff=10.0),
         "undefined": cosines({"kfac": math.nan}, note="H = 0"),
         "undefined, though exact": cosines(
-            {"kfac": math.nan}, reason="not-independent", note="no sampling error", target="trajectory"
+            {"kfac": math.nan}, reason="not-independent", note="no sampling error",
+            target="trajectory",
         ),
         "undefined at a step": [
             *cosines({"optimal": 0.9}), *cosines({"optimal": math.nan}, step=4, note="H = 0"),
