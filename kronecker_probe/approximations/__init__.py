@@ -1,4 +1,8 @@
-"""Structured approximations of a second moment, found by name."""
+"""Structured approximations of a second moment, found by name and open to users' own.
+
+In: a ``SecondMoment``, a name with options. Out: an operator.
+May import: operators, linalg, table, errors.
+"""
 
 from __future__ import annotations
 
