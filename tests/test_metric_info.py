@@ -25,7 +25,9 @@ def test_an_unknown_metric_is_labelled_by_its_name() -> None:
     assert "spectral_gap" not in METRIC_INFO
 
 
-@pytest.mark.parametrize(("name", "match"), [("cosine", "already"), ("a:b", "letters"), ("", "")])
+@pytest.mark.parametrize(
+    ("name", "match"), [("cosine", "already"), ("a:b", "letters"), ("", "letters")]
+)
 def test_names_taken_or_unreadable_are_refused(name: str, match: str) -> None:
     with pytest.raises(InvalidInputError, match=match):
         add_metric_info(MetricInfo(name, "mine"))

@@ -9,27 +9,8 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.table.labels import LABELS
 
-# in the order in which figures and tables list them
-LABELS = {
-    "optimal": "optimal Kronecker",
-    "shampoo-squared": "Shampoo²",
-    "kfac": "K-FAC",
-    "shampoo": "Shampoo",
-    "eigen-corrected": "eigenvalue-corrected",
-    "diagonal": "diagonal",
-    "shampoo-squared-sequential": "Shampoo², sequential",
-    "kfac-reduce": "K-FAC reduce",
-    "tkfac": "TKFAC",
-    "ekfac": "EK-FAC",
-    "divergence:q=0": "KL",
-    "divergence:q=0.5": "SQ (q = 1/2)",
-    "divergence": "divergence",
-    "left-only": "left only",
-    "right-only": "right only",
-    "identity": "identity",
-    "in-use": "in use (by the optimizer)",
-}
 # Share of a target's energy that truncation may drop without a word.
 NEGLIGIBLE = 1e-3
 METRICS = {
