@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from kronecker_probe.gradients.samples.base import GradientSamples
-from kronecker_probe.quality.estimates.estimate import SQUARED, Estimate
+from kronecker_probe.quality.estimates.estimate import Estimate
+from kronecker_probe.quality.metrics.catalog import SQUARED
 
 COLUMNS = (
     "parameter", "m", "n", "n_examples", "n_columns", "n_positions", "target", "approximation",
