@@ -1,4 +1,4 @@
-"""Which ages of bases and roots a run saw, and what they cost, from tables with known ages."""
+"""Which staleness a run saw, and what it cost, from tables with known ages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import kronecker_probe as kp
+from kronecker_probe.findings.codes import Code, Remedy
 
 Row = dict[str, Any]
 
@@ -33,41 +34,43 @@ def run_of(
     return rows
 
 
-def findings(rows: list[Row]) -> dict[str, kp.Finding]:
+SEEN = (Code.STALENESS_UNSEEN, Code.STALENESS_COST, Code.STALENESS_FREE)
+
+
+def findings(rows: list[Row]) -> dict[Code, kp.Finding]:
     columns = ["approximation", "index", "note", "kind"]
     table = pd.DataFrame(rows)
     found = kp.diagnose(table.reindex(columns=[*table, *(set(columns) - set(table))]))
-    return {one.subject: one for one in found if one.subject in ("ages not seen", "cost of age")}
+    return {one.code: one for one in found if one.code in SEEN}
 
 
 @pytest.mark.parametrize("age", [0, 3])
 def test_probes_in_step_with_the_refreshes_see_nothing_of_age(age: int) -> None:
     ages = {step + age: age for step in (20, 40, 80)}
     found = findings(run_of(ages, 10, dict.fromkeys(ages, 0.0)))
-    assert set(found) == {"ages not seen"}
-    one = found["ages not seen"]
-    assert one.message == (
-        f"no probe found fc more than {age} steps after a refresh, and there is one about every 10 "
-        "steps: what age costs in between was not seen"
-    )
-    assert "another 'every'" in one.advice
+    assert set(found) == {Code.STALENESS_UNSEEN}
+    one = found[Code.STALENESS_UNSEEN]
+    assert one.evidence == {"age": age, "period": 10}
+    assert one.remedy == Remedy.PROBE_ELSEWHERE
+    assert one.details["layers"] == ["fc"]
 
 
 def test_layers_that_are_refreshed_in_turn_have_each_their_age() -> None:
     rows = run_of({20: 0, 40: 0, 80: 0}, 10, layer="a") + run_of({20: 3, 40: 3, 80: 3}, 10)
-    message = findings(rows)["ages not seen"].message
-    assert "no probe found a and fc more than 3 steps after a refresh" in message
+    one = findings(rows)[Code.STALENESS_UNSEEN]
+    assert one.details["layers"] == ["a", "fc"]
+    assert one.evidence["age"] == 3
 
 
 def test_a_last_probe_out_of_step_does_not_hide_that_old_ones_were_not_seen() -> None:
     ages = {20: 0, 40: 0, 41: 1}
-    assert set(findings(run_of(ages, 10, dict.fromkeys(ages, 0.0)))) == {"ages not seen"}
+    assert set(findings(run_of(ages, 10, dict.fromkeys(ages, 0.0)))) == {Code.STALENESS_UNSEEN}
 
 
 def test_the_oldest_age_alone_is_enough() -> None:
     ages = {29: 9, 49: 9, 89: 9}
     found = findings(run_of(ages, 10, dict.fromkeys(ages, 0.03)))
-    assert set(found) == {"cost of age"}
+    assert set(found) == {Code.STALENESS_COST}
 
 
 def test_a_refresh_in_every_step_leaves_nothing_unseen() -> None:
@@ -80,37 +83,34 @@ def test_tests_that_found_no_refresh_needed_count_as_looks() -> None:
     rows = run_of({10: 0, 40: 0, 80: 0}, 40, {10: 0.0, 40: 0.0, 80: 0.0})
     rows += [{"parameter": "fc", "step": step, "metric": "tests", "index": 0, "value": step // 5}
              for step in (10, 40, 80)]  # fmt: skip
-    assert "about every 5 steps" in findings(rows)["ages not seen"].message
+    assert findings(rows)[Code.STALENESS_UNSEEN].evidence["period"] == 5
 
 
 def test_the_largest_cost_of_age_is_told_with_its_age() -> None:
     first = run_of({11: 1, 25: 5, 39: 9}, 10, {11: 0.0, 25: 0.04, 39: 0.02}, "a")
     second = run_of({11: 1, 25: 5, 39: 9}, 10, {11: -0.1, 25: 0.05, 39: 0.143}, "b")
-    one = findings(first + second)["cost of age"]
-    assert one.message == (
-        "age costs at most 0.143 of squared error, at 9 steps without a refresh (b, step 39; ages "
-        "up to 9 were seen)"
-    )
-    assert "basis.frequency" in one.advice
+    one = findings(first + second)[Code.STALENESS_COST]
+    assert (one.details["layer"], one.details["step"]) == ("b", 39)
+    assert one.remedy == Remedy.REFRESH
     assert one.evidence == {"cost": 0.143, "age": 9.0, "oldest": 9.0}
 
 
 def test_a_negligible_cost_is_told_up_to_the_oldest_age() -> None:
-    one = findings(run_of({11: 1, 27: 7}, 10, {11: 0.0, 27: 0.001}))["cost of age"]
-    assert "nothing that shows, up to the 7 steps without a refresh" in one.message
-    assert "would not help" in one.advice
+    one = findings(run_of({11: 1, 27: 7}, 10, {11: 0.0, 27: 0.001}))[Code.STALENESS_FREE]
+    assert one.evidence == {"cost": 0.001, "oldest": 7}
+    assert one.remedy == Remedy.NO_REFRESH
 
 
 def test_costs_that_are_within_the_statistics_are_no_costs_of_age() -> None:
     costs = {11: math.nan, 27: math.nan}
     assert findings(run_of({11: 1, 27: 7}, 10, costs)) == {}
     assert set(findings(run_of({20: 0, 40: 0}, 10, {20: math.nan, 40: math.nan}))) == {
-        "ages not seen"
+        Code.STALENESS_UNSEEN
     }
 
 
-@pytest.mark.parametrize(("every", "subject"), [(4, "ages not seen"), (3, "cost of age")])
-def test_of_a_real_run(every: int, subject: str) -> None:
+@pytest.mark.parametrize("every", [4, 3])
+def test_of_a_real_run(every: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     inputs, targets = torch.randn(40, 5), torch.randint(0, 3, (40,))
@@ -125,6 +125,5 @@ def test_of_a_real_run(every: int, subject: str) -> None:
         loss_fn(model(inputs), targets).backward()
         tracker.step()
         optimizer.step()
-    subjects = {one.subject for one in kp.diagnose(tracker.table)}
-    assert subject in subjects
-    assert not {"ages not seen", "cost of age"} - {subject} & subjects
+    (code,) = {one.code for one in kp.diagnose(tracker.table)} & set(SEEN)
+    assert (code == Code.STALENESS_UNSEEN) == (every == 4)

@@ -138,6 +138,7 @@ OPTIONS = {
         "--set": "basis.tolerance=0.1",
         "--precondition-frequency": "Steps between refreshes",
         "--probes": "robed steps",
+        "--probe-offset": "all probes but the first and last are moved",
         "--probe-size": "Data in the fixed probe set",
         "--spacing": "more of them early in the run",
         "--target": "track only). Default: the workload's",
@@ -224,7 +225,7 @@ def test_help_fits_80_columns_and_cuts_no_word(
 # ---------------------------------------------------------------- track
 
 
-def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Path, str]) -> None:
+def test_track_writes_a_run_and_prints_table_findings_and_paths(run: tuple[Path, str]) -> None:
     out, printed = run
     store = RunStore.open(out)
     assert store.status == "done"
@@ -242,9 +243,9 @@ def test_track_writes_a_run_and_prints_table_conclusions_and_paths(run: tuple[Pa
         order = ["optimal", "shampoo-squared", "kfac", "shampoo", "eigen-corrected", "diagonal"]
         assert row.split()[1:7] == [f"{values[name]:.3f}" for name in order]
         assert len(row.split()) == 7
-        assert f"- {layer}: at step 4" in printed
     for path in (*(store.figures / name for name in FIGURES), store.report):
         assert str(path) in printed
+    assert "\nFindings\n" in printed
     assert "probes at steps 0, 4 (2)" in printed
     assert "test accuracy 0." in printed
     assert "(step 0)" in printed  # the step that the accuracy is of

@@ -12,7 +12,8 @@ from rich.console import Console
 from kronecker_probe.cli import terminal
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.plots.comparison import plot_comparison
-from kronecker_probe.report.comparison_page import Comparison, Timing, summarize, write_comparison
+from kronecker_probe.report.comparison import Comparison, Timing
+from kronecker_probe.report.comparison_page import summarize, write_comparison
 from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import frame, quality
 
@@ -44,7 +45,7 @@ def title_of(rows: pd.DataFrame, failed: tuple[str, ...] = ()) -> str:
 def test_few_layers_have_a_panel_each_and_many_share_one() -> None:
     few = plot_comparison(numbers(3), figure=Figure())
     assert [ax.get_title(loc="left") for ax in few[1:]] == [
-        f"live cosine to H: {k}.weight" for k in range(3)
+        f"cosine to H in use: {k}.weight" for k in range(3)
     ]
     many = plot_comparison(numbers(6), figure=Figure())
     assert len(many) == 2

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import kronecker_probe as kp
+from kronecker_probe.findings.codes import Remedy
 from kronecker_probe.optim import KroneckerOptimizer
 from kronecker_probe.optim.presets import PRESETS
 from kronecker_probe.tracking.optimizer_state.factors import factor_rows, inside_rows
@@ -246,10 +247,9 @@ def test_amplified_junk_is_told_with_an_epsilon() -> None:
     rows += [inside("factor_suggested_epsilon", 2.5e-6), inside("factor_rank", 6.0)]
     one = finding(rows)[JUNK]
     assert one.parameter == "fc"
-    assert "40 % of the directions of the right factor" in one.message
-    assert "60 times" in one.message
-    assert "2.5e-06" in one.advice
-    assert one.evidence["suggested_epsilon"] == 2.5e-6
+    assert one.evidence == {"share": 0.4, "amplification": 60, "suggested_epsilon": 2.5e-6}
+    assert one.remedy == Remedy.RAISE_EPSILON
+    assert list(one.details["sides"]) == [1]
     assert JUNK not in finding([*rows[:2], rows[3]])
     for place, mild in ((0, 0.05), (1, 3.0)):
         weak = [row | {"value": mild} if k == place else row for k, row in enumerate(rows)]
@@ -270,11 +270,9 @@ def amplified(epsilon: float, side: int = 1, layer: str = "fc") -> list[dict[str
 
 def test_both_factors_of_a_layer_are_one_finding_with_the_larger_epsilon() -> None:
     one = finding([*amplified(2.5e-6, 0), *amplified(4e-5, 1)])[JUNK]
-    assert "of the left factor and 40 % of the directions of the right factor" in one.message
-    assert "60 and 60 times" in one.message
-    assert "an epsilon (spectrum.epsilon) of 4.0e-05" in one.advice
-    assert "from an amplification of about 2 down nothing more is to be asked for" in one.advice
-    assert "one per parameter group" in one.advice
+    assert list(one.details["sides"]) == [0, 1]
+    assert one.evidence["suggested_epsilon"] == 4e-5
+    assert one.details["group"] == (1, "fc", 4e-5)
 
 
 def test_one_epsilon_serves_all_layers_of_a_group() -> None:
@@ -288,21 +286,22 @@ def test_one_epsilon_serves_all_layers_of_a_group() -> None:
     )
     found = [one for one in kp.diagnose(table) if one.subject == JUNK]
     assert len(found) == 2
-    assert [("7.0e-04 for b, serves all 2 layers" in one.advice) for one in found] == [True, False]
+    assert [one.details.get("group") for one in found] == [(2, "b", 7e-4), None]
 
 
 def test_no_larger_epsilon_is_asked_for_where_damping_costs_already() -> None:
     rows = [*amplified(2.5e-6), inside("in_use_damping", 0.3) | {"index": pd.NA}]
     one = finding(rows)[JUNK]
-    assert "damping costs 0.300 of squared error already" in one.advice
+    assert (one.remedy, one.details["damping"]) == (Remedy.KEEP_EPSILON, 0.3)
     assert "suggested_epsilon" not in one.evidence
 
 
 def test_a_basis_far_off_is_told_with_its_step() -> None:
     rows = [inside("basis_off_diagonal", value, step, 0) for step, value in ((0, 0.8), (5, 0.3))]
-    assert "held basis" not in finding(rows)
-    one = finding([*rows, inside("basis_off_diagonal", 0.62, 9, 0)])["held basis"]
-    assert one.level == "warning"
-    assert "left factor is far off since step 9 (off-diagonal share 0.62)" in one.message
+    assert "basis in use" not in finding(rows)
+    one = finding([*rows, inside("basis_off_diagonal", 0.62, 9, 0)])["basis in use"]
+    assert (one.level, one.remedy) == ("warning", Remedy.REFRESH)
+    assert one.evidence == {"off_diagonal": 0.62, "since": 9}
+    assert list(one.details["sides"]) == [0]
     late = [inside("basis_off_diagonal", 0.7, step, 0) for step in (5, 9)]
-    assert "since step 5" in finding(late)["held basis"].message
+    assert finding(late)["basis in use"].evidence["since"] == 5

@@ -1,4 +1,4 @@
-"""What is said of the operator that an optimizer really holds, from tables with known answers."""
+"""What is found of the preconditioner in use, from tables with known answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import kronecker_probe as kp
+from kronecker_probe.findings.codes import Code, Remedy
 from kronecker_probe.optim.presets import PRESETS
 
 Row = dict[str, Any]
 STEP = 9
-OWN = "the optimizer's own P"
+OWN = "in-use"
 PRODUCTS = {"optimal": 0.95, "shampoo-squared": 0.945}
 # 1 - .3^2 = .91, of which .1 is the best product's own (1 - .95^2 = .0975)
 LIVE = 0.3
@@ -29,7 +30,7 @@ SPLITS = {
                    "in_use_staleness": 0.01},
     "damping": {"in_use_fresh": 0.1, "in_use_statistics": 0.21, "in_use_damping": 0.6,
                 "in_use_staleness": 0.0},
-    "age": {"in_use_fresh": 0.1, "in_use_statistics": 0.31, "in_use_damping": -0.1,
+    "staleness": {"in_use_fresh": 0.1, "in_use_statistics": 0.31, "in_use_damping": -0.1,
             "in_use_staleness": 0.6},
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ def diagnose(rows: Sequence[Row]) -> kp.Diagnosis:
 
 def own(rows: Sequence[Row]) -> list[kp.Finding]:
     """The findings about what is held."""
-    return [one for one in diagnose(rows) if OWN in one.subject]
+    return [one for one in diagnose(rows) if one.code.startswith(OWN)]
 
 
 def both(held: float = LIVE, layer: str = "fc", **more: Any) -> list[Row]:
@@ -73,14 +74,10 @@ def both(held: float = LIVE, layer: str = "fc", **more: Any) -> list[Row]:
 
 def test_what_is_far_below_the_best_product_is_told_without_a_rule() -> None:
     (one,) = own(both(0.041))
-    assert one.level == "warning"
-    assert one.message.startswith(
-        "the optimizer's own P (live) has a cosine of 0.041 ± 0.002, where the best Kronecker "
-        "product has 0.950 ± 0.002; what its rule, batches, labels, averaging, damping and age "
-        "cost each is not known"
-    )
-    assert "target='trajectory'" in one.advice
-    assert one.evidence["gap"] == pytest.approx(0.909)
+    assert (one.level, one.code) == ("warning", Code.IN_USE_UNEXPLAINED)
+    assert one.remedy == Remedy.TARGET_TRAJECTORY
+    assert one.evidence == pytest.approx({"gap": 0.909, "in-use": 0.041})
+    assert one.details["short"].than == "optimal"
 
 
 @pytest.mark.parametrize(("held", "level"), [(0.3, "warning"), (0.6, "notice"), (0.93, None)])
@@ -92,12 +89,10 @@ def test_nothing_is_good_where_the_live_operator_is_far() -> None:
     rows = both(0.041) + both(0.94, "other")
     found = diagnose(rows)
     of_layer = {one.parameter: one for one in found if one.subject == "distance to the optimum"}
-    assert of_layer["fc"].level == "notice"
-    assert of_layer["fc"].message.endswith("but the optimizer's own P (live) is not it")
+    assert (of_layer["fc"].level, of_layer["fc"].code) == ("notice", Code.CLOSE_NOT_IN_USE)
     assert of_layer["other"].level == "good"
     run = next(one for one in found if one.subject == "worst approximated layers")
-    assert run.level == "notice"
-    assert run.message.endswith("but the optimizer's own P (live) is not it at fc")
+    assert (run.level, run.code, run.details["worse"]) == ("notice", Code.FORM_FITS, ["fc"])
     assert not [one for one in found if one.level == "good" and one.parameter != "other"]
     fine = diagnose(both(0.94) + both(0.94, "other"))
     assert {one.level for one in fine} == {"good"}
@@ -108,15 +103,15 @@ def test_the_worst_layer_comes_first() -> None:
     found = own([row for layer, value in held.items() for row in both(value, layer)])
     assert [one.parameter for one in found] == ["b", "c", "a"]
     lines = str(diagnose([row for layer, value in held.items() for row in both(value, layer)]))
-    assert lines.splitlines()[1].startswith("[warning] b: the optimizer's own P")
+    assert lines.splitlines()[1].startswith("[warning] b: ")
 
 
-OPTIONS = {
-    "rule": "Shampoo² has 0.945 here (preset ShampooSquared)",
-    "blocks": "shapes.block_size",
-    "statistics": "they average batches at earlier weights with training labels",
-    "damping": "spectrum.epsilon",
-    "age": "basis.frequency",
+CODES = {
+    "rule": (Code.IN_USE_RULE, Remedy.ANOTHER_RULE),
+    "blocks": (Code.IN_USE_BLOCKS, Remedy.LARGER_BLOCKS),
+    "statistics": (Code.IN_USE_STATISTICS, Remedy.OTHER_STATISTICS),
+    "damping": (Code.IN_USE_DAMPING, Remedy.LOWER_EPSILON),
+    "staleness": (Code.IN_USE_STALENESS, Remedy.REFRESH),
 }
 
 
@@ -128,11 +123,10 @@ def test_the_dominant_cause_is_named_with_its_size_and_its_option(cause: str) ->
     metric = max(split, key=lambda name: split[name])
     # of the rule only what it adds to the error of the best product, 1 - .95^2
     size = split[metric] - (0.0975 if metric == "in_use_fresh" else 0.0)
-    assert f"its {cause} cost" in one.message
-    assert f" most, {size:.3f} of its squared error of 0.910, then " in one.message
-    assert OPTIONS[cause] in one.advice
+    assert (one.code, one.remedy) == CODES[cause]
     assert one.evidence[metric] == pytest.approx(size)
-    assert "what its rule, batches" not in one.message
+    assert one.details["split"].total == pytest.approx(0.91)
+    assert cause != "rule" or one.details["preset"][::2] == ("shampoo-squared", "ShampooSquared")
     assert one.level == ("notice" if cause == "statistics" else "warning")
 
 
@@ -143,8 +137,7 @@ def test_a_split_with_an_unknown_part_names_no_cause() -> None:
         if row["metric"] == "in_use_fresh":
             row["value"] = math.nan
     (one,) = own(rows)
-    assert "of its squared error" not in one.message
-    assert "spectrum.epsilon" not in one.advice
+    assert one.code == Code.IN_USE_UNEXPLAINED
 
 
 def test_subjects_differ_by_cause_so_that_alike_layers_are_alike() -> None:
@@ -160,8 +153,9 @@ def test_the_rule_is_dominant_only_beyond_the_best_product() -> None:
     rows = rows_of(cosines) + rows_of(cosines, kind="plugin")
     split = {"in_use_fresh": 0.55, "in_use_blocking": 0.2}
     (one,) = own([*rows, *inside(split)])
-    assert "its blocks cost most, 0.200 of its squared error of 0.750" in one.message
-    assert "its rule 0.040" in one.message
+    assert one.code == Code.IN_USE_BLOCKS
+    assert one.evidence["in_use_blocking"] == pytest.approx(0.2)
+    assert one.evidence["in_use_fresh"] == pytest.approx(0.04)
 
 
 def test_no_preset_is_named_that_fits_no_better() -> None:
@@ -172,12 +166,13 @@ def test_no_preset_is_named_that_fits_no_better() -> None:
         {"in_use_fresh": 0.64, "in_use_damping": 0.27}
     )  # its rule has .6, as Shampoo has
     (one,) = own(rows)
-    assert one.advice == "another preset; of the rules measured here none fits better"
+    assert (one.remedy, one.details["preset"]) == (Remedy.ANOTHER_RULE, None)
 
 
 def test_statistics_of_kfac_and_of_the_trajectory() -> None:
     rows = [*both(), *inside(SPLITS["statistics"])]
     (plain,) = own(rows)
+    assert plain.remedy == Remedy.OTHER_STATISTICS
     assert "target='trajectory' scores it" in plain.advice
     assert "sampling()" not in plain.advice
     (kfac,) = own([*rows, follows("kfac")])
@@ -186,27 +181,30 @@ def test_statistics_of_kfac_and_of_the_trajectory() -> None:
     assert run.advice == "betas[1] sets how far back they reach"
 
 
-def test_the_age_of_bases_within_the_statistics_is_said() -> None:
+def test_the_staleness_of_bases_within_the_statistics_is_known() -> None:
     split = SPLITS["statistics"] | {"in_use_staleness": math.nan}
     (one,) = own([*both(), *inside(split)])
-    assert "its statistics and the age of its bases cost most, 0.600" in one.message
+    assert one.details["split"].with_staleness
+    assert one.evidence["in_use_statistics"] == pytest.approx(0.6)
 
 
 def test_a_side_without_a_factor_is_said() -> None:
     rows = both() + inside({"factor_rank": 4.0}, index=1)
     (one,) = own(rows)
-    assert "it preconditions the right side alone" in one.message
-    assert "shapes.max_dim" in one.advice
+    assert (one.code, one.remedy) == (Code.IN_USE_BLOCKS, Remedy.BOTH_SIDES)
+    assert one.details["side"] == 1
     (one,) = own([*rows, *inside({"factor_rank": 4.0}, index=0)])
-    assert "alone" not in one.message
+    assert one.code == Code.IN_USE_UNEXPLAINED
 
 
 def test_without_an_optimum_its_own_rule_judges() -> None:
     rows = rows_of({"diagonal": 0.2, "in-use": 0.5}, kind="plugin")
     rows += inside({"in_use_fresh": 0.19, "in_use_damping": 0.56})
     (one,) = own([*rows, follows("shampoo")])
-    assert "where its own rule (Shampoo) on the draws of H has 0.900" in one.message
-    assert "its damping costs 0.560 of its squared error of 0.750" in one.message
+    assert one.code == Code.IN_USE_DAMPING
+    assert (one.details["short"].than, one.details["rule"]) == ("own", "shampoo")
+    assert one.details["short"].better.value == pytest.approx(0.9)
+    assert one.evidence == pytest.approx({"gap": 0.4, "in-use": 0.5, "in_use_damping": 0.56})
     close = rows_of({"diagonal": 0.2, "in-use": 0.89}, kind="plugin")
     assert own([*close, *inside({"in_use_fresh": 0.19, "in_use_damping": 0.018})]) == []
 
@@ -215,8 +213,8 @@ def test_a_known_rule_that_is_held_as_it_is_costs_what_the_rule_costs() -> None:
     """No split, as of a run of an older version: live is Shampoo, which is .2 below."""
     cosines = PRODUCTS | {"shampoo": 0.75, "in-use": 0.74}
     (one,) = own([*rows_of(cosines), *rows_of(cosines, kind="plugin"), follows("shampoo")])
-    assert "that is its rule, Shampoo" in one.message
-    assert "ShampooSquared" in one.advice
+    assert (one.code, one.details["rule"]) == (Code.IN_USE_RULE, "shampoo")
+    assert one.details["preset"][2] == "ShampooSquared"
 
 
 def test_plug_in_numbers_of_few_draws_are_judged_beyond_their_noise() -> None:
@@ -230,7 +228,7 @@ def test_plug_in_numbers_of_few_draws_are_judged_beyond_their_noise() -> None:
     assert own(rows(0.8, 0.97))
     assert own(rows(0.8, 0.86)) == []
     found = {one.subject for one in diagnose(rows(0.1, None))}
-    assert "too few draws" in found
+    assert "too few gradient samples" in found
 
 
 def test_vectors_have_no_best_product_to_be_below() -> None:
@@ -266,18 +264,18 @@ def run_of(name: str, **options: Any) -> kp.Diagnosis:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "options", "code", "remedy"),
     [
-        ("shampoo", {"shapes": {"block_size": 4}}, "its blocks cost"),
-        ("shampoo-squared", {"epsilon": 30.0}, "its damping costs"),
-        ("soap", {"shapes": {"max_dim": 13}}, "preconditions the right side alone"),
-        ("inverse-free-shampoo", {}, "cost each is not known"),
-        ("torch", {}, "cost each is not known"),
+        ("shampoo", {"shapes": {"block_size": 4}}, *CODES["blocks"]),
+        ("shampoo-squared", {"epsilon": 30.0}, *CODES["damping"]),
+        ("soap", {"shapes": {"max_dim": 13}}, Code.IN_USE_BLOCKS, Remedy.BOTH_SIDES),
+        ("inverse-free-shampoo", {}, Code.IN_USE_UNEXPLAINED, Remedy.TARGET_TRAJECTORY),
+        ("torch", {}, Code.IN_USE_UNEXPLAINED, Remedy.TARGET_TRAJECTORY),
     ],
 )
-def test_of_real_optimizers(name: str, options: dict[str, Any], words: str) -> None:
+def test_of_real_optimizers(name: str, options: dict[str, Any], code: Code, remedy: Remedy) -> None:
     found = run_of(name, **options)
-    (one,) = [one for one in found if OWN in one.subject]
-    assert words in one.message
+    (one,) = [one for one in found if one.code.startswith(OWN)]
+    assert (one.code, one.remedy) == (code, remedy)
     assert one.parameter == "0.weight"
     assert not [one for one in found if one.level == "good"]

@@ -24,16 +24,11 @@ from sklearn.isotonic import IsotonicRegression
 
 from kronecker_probe import plots
 from kronecker_probe.errors import InvalidInputError, UnknownNameError
-from kronecker_probe.findings import headlines as told_by
+from kronecker_probe.findings.codes import Code
 from kronecker_probe.findings.diagnose import diagnose
-from kronecker_probe.findings.headlines import (
-    conclusions,
-    gaps,
-    headline,
-    spectrum_headline,
-    training_headline,
-)
+from kronecker_probe.findings.headlines import headline, spectrum_headline, training_headline
 from kronecker_probe.plots.panels import STYLES, apart, style
+from kronecker_probe.table.optimum_gaps import gaps
 from kronecker_probe.table.read import (
     LABELS,
     first_shares,
@@ -45,7 +40,6 @@ from kronecker_probe.table.read import (
 )
 from tests.synthetic_tables import (
     APPROXIMATIONS,
-    NO_LIVE,
     estimated,
     frame,
     probe,
@@ -86,74 +80,21 @@ def title(axes: np.ndarray) -> str:
     return " ".join(axes[0].figure.get_suptitle().split())
 
 
-# ---------------------------------------------------------------- conclusions
+# ---------------------------------------------------------------- titles
 
 
-def test_conclusion_of_a_layer_in_full() -> None:
-    cosines = {"optimal": 0.931, "shampoo-squared": 0.926, "kfac": 0.912, "shampoo": 0.829,
-               "eigen-corrected": 0.945, "diagonal": 0.4, "in-use": 0.81}  # fmt: skip
-    table = frame(quality(0, "0.weight", {"optimal": 0.97}) + quality(40, "0.weight", cosines))
-    assert conclusions(table) == [
-        "0.weight: at step 40 Shampoo² comes within 0.005 of the best Kronecker product "
-        "(cosine 0.931; 0.970 at step 0), K-FAC within 0.019, Shampoo within 0.102; correcting the "
-        "eigenvalues gives 0.945, beyond any Kronecker product; the optimizer's live "
-        "preconditioner is at 0.810, far below the best product."
-    ]
-
-
-def test_conclusion_of_one_shot_names_no_step() -> None:
-    table = frame(quality(0, "a", {"optimal": 0.9, "kfac": 0.8})).drop(columns="step")
-    assert conclusions(table) == [
-        "a: K-FAC comes within 0.100 of the best Kronecker product (cosine 0.900)."
-    ]
-
-
-@pytest.mark.parametrize(
-    ("cosines", "sentence"),
-    [
-        ({"optimal": 0.9}, "a: at step 7 the best Kronecker product has cosine 0.900."),
-        (
-            {"kfac": 0.8, "diagonal": 0.3},
-            "a: at step 7 K-FAC has cosine 0.800, diagonal has cosine 0.300.",
-        ),
-        (
-            {"optimal": 0.9, "eigen-corrected": 0.88},
-            "a: at step 7 the best Kronecker product has cosine 0.900; "
-            "correcting the eigenvalues gives 0.880.",
-        ),
-        ({"optimal": NAN, "in-use": NAN}, "a: at step 7 every cosine is undefined (H = 0)."),
-    ],
-)
-def test_conclusions_of_incomplete_layers(cosines: dict[str, float], sentence: str) -> None:
-    rows = quality(7, "a", cosines)
-    for row in rows:
-        row["note"] = NO_LIVE if row["approximation"] == "in-use" else "H = 0"
-    assert conclusions(frame(rows)) == [sentence]
-
-
-def test_conclusions_tell_errors_and_what_they_cannot_tell_apart() -> None:
+def test_titles_show_errors_and_claim_nothing_within_them() -> None:
     cosines = {"optimal": 0.93, "shampoo-squared": 0.934, "kfac": 0.92, "eigen-corrected": 0.95}
     rows = estimated("a", cosines, stderr=0.008)
-    for row in rows:
-        if row["approximation"] == "eigen-corrected":
-            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
-    (sentence,) = conclusions(frame(rows))
-    assert sentence == (
-        "a: at step 0 Shampoo² is indistinguishable from the best Kronecker product (difference "
-        "-0.004 ± 0.008; cosine 0.930 ± 0.008); how far K-FAC is cannot be told from this sample "
-        "(difference 0.010 ± 0.008); correcting the eigenvalues gives 0.950 (bracket 0.934 to "
-        "0.966)."  # its bracket overlaps the interval of the optimum
-    )
     assert headline(frame(rows)) == (
-        "Shampoo² is indistinguishable from the optimal Kronecker product (difference -0.004 ± "
-        "0.008) (population estimates)"
+        "Shampoo² is indistinguishable from the optimum (difference -0.004 ± 0.008) (population "
+        "estimates)"
     )
     above = headline(frame(estimated("a", {"optimal": 0.9, "kfac": 0.93}, stderr=0.008)))
     assert "indistinguishable" in above
     assert "(difference -0.030 ± 0.008)" in above
     plugin = frame([row for row in rows if row["kind"] == "plugin"])
-    assert "± " not in conclusions(plugin)[0]  # the sample's own numbers have no error
-    assert "indistinguishable" not in headline(plugin)
+    assert "indistinguishable" not in headline(plugin)  # the sample's own numbers have no error
 
 
 def bracketed(layer: str, optimal: tuple[float, float], rule: tuple[float, float],
@@ -166,36 +107,14 @@ def bracketed(layer: str, optimal: tuple[float, float], rule: tuple[float, float
     return rows
 
 
-def test_titles_and_sentences_refuse_what_diagnose_refuses() -> None:
+def test_titles_refuse_what_diagnose_refuses() -> None:
     table = frame(bracketed("a", (0.62, 0.78), (0.61, 0.758)))
-    (refused,) = [one for one in diagnose(table) if one.subject == "distance to the optimum"]
+    (refused,) = [one for one in diagnose(table) if one.code == Code.UNCERTAIN]
     assert refused.level == "abstained"
-    told = "0.016 in [-0.138, 0.170]"
-    assert told in refused.message
     assert headline(table) == (
-        "How far Shampoo² is from the optimal Kronecker product cannot be told from this sample "
-        f"(difference {told}) (population estimates)"
+        "How far Shampoo² is from the optimum is too uncertain to judge (difference "
+        f"{refused.details['gaps']['shampoo-squared']}) (population estimates)"
     )
-    assert conclusions(table) == [
-        "a: at step 0 how far Shampoo² is from the best Kronecker product cannot be told from "
-        f"this sample (difference {told}; cosine 0.700 (bracket 0.620 to 0.780))."
-    ]
-
-
-@pytest.mark.parametrize("others", [True, False])
-def test_sentences_in_plug_in_numbers_say_so_where_estimates_abstain(others: bool) -> None:
-    rows = estimated("a", {"optimal": 0.93, "kfac": 0.9}, stderr=0.01)
-    for row in rows:
-        if row["kind"] == "population":
-            row |= {"value": NAN, "stderr": None, "low": None, "high": None}
-    if others:
-        rows += estimated("b", {"optimal": 0.93, "kfac": 0.85}, stderr=0.001)
-    first, *rest = conclusions(frame(rows))
-    assert first == (
-        "a: at step 0 in plug-in numbers, as the estimates abstain, K-FAC comes within 0.030 of "
-        "the best Kronecker product (cosine 0.910)."
-    )
-    assert [one for one in rest if "plug-in" in one] == []
 
 
 def test_a_headline_claims_no_layer_in_which_the_sample_cannot_tell() -> None:
@@ -203,8 +122,8 @@ def test_a_headline_claims_no_layer_in_which_the_sample_cannot_tell() -> None:
              if row["kind"] == "population"]  # fmt: skip
     table = frame(bracketed("a", (0.62, 0.78), (0.61, 0.758)) + clear)
     assert headline(table) == (
-        "Shampoo² is within 0.040 ± 0.004 of the optimal Kronecker product where this sample can "
-        "tell, which it cannot in 1 of 2 layers (a) (population estimates)"
+        "Shampoo² is within 0.040 ± 0.004 of the optimum, but 1 of 2 layers are too uncertain to "
+        "judge (a) (population estimates)"
     )
 
 
@@ -216,8 +135,8 @@ def test_a_headline_that_holds_in_no_layer_throughout_says_only_that() -> None:
             error = 0.004 if step == clear else 0.03
             rows += estimated(layer, {"optimal": 0.9, "shampoo-squared": 0.89}, error, step)
     assert headline(frame(rows)) == (
-        "How far Shampoo² stays from the optimal Kronecker product cannot be told from this "
-        "sample throughout the run in any of 2 layers (population estimates)"
+        "How far Shampoo² stays from the optimum is too uncertain to judge at some steps of each "
+        "of 2 layers (population estimates)"
     )
 
 
@@ -225,12 +144,11 @@ def test_a_headline_that_holds_in_no_layer_throughout_says_only_that() -> None:
 @hypothesis.given(st.floats(-0.1, 0.3), st.floats(1e-4, 0.1))
 def test_a_gap_is_told_with_its_error_or_not_at_all(gap: float, stderr: float) -> None:
     table = frame(estimated("a", {"optimal": 0.6, "kfac": 0.6 - gap}, stderr))
-    (sentence,) = conclusions(table)
     unclear = gap - 2 * stderr < 0 and gap + 2 * stderr > 0.02
     edge = min(abs(gap - 2 * stderr), abs(gap + 2 * stderr - 0.02)) < 1e-9
     hypothesis.assume(not edge)
-    assert ("cannot be told" in sentence) == ("cannot be told" in headline(table)) == unclear
-    assert "±" in sentence.split("cosine")[0]
+    assert ("too uncertain" in headline(table)) == unclear
+    assert "±" in headline(table)
     level = {one.level for one in diagnose(table) if one.subject == "distance to the optimum"}
     assert not unclear or level == {"abstained"}
 
@@ -242,10 +160,7 @@ def test_vectors_are_counted_and_drawn_only_where_asked_for() -> None:
         rows += [row | narrow for row in spectrum(0, name, [1.0], 1.0)]
     table = frame(rows + spectrum(0, "w", [3.0, 1.0], 4.0))
     remark = "2 vectors left out, where the optimal Kronecker product is H"
-    sentence, counted = conclusions(table)
-    assert sentence.startswith("w: ")
-    assert counted == f"{remark}."
-    assert headline(table) == "K-FAC is within 0.100 of the optimal Kronecker product"
+    assert headline(table) == "K-FAC is within 0.100 of the optimum"
     for plot in (plots.plot_trajectory, plots.plot_ladder, plots.plot_spectrum):
         axes = plot(table, figure=Figure())
         assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["w"]
@@ -255,29 +170,21 @@ def test_vectors_are_counted_and_drawn_only_where_asked_for() -> None:
         assert "left out" not in title(asked)
     alone = table[table["parameter"] == "bias"]  # with nothing else there is nothing to leave out
     assert len(plots.plot_ladder(alone, figure=Figure())) == 1
-    assert conclusions(alone)[0].startswith("bias: ")
 
 
 @pytest.mark.parametrize(
-    ("undefined", "told"),
-    [
-        ([4], "a: at step 2 the best Kronecker product has cosine 0.900; 0.900 at step 0; "
-              "at step 4 every cosine is undefined (H = 0)."),
-        ([0], "a: at step 4 the best Kronecker product has cosine 0.900; 0.900 at step 2; "
-              "at step 0 every cosine is undefined (H = 0)."),
-        ([0, 4], "a: at step 2 the best Kronecker product has cosine 0.900; "
-                 "at steps 0 and 4 every cosine is undefined (H = 0)."),
-        ([0, 2, 4], "a: at every step every cosine is undefined (H = 0)."),
-    ],
-)  # fmt: skip
-def test_conclusions_say_at_which_steps_cosines_are_undefined(
-    undefined: list[int], told: str
+    ("undefined", "steps"), [([4], [4]), ([0], [0]), ([0, 2], [0, 2]), ([0, 2, 4], [0, 2, 4])]
+)
+def test_findings_say_at_which_steps_cosines_are_undefined(
+    undefined: list[int], steps: list[int]
 ) -> None:
     rows = []
     for step in (0, 2, 4):
         note = {"note": "H = 0"} if step in undefined else {}
         rows += quality(step, "a", {"optimal": NAN if note else 0.9}, **note)
-    assert conclusions(frame(rows)) == [told]
+    (one,) = diagnose(frame(rows))
+    assert one.code == (Code.UNDEFINED if 4 in undefined else Code.UNDEFINED_AT_STEPS)
+    assert (one.details["at"], one.details["reason"]) == (steps, "H = 0")
 
 
 @hypothesis.given(st.sets(st.integers(0, 30), min_size=1), st.sets(st.integers(0, 30)))
@@ -297,20 +204,15 @@ def test_steps_told_name_no_step_that_is_not_meant(some: set[int], others: set[i
 
 def test_held_out_numbers_alone_are_shown_and_named() -> None:
     rows = [row | {"kind": "held-out"} for row in quality(0, "a", {"optimal": 0.9, "kfac": 0.8})]
-    assert headline(frame(rows)) == (
-        "K-FAC is within 0.100 of the optimal Kronecker product (held-out estimates)"
-    )
+    assert headline(frame(rows)) == ("K-FAC is within 0.100 of the optimum (held-out estimates)")
     assert scores(frame(rows)).loc[(0, "a"), "kfac"] == 0.8
 
 
-def test_conclusions_keep_the_order_of_the_layers(table: pd.DataFrame) -> None:
+def test_panels_keep_the_order_of_the_layers() -> None:
     shuffled = run_table(["z", "a", "m"], [0, 20])
-    assert [sentence.split(":")[0] for sentence in conclusions(shuffled)] == ["z", "a", "m"]
     for plot in (plots.plot_trajectory, plots.plot_ladder, plots.plot_spectrum):
         panels = plot(shuffled, figure=Figure())
         assert [ax.get_title(loc="left").split()[0] for ax in panels] == ["z", "a", "m"]
-    assert len(conclusions(table)) == len(LAYERS)
-    assert conclusions(table.iloc[:0]) == []
 
 
 def test_headline_numbers_are_the_worst_over_layers_and_steps(table: pd.DataFrame) -> None:
@@ -324,8 +226,8 @@ def test_headline_numbers_are_the_worst_over_layers_and_steps(table: pd.DataFram
     closest = max(gap(*place, "shampoo-squared") for place in places)
     farthest, where = max((gap(*place, "shampoo"), place) for place in places)
     expected = (
-        f"Shampoo² stays within {math.ceil(closest * 1000) / 1000:.3f} of the optimal Kronecker "
-        f"product in every layer; Shampoo lags by up to {farthest:.3f} "
+        f"Shampoo² stays within {math.ceil(closest * 1000) / 1000:.3f} of the optimum in "
+        f"every layer; Shampoo differs by up to {farthest:.3f} "
         f"({where[1]}, step {where[0]})"
     )
     assert headline(part) == expected
@@ -348,7 +250,7 @@ def test_headline_says_where_values_are_undefined() -> None:
         0, "b", {"optimal": NAN, "kfac": NAN}
     )
     assert headline(frame(rows)) == (
-        "K-FAC is within 0.100 of the optimal Kronecker product in every layer where it is defined"
+        "K-FAC is within 0.100 of the optimum in every layer where it is defined"
     )
     assert headline(frame(rows[-8:])).startswith("No cosine similarity to H is defined")
 
@@ -857,12 +759,8 @@ def test_figures_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_titles_and_sentences_say_what_truncation_left_out() -> None:
+def test_titles_say_what_truncation_left_out() -> None:
     rows = quality(0, "a", {"optimal": 0.93, "shampoo-squared": 0.928}, target="trajectory")
-    whole = told_by.headline(frame(rows)), told_by.conclusions(frame(rows))[0]
+    assert "truncated" not in headline(frame(rows))
     dropped = {"step": 0, "parameter": "a", "metric": "dropped_energy", "value": 0.41}
-    table = frame([*rows, dropped])
-    told = told_by.headline(table), told_by.conclusions(table)[0]
-    for before, after in zip(whole, told, strict=True):
-        assert "truncated" not in before
-        assert "truncated by up to 41% of their energy" in after
+    assert "truncated by up to 41% of their energy" in headline(frame([*rows, dropped]))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from kronecker_probe.errors import RunDirectoryError
 from kronecker_probe.findings.diagnose import diagnose
-from kronecker_probe.findings.headlines import conclusions, headline
+from kronecker_probe.findings.headlines import headline
 from kronecker_probe.report.run_page import write_report
 from kronecker_probe.tracking.run_directory.store import RunStore
 from tests.synthetic_tables import NO_LIVE, estimated, frame, probe, quality, spectrum
@@ -129,7 +129,7 @@ def test_the_page_loads_nothing_and_holds_the_figures(page: Page, run: RunStore)
 def test_the_page_says_what_was_run_and_what_to_conclude(page: Page, run: RunStore) -> None:
     table = run.read()
     assert headline(table) in page.text
-    for sentence in conclusions(table):
+    for sentence in diagnose(table).summary():
         assert sentence in page.text
     assert "digits-mlp: how good is the Kronecker approximation?" in page.text
     assert "3 probed steps, 0 to 40" in page.text

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kronecker_probe as kp
+from kronecker_probe.findings.codes import Code, Remedy
 from kronecker_probe.quality.rows import COLUMNS
 
 Row = dict[str, object]
@@ -42,30 +43,26 @@ def test_the_worst_layers_are_ranked_by_their_cosine() -> None:
     tops = {"fc1": 0.95, "fc2": 0.62, "conv1": 0.71, "conv2": 0.85, "conv3": 0.8}
     rows = [row for name, top in tops.items() for row in layer(name, top)]
     one = diagnose(rows)["worst approximated layers"]
-    assert one.level == "notice"
-    assert one.message == (
-        "the Kronecker form fits worst at: fc2 (cosine 0.620 ± 0.020), then conv1 (cosine 0.710 ± "
-        "0.020), then conv3 (cosine 0.800 ± 0.020), and 1 more may lie under 0.9"
-    )
-    assert one.advice == "no rule measured clearly goes beyond it at fc2, conv1 and conv3"
-    assert one.evidence["fc2"] == 0.62
+    assert (one.level, one.code) == ("notice", Code.FORM_FITS_WORST)
+    assert one.remedy == Remedy.GO_BEYOND
+    assert one.evidence == {"fc2": 0.62, "conv1": 0.71, "conv3": 0.8}
+    assert len(one.details["ranked"]) == 4
+    assert one.details["helps"] == {"fc2": [], "conv1": [], "conv3": []}
 
 
 def test_what_would_help_the_worst_layers() -> None:
     rows = layer("a", 0.8, 0.002) + layer("b", 0.7, 0.002)
     extra = layer("b", 0.78, 0.002)[0] | {"approximation": "eigen-corrected"}
-    assert diagnose([*rows, extra])["worst approximated layers"].advice == (
-        "corrected eigenvalues (SOAP, EShampoo) would add to b, no rule measured clearly goes "
-        "beyond it at a"
-    )
+    one = diagnose([*rows, extra])["worst approximated layers"]
+    assert one.details["helps"] == {"b": [Code.EIGENVALUES], "a": []}
 
 
 def test_it_is_good_where_all_are_clearly_good() -> None:
     rows = layer("fc1", 0.97, 0.002) + layer("fc2", 0.94, 0.002)
     one = diagnose(rows)["worst approximated layers"]
-    assert one.level == "good"
-    assert "all 2 layers" in one.message
-    assert "fc2 worst (0.940 ± 0.002)" in one.message
+    assert (one.level, one.code) == ("good", Code.FORM_FITS)
+    assert one.evidence == {"fc2": 0.94, "fc1": 0.97}
+    assert one.details["count"] == 2
     unsure = diagnose(layer("fc1", 0.97, 0.002) + layer("fc2", 0.94, 0.03))
     assert unsure["worst approximated layers"].level == "notice"
 
@@ -75,12 +72,11 @@ def test_what_cannot_be_judged_is_not_ranked() -> None:
     vector = layer("v", 0.1, m=1)
     few = layer("few", 0.2, n_eff=12.0)
     sampled = layer("plug-in", 0.3, math.nan, kind="plugin")
-    message = diagnose([*rows, *vector, *few, *sampled])["worst approximated layers"].message
-    assert message.startswith("the Kronecker form fits worst at: b (")
-    assert not any(name in message for name in ("v (", "few (", "plug-in ("))
+    one = diagnose([*rows, *vector, *few, *sampled])["worst approximated layers"]
+    assert list(one.evidence) == ["b", "a"]
     assert "worst approximated layers" not in diagnose(layer("a", 0.8))
     exact = [row | {"target": "trajectory"} for row in sampled]
-    assert "plug-in (cosine 0.300)" in diagnose(rows + exact)["worst approximated layers"].message
+    assert diagnose(rows + exact)["worst approximated layers"].evidence["plug-in"] == 0.3
 
 
 def test_a_poor_rule_alone_is_no_bad_fit_of_the_form() -> None:
@@ -92,13 +88,14 @@ def test_a_poor_rule_alone_is_no_bad_fit_of_the_form() -> None:
     found = diagnose([alone("a", 0.5), alone("b", 0.98)])
     assert "worst approximated layers" not in found
     one = found["optimum not measured"]
-    assert "K-FAC at a (cosine 0.500 ± 0.002)" in one.message
-    assert one.advice == "measure 'optimal'"
+    assert one.evidence == {"a": 0.5}
+    assert one.details["ranked"][0][1] == "kfac"
+    assert one.remedy == Remedy.MEASURE_OPTIMAL
     good = diagnose([alone("a", 0.97), alone("b", 0.98)])
     assert good["worst approximated layers"].level == "good"
     both = diagnose([alone("a", 0.5), *layer("b", 0.6, 0.002)])
-    assert "fits worst at: b (" in both["worst approximated layers"].message
-    assert "at a (" in both["optimum not measured"].message
+    assert list(both["worst approximated layers"].evidence) == ["b"]
+    assert list(both["optimum not measured"].evidence) == ["a"]
 
 
 def test_only_the_last_step_counts() -> None:
@@ -117,11 +114,12 @@ def test_copies_are_told_once() -> None:
          "note": f"{count} of 256 data {COPIES}"}
         for name, count in (("a", 3), ("b", 7)) for metric in ("norm", "noise_floor")
     ]  # fmt: skip
-    one = diagnose(rows)["copies"]
-    assert one.level == "notice"
-    assert one.message == "in a and b, up to 7 of 256 data have the same gradients as another"
-    assert "measure each once" in one.advice
-    assert "copies" not in diagnose(layer("a", 0.8))
+    one = diagnose(rows)["repeated examples"]
+    assert (one.level, one.code) == ("notice", Code.REPEATED_EXAMPLES)
+    assert one.evidence == {"copies": 7}
+    assert one.details == {"layers": ["a", "b"], "examples": 256, "differ": True}
+    assert one.remedy == Remedy.MEASURE_ONCE
+    assert "repeated examples" not in diagnose(layer("a", 0.8))
 
 
 def test_copies_of_real_draws_are_seen() -> None:
@@ -130,8 +128,9 @@ def test_copies_of_real_draws_are_seen() -> None:
     d, a = torch.randn(256, 5), torch.randn(256, 4)
     d[1], a[1] = d[0], a[0]
     twice = kp.compare(kp.GradientSamples.from_factors(d, a), ["optimal", "shampoo-squared"])
-    found = {one.subject: one for one in kp.diagnose(twice)}
-    assert "in samples, 1 of 256 data" in found["copies"].message
+    found = {one.code: one for one in kp.diagnose(twice)}
+    assert found[Code.REPEATED_EXAMPLES].evidence == {"copies": 1}
+    assert found[Code.REPEATED_EXAMPLES].details["layers"] == ["samples"]
 
 
 def test_an_embedding_is_told_what_to_do_without_kfac() -> None:
@@ -139,12 +138,11 @@ def test_an_embedding_is_told_what_to_do_without_kfac() -> None:
     tokens, d = torch.randint(0, 9, (64, 3)), torch.randn(64, 3, 4)
     samples = kp.GradientSamples.from_embedding(tokens, d, 9)
     scores = kp.compare({"wte": samples}, ["optimal", "shampoo-squared", "kfac"])
-    one = {found.subject: found for found in kp.diagnose(scores)}["no factors"]
-    assert "K-FAC is not defined for wte" in one.message
-    assert "Shampoo²" in one.advice
-    assert "capture" not in str(one)
+    one = {found.code: found for found in kp.diagnose(scores)}[Code.KFAC_UNDEFINED]
+    assert one.details["layers"] == ["wte"]
+    assert one.remedy == Remedy.JUDGE_OTHER_RULES
     without = kp.compare({"wte": samples}, ["optimal", "shampoo-squared"])
-    assert "no factors" not in {found.subject for found in kp.diagnose(without)}
+    assert Code.KFAC_UNDEFINED not in {found.code for found in kp.diagnose(without)}
 
 
 # ---------------------------------------------------------------- no sampling error
@@ -158,46 +156,47 @@ def test_batch_gradients_are_judged_as_the_matrix_that_they_are() -> None:
     scores = kp.compare(batches, ["optimal", "shampoo-squared", "shampoo"])
     assert scores.table["note"].str.contains("no sampling error").any()
     found = kp.diagnose(scores)
-    assert "too few draws" not in {one.subject for one in found}
+    assert Code.TOO_FEW_SAMPLES not in {one.code for one in found}
     one = {finding.subject: finding for finding in found}["distance to the optimum"]
     assert one.level in ("good", "notice")
     values = scores.table[(scores.table["metric"] == "cosine") & scores.table["value"].notna()]
     values = values.set_index("approximation")["value"]
     assert one.evidence["gap"] == values["optimal"] - values["shampoo-squared"]
-    assert not any(word in one.message for word in ("±", "plug-in"))
+    assert one.evidence["stderr"] == 0
     alone = kp.diagnose(kp.compare(batches, ["optimal"], estimates="population"))
-    assert "no sampling error" in alone.findings[0].message
-    assert alone.findings[0].advice == "add the estimate 'plugin'"
+    assert (alone.findings[0].code, alone.findings[0].remedy) == (
+        Code.UNDEFINED, Remedy.ADD_PLUGIN,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- bad tables
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "evidence"),
     [
-        ([2.3, 1.0, math.nan, math.nan], "the train loss is not finite from step 20 on"),
-        ([2.3, math.inf], "the train loss is not finite from step 10 on"),
-        ([math.nan], "the train loss is not finite from step 0 on"),
-        ([2.3, 50.0], "the train loss went from 2.3 to 50"),
+        ([2.3, 1.0, math.nan, math.nan], {"since": 20}),
+        ([2.3, math.inf], {"since": 10}),
+        ([math.nan], {"since": 0}),
+        ([2.3, 50.0], {"first": 2.3, "last": 50}),
         ([math.nan, 2.0, 1.0], None),
         ([-4.0, -2.0, 1.0], None),  # of a loss that may be negative no ratio says anything
         ([0.0, 0.5], None),
     ],
 )
-def test_a_run_that_diverged(values: Sequence[float], told: str | None) -> None:
+def test_a_run_that_diverged(values: Sequence[float], evidence: dict[str, float] | None) -> None:
     found = diagnose([*layer("a", 0.8, step=0), *losses(values)], step=True)
-    assert ("divergence" in found) == (told is not None)
-    if told:
+    assert ("divergence" in found) == (evidence is not None)
+    if evidence is not None:
         assert found["divergence"].level == "warning"
-        assert told in found["divergence"].message
+        assert found["divergence"].evidence == evidence
 
 
 @pytest.mark.parametrize("step", [False, True])
 def test_an_empty_table_says_that_it_is(step: bool) -> None:
     found = diagnose([], step=step)
     assert set(found) == {"nothing to judge"}
-    assert "no cosine" in str(found["nothing to judge"])
+    assert found["nothing to judge"].remedy == Remedy.MEASURE_COSINE
 
 
 def test_a_table_of_losses_alone() -> None:

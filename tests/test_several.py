@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from kronecker_probe.cli.app import app
 from kronecker_probe.cli.several import _Clock
 from kronecker_probe.errors import RunDirectoryError
-from kronecker_probe.report.comparison_page import Comparison, Timing
+from kronecker_probe.report.comparison import Comparison, Timing
 from kronecker_probe.tracking.run_directory.store import RunStore
 from kronecker_probe.tracking.training import Progress
 from tests.undrawn import undrawn
@@ -121,7 +121,7 @@ def test_the_page_embeds_the_figure_and_leads_to_the_runs(compared: tuple[Path, 
     assert image is not None
     assert base64.b64decode(image[1]) == (out / "comparison.png").read_bytes()
     links = re.findall(r'href="([^"]+)"', page)
-    assert links == ["soap/report.html", "rmsprop/report.html"]
+    assert links == ["./soap/report.html", "./rmsprop/report.html"]
     assert all((out / link).is_file() for link in links)
 
 
@@ -137,7 +137,7 @@ def test_it_is_drawn_again_from_what_is_stored(copied: Path) -> None:
     (copied / "comparison.json").write_text("{}")
     broken = invoke("report", copied)
     assert broken.exit_code == USAGE
-    assert "comparison.json cannot be read" in broken.output
+    assert "comparison.json is damaged" in broken.output
 
 
 def test_runs_that_are_there_are_not_touched_without_a_word(copied: Path, workload: str) -> None:

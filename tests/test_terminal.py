@@ -170,7 +170,7 @@ def test_a_run_ends_with_at_most_five_findings(
         rows += quality(0, f"layer{number}", cosines, target="trajectory")
     lines = printed(frame(rows), monkeypatch, capsys)
     told = lines[lines.index("Findings") + 1 :]
-    assert told[0].startswith("- layer1: the optimizer's own P (live) has a cosine of 0.100")
+    assert told[0].startswith("- layer1: the optimizer's own P has a cosine of 0.100")
     assert told[0].endswith("(and 1 more: layer0).")
     assert len([line for line in told if line.startswith("- ")]) == len(told) <= 5
     more = [
@@ -192,8 +192,10 @@ def test_a_run_ends_with_at_most_five_findings(
     assert "more: kp.diagnose, or the report" in told[5]
 
 
-def test_a_table_without_steps_has_no_findings_of_a_run(
+def test_a_table_without_steps_has_findings_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = frame(quality(0, "a", {"optimal": 0.95, "kfac": 0.94})).drop(columns="step")
-    assert "Findings" not in printed(rows, monkeypatch, capsys)
+    lines = printed(rows, monkeypatch, capsys)
+    (told,) = lines[lines.index("Findings") + 1 :]
+    assert told.startswith("- a: how far K-FAC is from the best Kronecker product")

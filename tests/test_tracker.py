@@ -378,6 +378,8 @@ def test_spread_is_even_with_both_ends(total: int, count: int, steps: list[int])
 def test_early_spacing_is_quadratic_with_both_ends() -> None:
     assert spread(100, 6, "early") == [0, 4, 16, 36, 64, 100]
     assert spread(10, 6, "early") == [0, 2, 4, 6, 10]  # 0.4 and 0 are one step
+    assert spread(100, 6, "early", 5) == [0, 9, 21, 41, 69, 100]
+    assert spread(10, 6, "even", 3) == [0, 5, 7, 9, 10]  # none beyond the end
     assert np.all(np.diff(spread(1000, 21, "early"), n=2) >= -1)  # gaps grow, up to rounding
     with pytest.raises(UnknownNameError, match="Did you mean 'early'"):
         spread(10, 3, "earl")

@@ -109,6 +109,15 @@ def track(
     spacing: Annotated[
         Spacing, typer.Option(help="Probed steps: more of them early in the run, or even.")
     ] = Spacing.EARLY,
+    probe_offset: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Steps by which all probes but the first and last are moved, to fall between "
+            "refreshes.",
+        ),
+    ] = 0,
     probe_size: ProbeSizeOption = 200,
     target: TargetOption = None,
     label_draws: LabelDrawsOption = 1,
@@ -153,6 +162,7 @@ def track(
                 settings=_settings(settings, precondition_frequency),
                 probes=probes,
                 spacing=spacing.value,
+                probe_offset=probe_offset,
                 probe_size=probe_size,
                 target=target.value if target is not None else loaded.target,
                 layers=tuple(layers) if layers is not None else loaded.layers,
@@ -313,7 +323,7 @@ def report(
     """Redraw every figure and report.html of RUN from its stored table (needs no torch)."""
     with exit_codes():
         with usage_checked():
-            from kronecker_probe.report.comparison_page import Comparison
+            from kronecker_probe.report.comparison import Comparison
             from kronecker_probe.report.run_page import write_report
             from kronecker_probe.tracking.run_directory.store import RunStore
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.markup import escape
 
 from kronecker_probe.cli.interruption import ending, terminable
 from kronecker_probe.cli.terminal import errors
@@ -16,6 +15,7 @@ from kronecker_probe.errors import (
     MemoryBudgetError,
     RunDirectoryError,
 )
+from kronecker_probe.table.escaping import for_terminal
 
 DONE, FAILED, USAGE = 0, 1, 2
 
@@ -30,7 +30,7 @@ def exit_codes() -> Iterator[None]:
         errors.print("[yellow]Interrupted.[/] What had been stored is intact.")
         raise typer.Exit(ending(stop)) from None
     except KroneckerProbeError as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]Error:[/] {for_terminal(error)}", soft_wrap=True)
         raise typer.Exit(FAILED) from None
 
 
@@ -40,5 +40,5 @@ def usage_checked() -> Iterator[None]:
     try:
         yield
     except (InvalidInputError, RunDirectoryError, MemoryBudgetError) as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]Error:[/] {for_terminal(error)}", soft_wrap=True)
         raise typer.Exit(USAGE) from None

@@ -9,8 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from kronecker_probe.cli.interruption import resumable
 from kronecker_probe.cli.terminal import errors, progress_shown, show_probes
 from kronecker_probe.errors import (
@@ -26,8 +24,11 @@ from kronecker_probe.optim.build import (
     optimizer_names,
     settings_for,
 )
-from kronecker_probe.report.comparison_page import Comparison, Timing
+from kronecker_probe.report.comparison import Comparison, Timing
 from kronecker_probe.report.run_page import write_report
+from kronecker_probe.table.escaping import for_terminal
+from kronecker_probe.tracking.run_directory.files import remove_temporaries
+from kronecker_probe.tracking.run_directory.lock import Lock
 from kronecker_probe.tracking.run_directory.record import FILE, as_json
 from kronecker_probe.tracking.training import Progress, Training, TrainingOptions
 from kronecker_probe.workloads import Workload, load_workload
@@ -165,8 +166,11 @@ def track_several(
     Returns:
         The comparison, and the optimizers that diverged.
     """
+    if not Comparison.holds(directory):
+        Comparison(directory, {}).save()
+    held = hold(directory)  # to the end of this function
     # of runs from an earlier call, the times and the place in the comparison
-    kept = Comparison.open(directory).timings if Comparison.holds(directory) else {}
+    kept = Comparison.open(directory).timings
     diverged = []
     for one in options:
         fresh = overwrite or not (directory / one.optimizer / FILE).exists()
@@ -182,7 +186,7 @@ def track_several(
             overwrite=overwrite and (directory / one.optimizer).exists(),
             keep_checkpoints=keep_checkpoints,
         )
-        errors.print(f"[bold]{escape(one.optimizer)}[/]", highlight=False)
+        errors.print(f"[bold]{for_terminal(one.optimizer)}[/]", highlight=False)
         show_probes(training.probed)
 
         def save(timing: Timing, name: str = one.optimizer, past: Timing = before) -> None:
@@ -195,12 +199,26 @@ def track_several(
                 training.run(clock.then(show))
         except NonFiniteError as error:
             diverged.append(one.optimizer)
-            errors.print(f"[red]{escape(one.optimizer)}:[/] {escape(str(error))}", soft_wrap=True)
+            errors.print(
+                f"[red]{for_terminal(one.optimizer)}:[/] {for_terminal(error)}", soft_wrap=True
+            )
         finally:
             save(clock.timing())
         if training.store.steps():
             write_report(training.store.path)
+    del held
     return Comparison(directory, kept), diverged
+
+
+def hold(directory: Path) -> Lock:
+    """The lock of a comparison's directory, in which killed writers' files are then removed.
+
+    Raises:
+        RunDirectoryError: Another process writes to it.
+    """
+    lock = Lock(directory)
+    remove_temporaries(directory)
+    return lock
 
 
 class _Clock:

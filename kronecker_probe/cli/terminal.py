@@ -1,4 +1,4 @@
-"""What the command line prints: the progress bar, the table, the conclusions. No torch."""
+"""What the command line prints: the progress bar, the table, the findings. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pandas as pd
 from rich import progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from kronecker_probe.table.escaping import for_terminal
 from kronecker_probe.table.read import (
     KIND_NAMES,
     METRICS,
@@ -29,11 +29,11 @@ from kronecker_probe.table.read import (
 )
 
 if TYPE_CHECKING:
-    from kronecker_probe.report.comparison_page import Comparison
+    from kronecker_probe.report.comparison import Comparison
     from kronecker_probe.tracking.training import Progress
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 # Findings that are printed; the report has all.
 FINDINGS = 5
 # Column heads where the usual name would not fit 80 columns.
@@ -77,11 +77,10 @@ def _lines(steps: int) -> Callable[[Progress], None]:
         tenth = state.step * 10 // steps
         if tenth > told:
             told = tenth
-            errors.print(
+            show_line(
                 f"step {state.step} of {steps}, loss {state.loss:.4f}, "
                 f"test accuracy {_share(state)}, {time.monotonic() - started:.0f} s",
-                soft_wrap=True,
-                highlight=False,
+                errors,
             )
 
     return show
@@ -94,14 +93,19 @@ def _share(state: Progress) -> str:
     return f"{state.accuracy:.3f} (step {state.tested_at})"
 
 
+def show_line(text: str, to: Console | None = None) -> None:
+    """Print text as it is, on one line however long: no markup, no control characters."""
+    (to or console).print(for_terminal(text), soft_wrap=True, highlight=False)
+
+
 def show_probes(steps: Sequence[int]) -> None:
     """Say before a training starts which steps it will probe."""
     told = ", ".join(map(str, steps))
-    errors.print(f"probes at steps {told} ({len(steps)})", soft_wrap=True, highlight=False)
+    show_line(f"probes at steps {told} ({len(steps)})", errors)
 
 
 def show_run(directory: Path) -> None:
-    """Write figures and report of a stored run, and print tables, conclusions and paths."""
+    """Write figures and report of a stored run, and print tables, findings and paths."""
     from kronecker_probe.report.run_page import write_report
     from kronecker_probe.tracking.run_directory.store import RunStore
 
@@ -109,8 +113,8 @@ def show_run(directory: Path) -> None:
     store = RunStore.open(directory)
     show_table(store.read(strict=False), asked="metrics" in store.config)
     for figure in paths.figures:
-        console.print(f"figure  {escape(str(figure))}", soft_wrap=True, highlight=False)
-    console.print(f"report  {escape(str(paths.report))}", soft_wrap=True, highlight=False)
+        show_line(f"figure  {figure}")
+    show_line(f"report  {paths.report}")
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -125,12 +129,16 @@ def show_comparison(comparison: Comparison) -> None:
     ]
     _show_cells("Training", summary.head, summary.rows, ABOUT_RUNS)
     for name, why in summary.failures.items():
-        console.print(f"{escape(name)} failed: {escape(why)}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{for_terminal(name)} failed: {for_terminal(why)}", soft_wrap=True, highlight=False
+        )
     if layers:
         title = "Cosine to H at the last probed step"
         _show_cells(title, ("layer", *summary.layer_head), layers, ABOUT_LAYERS)
     for path in paths:
-        console.print(f"{path.suffix[1:]:<6}  {escape(str(path))}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{path.suffix[1:]:<6}  {for_terminal(path)}", soft_wrap=True, highlight=False
+        )
 
 
 def _show_cells(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], about: str) -> None:
@@ -140,7 +148,7 @@ def _show_cells(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
         2 + max(len(word) for word in (*name.split(), *(row[place] for row in rows)))
         for place, name in enumerate(head)
     ]
-    wide = Console(width=width)
+    wide = Console(width=width, emoji=False)
     wide.print(f"[bold]{title}[/]", highlight=False)
     for turn, places in enumerate(_split(sizes, width)):
         if turn:
@@ -154,7 +162,7 @@ def _show_cells(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
             align: Literal["left", "right"] = "left" if left else "right"
             shown.add_column(name, justify=align, no_wrap=whole, overflow="fold")
         for row in rows:
-            shown.add_row(*(escape(row[place]) for place in places))
+            shown.add_row(*(for_terminal(row[place]) for place in places))
         wide.print(shown, highlight=False)
     wide.print(about, highlight=False)
 
@@ -171,14 +179,13 @@ def _split(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
-    """The numbers at the last probed step, a table a metric, and a sentence for each layer.
+    """The numbers at the last probed step, one table per metric, and the findings.
 
     Args:
         table: a measurement table.
         asked: whether the metrics were asked for by name: then all of them are printed, and
             otherwise the cosine alone.
     """
-    from kronecker_probe.findings.headlines import conclusions
     from kronecker_probe.table.read import at_step
 
     now = at_step(table, None)
@@ -191,24 +198,21 @@ def show_table(table: pd.DataFrame, *, asked: bool = False) -> None:
         title, shown, legend = _table(now, str(metric))
         # never narrower than its numbers need: rich would cut their last digits without a mark
         needed = Console(width=1000).measure(shown).minimum
-        wide = Console(width=max(console.width, 80, needed))
+        wide = Console(width=max(console.width, 80, needed), emoji=False)
         # not as rich's title and caption, which wrap at the width of a narrow table
         wide.print(title, shown, *legend, sep="\n", highlight=False)
-    for sentence in conclusions(table):
-        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
-    if last_step(table) is not None:
-        _show_findings(table)
+    _show_findings(table)
 
 
 def _show_findings(table: pd.DataFrame) -> None:
-    """A line a subject of the diagnosis of a run, the most urgent ones."""
+    """One line per code of the diagnosis, the most urgent ones."""
     from kronecker_probe.findings.diagnose import diagnose
 
-    sentences = diagnose(table).summary(("warning", "notice", "good"))
+    sentences = diagnose(table).summary()
     if sentences:
         console.print("[bold]Findings[/]")
     for sentence in sentences[:FINDINGS]:
-        console.print(f"- {escape(sentence)}", soft_wrap=True, highlight=False)
+        show_line(f"- {sentence}")
     if (more := len(sentences) - FINDINGS) > 0:
         console.print(f"  and {more} more: kp.diagnose, or the report", highlight=False)
 
@@ -232,29 +236,31 @@ def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
     what = f"{what[:1].upper()}{what[1:]}" or metric
     title = f"{what}{'' if step is None else f' at step {step}'}"
     about = _data_told(rows)
-    title = f"[bold]{escape(f'{title}: {_kinds_told(rows, kinds)}{about}')}[/]"
+    title = f"[bold]{for_terminal(f'{title}: {_kinds_told(rows, kinds)}{about}')}[/]"
     shown = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("layer", overflow="fold", min_width=8)
     for name in names:
-        shown.add_column(HEADS.get(name) or short(name), justify="right", no_wrap=True)
+        shown.add_column(
+            HEADS.get(name) or for_terminal(short(name)), justify="right", no_wrap=True
+        )
     if floors:
         shown.add_column("floor", justify="right", no_wrap=True)
     for parameter in rows["parameter"].unique():
         of = [row for row in records if row["parameter"] == parameter]
         floor = [floors.get(parameter, "-")] if floors else []
         if len(kinds) > 1:
-            shown.add_row(escape(str(parameter)))
+            shown.add_row(for_terminal(parameter))
         for kind in kinds:
             cells = {row["approximation"]: _cell(row) for row in of if row["kind"] == kind}
             if len(kinds) > 1 and set(cells.values()) <= {"-"}:
                 continue  # all abstain
-            head = KIND_NAMES[kind] if len(kinds) > 1 else escape(str(parameter))
+            head = KIND_NAMES[kind] if len(kinds) > 1 else for_terminal(parameter)
             beside = floor if kind == "plugin" else [""] * len(floor)
             shown.add_row(head, *(cells.get(name, "-") for name in names), *beside)
     legend = _legend(records, kinds, bool(floors))
     if metric not in METRICS:
         legend.append("of the sample matrix only: this metric has no population or held-out form")
-    return title, shown, [escape(line) for line in legend + absent]
+    return title, shown, [for_terminal(line) for line in legend + absent]
 
 
 def _defined(rows: pd.DataFrame, names: list[str]) -> tuple[list[str], list[str]]:

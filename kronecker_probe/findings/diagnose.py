@@ -1,8 +1,8 @@
-"""Findings with evidence and advice, read off a measurement table; no torch.
+"""The engine: facts of each layer, findings by subject, and the words for them; no torch.
 
-Every statement is about a difference between two numbers of one layer, and is made only where
-that difference stands clear of its own uncertainty. Otherwise the finding abstains and says how
-many data would settle it.
+Every statement is about a difference between two numbers of one layer, and is made only where that
+difference stands clear of its own uncertainty (``gates``). Otherwise the finding abstains and says
+how many examples would settle it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.findings.factors import factor_findings
-from kronecker_probe.findings.finding import LEVELS, Diagnosis
-from kronecker_probe.findings.fit import LayerFindings
-from kronecker_probe.findings.optimizer_state import worst_first
-from kronecker_probe.findings.refresh_age import age_findings
-from kronecker_probe.findings.run import run_findings
+from kronecker_probe.findings.distance import beyond, distance, exponent, scale
+from kronecker_probe.findings.factors import factors
+from kronecker_probe.findings.facts import LayerFacts
+from kronecker_probe.findings.finding import LEVELS, Diagnosis, Finding
+from kronecker_probe.findings.gates import judged, undefined_steps
+from kronecker_probe.findings.in_use import in_use, worst_first
+from kronecker_probe.findings.run import run
+from kronecker_probe.findings.staleness import staleness
+from kronecker_probe.findings.words.phrase import phrased
 
 
 def diagnose(scores: Any) -> Diagnosis:
@@ -31,12 +34,38 @@ def diagnose(scores: Any) -> Diagnosis:
     Returns:
         The findings, of the last step of each layer; those that the data cannot support are
         "abstained". Which steps those are is in ``at``. "good" is only what is close to the best
-        Kronecker product where that is itself close to H, and what the optimizer of a run really
-        holds is not clearly worse.
+        Kronecker product where that is itself close to H, and where the preconditioner in use is
+        not clearly worse.
 
     Raises:
         InvalidInputError: ``scores`` is no such table.
     """
+    table = _table(scores)
+    rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
+    layers = [LayerFacts(table, str(name)) for name in rows["parameter"].dropna().unique()]
+    held = {layer.name: in_use(layer) for layer in layers}
+    found = run(table, layers, [name for name, one in held.items() if one is not None])
+    found += worst_first(held.values()) + staleness(layers)
+    found += [one for layer in layers for one in _of_layer(layer, held[layer.name] is not None)]
+    found += factors(layers)
+    ranked = sorted(found, key=lambda one: LEVELS.index(one.level))
+    at = _steps({one.last for one in layers}) if "step" in table else ""
+    return Diagnosis(tuple(phrased(one) for one in ranked), at)
+
+
+def _of_layer(layer: LayerFacts, in_use_is_worse: bool) -> list[Finding]:
+    if abstained := judged(layer):
+        return [abstained]
+    return [
+        *distance(layer, in_use_is_worse),
+        *beyond(layer),
+        *exponent(layer),
+        *scale(layer),
+        *undefined_steps(layer),
+    ]
+
+
+def _table(scores: Any) -> pd.DataFrame:
     table = getattr(scores, "table", scores)
     needed = {"metric", "parameter", "approximation", "value"}
     if not isinstance(table, pd.DataFrame) or not needed <= set(table):
@@ -47,20 +76,8 @@ def diagnose(scores: Any) -> Diagnosis:
             f"diagnose got a {type(scores).__name__}{lacks}; give the Scores of kp.compare, or the "
             "measurement table of a run."
         )
-    if "index" not in table:  # of singular values, which a table may lack
-        table = table.assign(index=math.nan)
-    rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
-    layers = [LayerFindings(table, str(name)) for name in rows["parameter"].dropna().unique()]
-    found = run_findings(table, layers)
-    found += worst_first(layers)
-    if "step" in table:
-        found += age_findings(table, layers)
-    found += [finding for layer in layers for finding in layer.findings()]
-    if "step" in table:
-        found += factor_findings((one.name, one.rows, one.last) for one in layers)
-    order = {level: place for place, level in enumerate(LEVELS)}
-    ranked = tuple(sorted(found, key=lambda one: order[one.level]))
-    return Diagnosis(ranked, _steps({one.last for one in layers}) if "step" in table else "")
+    # the index of singular values may be lacking
+    return table if "index" in table else table.assign(index=math.nan)
 
 
 def _steps(last: set[int]) -> str:

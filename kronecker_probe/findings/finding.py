@@ -1,17 +1,19 @@
-"""What a finding is."""
+"""What a finding is, and how several of them are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import pandas as pd
 
+from kronecker_probe.findings.codes import Code, Remedy
+
 LEVELS = ("warning", "notice", "good", "abstained")
-# Of alike findings, those that are printed in full, and the layers that are named after them.
+# Of findings with one code, those that are printed in full, and how many layers are named then.
 IN_FULL, NAMED = 2, 12
-# Those that a sentence of a summary names.
+# Layers that a sentence of a summary names.
 SENTENCE = 4
 
 
@@ -22,19 +24,28 @@ class Finding:
 
     Attributes:
         level: "warning" (act), "notice" (worth knowing), "good", or "abstained".
+        code: What it says; a stable name, documented in ``docs/findings.md``.
         parameter: The layer; None for the whole run.
-        subject: What it is about, for example "distance to the optimum".
-        message: The statement with its numbers.
-        advice: What to do; empty where nothing is to be done.
         evidence: The numbers that it rests on.
+        remedy: What to do, as a code; ``Remedy.NONE`` where nothing is to be done.
+        message: The statement with its numbers.
+        advice: What to do, in words; empty where nothing is to be done.
+        details: What the words need besides the evidence: names, and numbers with their errors.
     """
 
     level: str
+    code: Code
     parameter: str | None
-    subject: str
-    message: str
-    advice: str = ""
     evidence: Mapping[str, float] = field(default_factory=dict)
+    remedy: Remedy = Remedy.NONE
+    message: str = ""
+    advice: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def subject(self) -> str:
+        """What it is about, for example "distance to the optimum"."""
+        return self.code.subject
 
     def __str__(self) -> str:
         where = f"{self.parameter}: " if self.parameter else ""
@@ -63,39 +74,40 @@ class Diagnosis:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a finding."""
-        columns = ["level", "parameter", "subject", "message", "advice"]
+        """One row per finding."""
+        columns = ["level", "code", "parameter", "subject", "message", "advice"]
         rows = [[getattr(one, name) for name in columns] for one in self.findings]
         return pd.DataFrame(rows, columns=columns)
 
     def summary(self, levels: Sequence[str] = LEVELS) -> list[str]:
-        """One sentence a subject: the first finding, and how many layers have the like.
+        """One sentence per code: the first finding, and which other layers have it.
 
         Args:
             levels: The levels to include.
         """
-        groups: dict[tuple[str, str], list[Finding]] = {}
-        for one in self.findings:
-            if one.level in levels:
-                groups.setdefault((one.level, one.subject), []).append(one)
         sentences = []
-        for first, *others in groups.values():
+        for first, *others in self._alike(levels):
             more = f" (and {_more(others, [first], SENTENCE)})" if others else ""
             sentences.append(f"{str(first).removesuffix('.')}{more}.")
         return sentences
 
     def __str__(self) -> str:
-        """A line a finding; of alike ones of many layers the first two, and the others by name."""
-        groups: dict[tuple[str, str], list[Finding]] = {}
-        for one in self.findings:
-            groups.setdefault((one.level, one.subject), []).append(one)
+        """One line per finding; of many with one code the first two, and the others by name."""
         lines = [f"Judged at {self.at}:"] if self.at else []
-        for (level, subject), alike in groups.items():
+        for alike in self._alike(LEVELS):
             shown = alike if len(alike) <= IN_FULL + 1 else alike[:IN_FULL]
-            lines += [f"[{level}] {one}" for one in shown]
+            lines += [f"[{one.level}] {one}" for one in shown]
             if others := alike[len(shown) :]:
-                lines.append(f"[{level}] {subject}: likewise in {_more(others, shown, NAMED)}.")
+                about = f"[{others[0].level}] {others[0].subject}"
+                lines.append(f"{about}: likewise in {_more(others, shown, NAMED)}.")
         return "\n".join(lines)
+
+    def _alike(self, levels: Sequence[str]) -> list[list[Finding]]:
+        groups: dict[tuple[str, Code], list[Finding]] = {}
+        for one in self.findings:
+            if one.level in levels:
+                groups.setdefault((one.level, one.code), []).append(one)
+        return list(groups.values())
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False)
@@ -103,7 +115,7 @@ class Diagnosis:
 
 def _more(others: Sequence[Finding], shown: Sequence[Finding], limit: int) -> str:
     """How many more layers there are, and which, each once."""
-    told = {one.parameter for one in shown}
+    known = {one.parameter for one in shown}
     names = list(dict.fromkeys(one.parameter or "the run" for one in others))
-    names = [name for name in names if name not in told] or names
+    names = [name for name in names if name not in known] or names
     return f"{len(names)} more: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)

@@ -1,213 +1,138 @@
-"""What the numbers of all layers together say; no torch."""
+"""What the numbers of all layers together say, and what was not measured."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from kronecker_probe.findings.codes import Code, Remedy
+from kronecker_probe.findings.distance import GOOD, best_product, helps
+from kronecker_probe.findings.facts import (
+    OPTIMAL,
+    LayerFacts,
+    asked_for,
+    lacks_kfac_factors,
+    repeated,
+)
 from kronecker_probe.findings.finding import Finding
-from kronecker_probe.findings.fit import GOOD, NOT_HELD, LayerFindings
-from kronecker_probe.table.numbers import Number, listed
-from kronecker_probe.table.read import label
 
 # A loss this many times its first value is a diverged run.
 DIVERGED = 3.0
-# Layers that a sentence names.
-NAMED = 3
-# How the note of a norm begins whose data repeat: how many do, and of how many.
-_COPIES = r"(\d+) of (\d+) (?:data|examples) have the same gradients"
-# How that of a K-FAC begins that has no factors.
-_NO_FACTORS = r"^K-FAC\S* needs"
+# Layers whose numbers are evidence.
+WORST = 3
 
 
-def run_findings(table: pd.DataFrame, layers: Sequence[LayerFindings]) -> list[Finding]:
-    """All of them.
+def run(table: pd.DataFrame, layers: Sequence[LayerFacts], worse: Sequence[str]) -> list[Finding]:
+    """All findings about a run as a whole.
 
     Args:
         table: The measurement.
-        layers: What is known of each layer of it that has cosines.
+        layers: The facts of each layer of it that has cosines.
+        worse: The layers whose preconditioner in use is clearly behind.
     """
-    found = _training(table) + _copies(table) + _skipped(table)
+    found = _training(table) + _repeated(table) + _skipped(table)
     if not layers:
-        message = "the table holds no cosine of an approximation, so that no quality is judged"
-        advice = "measure 'cosine' of at least one layer"
-        return [*found, Finding("abstained", None, "nothing to judge", message, advice)]
-    return found + _worst(layers) + _vectors(layers) + _without_factors(layers)
+        nothing = Finding("abstained", Code.NOTHING_TO_JUDGE, None, remedy=Remedy.MEASURE_COSINE)
+        return [*found, nothing]
+    return found + _worst(layers, worse) + _named(layers)
 
 
 def _training(table: pd.DataFrame) -> list[Finding]:
     """A loss that is not finite, or far above where it began."""
     if "step" not in table:
         return []
-    advice = "the run diverged: lower the learning rate before reading anything else"
     for metric in ("train_loss", "probe_loss"):
         rows = table[table["metric"] == metric].sort_values("step")
-        if rows.empty:
+        values = rows.set_index("step")["value"].astype("float64")
+        if values.empty:
             continue
-        steps, values = rows["step"].tolist(), rows["value"].astype("float64").tolist()
-        loss = metric.replace("_", " ")
-        finite = [place for place, value in enumerate(values) if math.isfinite(value)]
-        since = finite[-1] + 1 if finite else 0
-        if since < len(values):
-            message = f"the {loss} is not finite from step {steps[since]} on"
-            evidence = {"since": float(steps[since])}
-            return [Finding("warning", None, "divergence", message, advice, evidence)]
-        first, last = values[finite[0]], values[-1]
-        if first > 0 and last > DIVERGED * first:
-            message = f"the {loss} went from {first:.3g} to {last:.3g}"
-            evidence = {"first": first, "last": last}
-            return [Finding("warning", None, "divergence", message, advice, evidence)]
+        finite = values[values.map(math.isfinite)]
+        after = values.loc[values.index > finite.index[-1]] if len(finite) else values
+        if len(after):
+            evidence, code = {"since": float(after.index[0])}, Code.LOSS_NOT_FINITE
+        elif finite.iloc[0] > 0 and values.iloc[-1] > DIVERGED * finite.iloc[0]:
+            evidence = {"first": float(finite.iloc[0]), "last": float(values.iloc[-1])}
+            code = Code.LOSS_GREW
+        else:
+            continue
+        remedy, details = Remedy.LOWER_LEARNING_RATE, {"metric": metric}
+        return [Finding("warning", code, None, evidence, remedy, details=details)]
     return []
 
 
-def _copies(table: pd.DataFrame) -> list[Finding]:
-    """Data that repeat, told once for all layers, each at its last step."""
+def _repeated(table: pd.DataFrame) -> list[Finding]:
+    """Examples that repeat, once for all layers, each at its last step."""
     rows = table[(table["metric"] == "norm") & table["parameter"].notna()]
-    if "note" not in rows or rows.empty:
-        return []
-    if "step" in rows:
+    if "step" in rows and len(rows):
         rows = rows[rows["step"] == rows.groupby("parameter")["step"].transform("max")]
-    found = [
-        (str(name), int(match[1]), int(match[2]))
-        for name, note in zip(rows["parameter"], rows["note"], strict=True)
-        if not pd.isna(note) and (match := re.match(_COPIES, str(note)))
-    ]
+    counts = {str(name): repeated(of) for name, of in rows.groupby("parameter", sort=False)}
+    found = {name: count for name, count in counts.items() if count is not None}
     if not found:
         return []
-    names = list(dict.fromkeys(name for name, _, _ in found))
-    _, copies, count = max(found, key=lambda one: one[1])
-    upto = "up to " if len({one for _, one, _ in found}) > 1 else ""
-    message = (
-        f"in {_shown(names)}, {upto}{copies} of {count} data have the same gradients as another"
-    )
-    advice = (
-        "if they are copies of it, measure each once: as independent draws they make the standard "
-        "errors too small"
-    )
-    return [Finding("notice", None, "copies", message, advice, {"copies": float(copies)})]
+    most = max(found.values(), key=lambda one: one[0])
+    several = len({copies for copies, _ in found.values()}) > 1
+    details = {"layers": list(found), "examples": most[1], "differ": several}
+    evidence, remedy = {"copies": float(most[0])}, Remedy.MEASURE_ONCE
+    return [Finding("notice", Code.REPEATED_EXAMPLES, None, evidence, remedy, details=details)]
 
 
 def _skipped(table: pd.DataFrame) -> list[Finding]:
-    rows = table[table["metric"] == "skipped"]
-    if "note" in rows:  # what nobody asked for is no news
-        rows = rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
+    """Parameters without any number, but for those that nobody asked for."""
+    rows = asked_for(table[table["metric"] == "skipped"])
     measured = table.loc[table["approximation"].notna(), "parameter"]
-    skipped = rows.loc[~rows["parameter"].isin(measured), "parameter"].dropna().unique()
-    if not len(skipped):
+    names = rows.loc[~rows["parameter"].isin(measured), "parameter"].dropna().unique().tolist()
+    if not names:
         return []
-    parameters = "parameter was" if len(skipped) == 1 else "parameters were"
-    shown = ", ".join(str(name) for name in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    message = f"{len(skipped)} {parameters} not measured ({shown})"
-    return [Finding("notice", None, "coverage", message, "their notes say why")]
+    details = {"layers": [str(name) for name in names]}
+    remedy = Remedy.READ_REASONS
+    return [Finding("notice", Code.NOT_MEASURED, None, remedy=remedy, details=details)]
 
 
-def _worst(layers: Sequence[LayerFindings]) -> list[Finding]:
+def _worst(layers: Sequence[LayerFacts], worse: Sequence[str]) -> list[Finding]:
     """Where one Kronecker product fits worst, in absolute terms."""
-    found = {one.name: best for one in layers if (best := one.best_product()) is not None}
-    if len(found) < 2:  # which one layer's own findings say
+    best = {layer.name: best_product(layer) for layer in layers}
+    known = [(name, *one) for name, one in best.items() if one is not None]
+    if len(known) < 2:  # which one layer's own findings say
         return []
-    ranked = sorted(
-        ((name, rule, number) for name, (rule, number) in found.items()),
-        key=lambda item: item[2].value,
-    )
-    subject = "worst approximated layers"
+    ranked = sorted(known, key=lambda item: item[2].value)
     if all(number.low >= GOOD for _, _, number in ranked):
-        name, _, number = ranked[0]
-        evidence = {name: number.value for name, _, number in ranked[:NAMED]}
-        message = (
-            f"the Kronecker form fits all {len(found)} layers that can be judged with a cosine of "
-            f"at least {GOOD:g}, {name} worst ({number})"
-        )
-        if held := [one.name for one in layers if one.live is not None]:
-            message += f", {NOT_HELD} at {_shown(held)}"
-        return [Finding("notice" if held else "good", None, subject, message, "", evidence)]
+        evidence = {name: number.value for name, _, number in ranked[:WORST]}
+        details = {"count": len(ranked), "worst": ranked[0], "least": GOOD, "worse": list(worse)}
+        level = "notice" if worse else "good"
+        return [Finding(level, Code.FORM_FITS, None, evidence, details=details)]
     under = [one for one in ranked if one[2].low < GOOD]
     # a rule's cosine is a lower bound of what the form can do: it proves a good fit, never a bad
-    poor = [(name, number) for name, rule, number in under if rule == "optimal"]
-    unknown = [one for one in under if one[1] != "optimal"]
-    return _fits_worst(subject, poor, layers) + _optimum_unknown(unknown)
+    poor = [one for one in under if one[1] == OPTIMAL]
+    unknown = [one for one in under if one[1] != OPTIMAL]
+    found = []
+    for code, remedy, some in (
+        (Code.FORM_FITS_WORST, Remedy.GO_BEYOND, poor),
+        (Code.OPTIMUM_NOT_MEASURED, Remedy.MEASURE_OPTIMAL, unknown),
+    ):
+        if some:
+            evidence = {name: number.value for name, _, number in some[:WORST]}
+            details = {"ranked": some, "shown": WORST, "least": GOOD}
+            if some is poor:
+                details["helps"] = _helps(layers, list(evidence))
+            found.append(Finding("notice", code, None, evidence, remedy, details=details))
+    return found
 
 
-def _fits_worst(
-    subject: str, poor: Sequence[tuple[str, Number]], layers: Sequence[LayerFindings]
-) -> list[Finding]:
-    """The layers whose best product is measured and not clearly good, the worst first."""
-    if not poor:
-        return []
-    evidence = {name: number.value for name, number in poor[:NAMED]}
-    message = f"the Kronecker form fits worst at: {_ranking(poor[:NAMED])}"
-    if len(poor) > NAMED:
-        message += f", and {len(poor) - NAMED} more may lie under {GOOD:g}"
-    shown = [name for name, _ in poor[:NAMED]]
-    helps = {one.name: one.helps() for one in layers if one.name in shown}
-    return [Finding("notice", None, subject, message, _remedies(shown, helps), evidence)]
+def _helps(layers: Sequence[LayerFacts], names: Sequence[str]) -> Mapping[str, Sequence[Code]]:
+    found = {layer.name: helps(layer) for layer in layers if layer.name in names}
+    return {name: found[name] for name in names}
 
 
-def _optimum_unknown(unknown: Sequence[tuple[str, str, Number]]) -> list[Finding]:
-    """Layers with a poor rule whose optimum was not measured."""
-    if not unknown:
-        return []
-    places = [f"{label(rule)} at {name} (cosine {number})" for name, rule, number in unknown]
-    more = f", and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    message = (
-        f"of the rules measured the best may lie under {GOOD:g}: "
-        f"{', then '.join(places[:NAMED])}{more}; how well any Kronecker product fits was not "
-        "measured"
-    )
-    evidence = {name: number.value for name, _, number in unknown[:NAMED]}
-    return [Finding("notice", None, "optimum not measured", message, "measure 'optimal'", evidence)]
-
-
-def _remedies(names: Sequence[str], helps: Mapping[str, Sequence[str]]) -> str:
-    """What goes beyond one Kronecker product, and where nothing does."""
-    means = dict.fromkeys(what for name in names for what in helps[name])
-    parts = [
-        f"{what} would add to {listed(n for n in names if what in helps[n])}" for what in means
-    ]
-    if none := [name for name in names if not helps[name]]:
-        parts.append(f"no rule measured clearly goes beyond it at {listed(none)}")
-    return ", ".join(parts)
-
-
-def _ranking(numbers: Sequence[tuple[str, Number]]) -> str:
-    return ", then ".join(f"{name} (cosine {number})" for name, number in numbers)
-
-
-def _vectors(layers: Sequence[LayerFindings]) -> list[Finding]:
-    names = [one.name for one in layers if one.is_vector and one.cosines]
-    if not names:
-        return []
-    are = "are vectors" if len(names) > 1 else "is a vector"
-    message = (
-        f"{_shown(names)} {are}, where the optimal product and Shampoo² are H itself, and their "
-        "cosine of 1 says nothing"
-    )
-    return [Finding("notice", None, "vectors", message)]
-
-
-def _without_factors(layers: Sequence[LayerFindings]) -> list[Finding]:
-    """Layers whose draws carry no inputs and output gradients, as those of an embedding."""
-    names = [one.name for one in layers if _lacks_factors(one.now)]
-    if not names:
-        return []
-    message = (
-        f"K-FAC is not defined for {_shown(names)}, whose draws hold no layer inputs: those of "
-        "an embedding are tokens, and others were given or kept as matrices"
-    )
-    advice = "judge Shampoo² or the optimal product there, which need the gradients alone"
-    return [Finding("notice", None, "no factors", message, advice)]
-
-
-def _lacks_factors(rows: pd.DataFrame) -> bool:
-    if "note" not in rows:
-        return False
-    notes = rows.loc[rows["value"].isna(), "note"].astype("string").fillna("")
-    return bool(notes.str.contains(_NO_FACTORS).any())
-
-
-def _shown(names: Sequence[object]) -> str:
-    shown = [str(name) for name in names[:NAMED]]
-    return listed([*shown, f"{len(names) - NAMED} more"] if len(names) > NAMED else shown)
+def _named(layers: Sequence[LayerFacts]) -> list[Finding]:
+    """Vectors, and layers without K-FAC's factors, as an embedding is."""
+    found = []
+    if names := [one.name for one in layers if one.is_vector and one.cosines]:
+        found.append(Finding("notice", Code.VECTORS, None, details={"layers": names}))
+    if names := [one.name for one in layers if lacks_kfac_factors(one.now)]:
+        found.append(
+            Finding("notice", Code.KFAC_UNDEFINED, None, remedy=Remedy.JUDGE_OTHER_RULES,
+                    details={"layers": names})
+        )  # fmt: skip
+    return found

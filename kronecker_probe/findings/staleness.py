@@ -1,91 +1,98 @@
-"""How far what an optimizer holds is behind the rule that it follows; no torch."""
+"""What staleness costs along a run, as far as the probes saw it, for all layers together."""
 
 from __future__ import annotations
 
-import re
-from typing import Any, final
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
+from kronecker_probe.findings.codes import Code, Remedy
+from kronecker_probe.findings.facts import LayerFacts
 from kronecker_probe.findings.finding import Finding
-from kronecker_probe.table.read import label
+from kronecker_probe.findings.split import STALENESS
+from kronecker_probe.table.numbers import CLOSE
 
-# A preconditioner behind its own fresh factors by more than this is stale.
-STALE = 0.05
-# The note of the tracker's row that names the rule.
-_RULE = re.compile(r"^live follows (\S+)")
-
-
-def followed_rule(rows: pd.DataFrame) -> str:
-    """The approximation that the live operator follows; empty if unknown.
-
-    Args:
-        rows: Of one parameter and step.
-    """
-    if "note" not in rows:
-        return ""
-    notes = [str(note) for note in rows.loc[rows["metric"] == "in_use_rule", "note"].dropna()]
-    match = _RULE.match(notes[-1]) if notes else None
-    return match[1] if match else ""
+# Less than this of the squared error is nothing.
+NEGLIGIBLE = 0.005
 
 
-@final
-class Staleness:
-    """The lag of one parameter's live operator behind the same rule on fresh statistics.
+@dataclass(frozen=True)
+class Ages:
+    """How stale the preconditioner of one parameter was at the probes.
 
-    Only against the rule that the optimizer follows is a difference one of age and damping;
-    where the table does not name it, nothing is said.
-
-    Args:
-        parameter: Whose.
-        rows: Of it, at all steps.
-        last: The step that is judged.
-        noise: How far off the cosines may be.
+    Attributes:
+        name: The parameter.
+        ages: Steps since the last refresh or test, of the oldest part, by step.
+        period: Steps from one refresh or test to the next, on average; NaN if unknown.
+        costs: What staleness adds to the squared error, by step; empty where that is not known.
     """
 
-    def __init__(self, parameter: str, rows: pd.DataFrame, last: int, noise: float) -> None:
-        self.parameter = parameter
-        self.rows = rows
-        self.last = last
-        self.limit = STALE + noise
+    name: str
+    ages: pd.Series[float]
+    period: float
+    costs: pd.Series[float]
 
-    def findings(self, draws: str) -> list[Finding]:
-        """One, or none.
+    @staticmethod
+    def of(rows: pd.DataFrame, name: str) -> Ages:
+        """Read off the rows of one parameter."""
+        events = pd.concat([_by_step(rows, "refreshes"), _by_step(rows, "tests")])
+        counts = events.groupby(level=0).max()
+        ages, costs = _by_step(rows, "steps_since_refresh"), _by_step(rows, STALENESS)
+        return Ages(name, ages, _period(counts), costs[costs.index.isin(ages.index)])
 
-        Args:
-            draws: What the target is made of.
-        """
-        rule = followed_rule(self.rows[self.rows["step"] == self.last])
-        if not rule:
-            return []
-        lag = self._lag(rule)
-        if lag.empty or not lag.iloc[-1] > self.limit:
-            return []
-        last, steps = float(lag.iloc[-1]), lag.index.tolist()
-        late = [step for step in steps if not lag[step] > self.limit]
-        since = next(step for step in steps if not late or step > late[-1])
-        evidence = {"lag": last, "since": float(since)}
-        if draws == "trajectory":  # fresh factors of the same gradients: age and damping
-            message = (
-                f"the live factors lag by {last:.2f} behind fresh {label(rule)} since step {since}"
-            )
-            advice = (
-                "refresh about twice as often, or use an adaptive tolerance of .1; where the "
-                "gradients vanish, lower epsilon"
-            )
-            return [Finding("warning", self.parameter, "staleness", message, advice, evidence)]
-        message = (
-            f"the live factors are {last:.2f} from fresh {label(rule)} of this target since step "
-            f"{since}: batches, labels, averaging, damping and age together"
-        )
-        advice = "target='trajectory' shows age and damping alone"
-        return [Finding("notice", self.parameter, "live factors", message, advice, evidence)]
+    @property
+    def aliased(self) -> bool:
+        """Whether no probe saw a staleness of about half of the interval or more."""
+        several = len(self.ages) > 1 and math.isfinite(self.period)
+        return several and float(self.ages.max()) < round(self.period) / 2 - 1
 
-    def _lag(self, rule: str) -> pd.Series[Any]:
-        """Cosine of the fresh rule minus that of the live operator, a value a step."""
-        rows = self.rows[(self.rows["metric"] == "cosine") & self.rows["value"].notna()]
-        if "kind" in rows:  # the live operator is scored on the sample, so both are plug-in
-            rows = rows[rows["kind"].isin(["plugin"])]
-        live = rows[rows["approximation"] == "in-use"].set_index("step")["value"]
-        fresh = rows[rows["approximation"] == rule].set_index("step")["value"]
-        return (fresh - live).dropna().sort_index()
+
+def staleness(layers: Sequence[LayerFacts]) -> list[Finding]:
+    """What of staleness the probes saw, and what the worst of it cost."""
+    every = [Ages.of(layer.rows, layer.name) for layer in layers if layer.stepwise]
+    known = [one for one in every if len(one.ages)]
+    found = []
+    if aliased := [one for one in known if one.aliased]:
+        oldest, period = max(float(one.ages.max()) for one in aliased), round(aliased[0].period)
+        # halfway between two refreshes
+        details = {"layers": [one.name for one in aliased], "offset": max(1, period // 2)}
+        found.append(
+            Finding("notice", Code.STALENESS_UNSEEN, None,
+                    {"age": oldest, "period": float(period)}, Remedy.PROBE_ELSEWHERE,
+                    details=details)
+        )  # fmt: skip
+    return found + _cost([one for one in known if not one.aliased and len(one.costs)])
+
+
+def _cost(seen: Sequence[Ages]) -> list[Finding]:
+    """The largest cost of staleness seen in any layer, or that it is negligible."""
+    if not seen:
+        return []
+    worst = max(seen, key=lambda one: float(one.costs.max()))
+    cost = float(worst.costs.max())
+    step = next(int(at) for at in worst.costs.index if worst.costs[at] == cost)
+    oldest = max(float(one.ages[one.costs.index].max()) for one in seen)
+    evidence = {"cost": cost, "oldest": oldest}
+    if cost < NEGLIGIBLE:
+        free = Finding("notice", Code.STALENESS_FREE, None, evidence, Remedy.NO_REFRESH)
+        return [free] if oldest > 0 else []
+    evidence["age"] = float(worst.ages[step])
+    remedy = Remedy.REFRESH if cost >= CLOSE else Remedy.NONE
+    details = {"layer": worst.name, "step": step}
+    return [Finding("notice", Code.STALENESS_COST, None, evidence, remedy, details=details)]
+
+
+def _by_step(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """The largest value of both sides at each step."""
+    of = rows[(rows["metric"] == metric) & rows["value"].notna()]
+    return of.groupby("step")["value"].max().sort_index().astype("float64")
+
+
+def _period(counts: pd.Series[float]) -> float:
+    """Steps per event, from the counts at the first and the last probe."""
+    if len(counts) < 2 or counts.iloc[-1] <= counts.iloc[0]:
+        return math.nan
+    steps = float(counts.index[-1] - counts.index[0])
+    return steps / float(counts.iloc[-1] - counts.iloc[0])

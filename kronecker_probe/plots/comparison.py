@@ -1,4 +1,4 @@
-"""The figure of several runs: loss and live cosines against the step; table in, Axes out."""
+"""The figure of several runs: loss and cosines against the step; table in, Axes out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.plots.panels import TICKS, Panels
+from kronecker_probe.table.escaping import printable_table
 
 # Okabe & Ito (2008); beyond the seventh the markers and lines tell
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -46,6 +47,7 @@ def plot_comparison(
     Raises:
         InvalidInputError: The table has no losses.
     """
+    table = printable_table(table)
     losses = table[table["metric"].isin(["probe_loss", "train_loss"])]
     if losses.empty:
         raise InvalidInputError("The table has no losses along steps; there is nothing to draw.")
@@ -65,7 +67,7 @@ def plot_comparison(
         _draw_cosines(ax, of, labels, low)
         kind = "matrices" if len(whole) else "layers"
         name = layer if single else f"mean and range of {len(layers)} {kind}"
-        title = ax.set_title(f"live cosine to H: {name}", fontsize=9, loc="left")
+        title = ax.set_title(f"cosine to H in use: {name}", fontsize=9, loc="left")
         title.set_parse_math(False)
     title = _headline(losses, whole, failed)
     panels.finish(title, "optimizer step", "", legend=False)

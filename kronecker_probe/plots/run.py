@@ -33,6 +33,7 @@ from kronecker_probe.plots.panels import (
     set_step_axis,
     style,
 )
+from kronecker_probe.table.escaping import printable, printable_table
 from kronecker_probe.table.numbers import Number
 from kronecker_probe.table.optimum_gaps import RULES
 from kronecker_probe.table.read import (
@@ -87,6 +88,7 @@ def plot_trajectory(
         InvalidInputError: the table has no steps or no values of ``metric``, or ``axes`` are too
             few or too many.
     """
+    table = printable_table(table)
     if "step" not in table:
         raise InvalidInputError(
             "The table has no 'step' column, so there is no trajectory; use plot_ladder."
@@ -206,7 +208,7 @@ def plot_ladder(
             ``axes`` are too few or too many.
     """
     check_metric(metric)
-    table = at_step(table, step)
+    table = at_step(printable_table(table), step)
     wide = _scores(table, metric)
     names = _chosen(table, wide.index.get_level_values("parameter").unique(), parameters)
     panels = Panels.make(len(names), axes, figure, width=3.9, height=2.1, columns=3)
@@ -290,6 +292,7 @@ def plot_spectrum(
         InvalidInputError: ``step`` was not probed, the table has no singular values, or ``axes``
             are too few or too many.
     """
+    table = printable_table(table)
     rows = table[table["metric"] == "singular_value"]
     if rows.empty:
         raise InvalidInputError(
@@ -364,6 +367,7 @@ def _chosen(
         narrow = set(vectors(table))
         return ([name for name in known if name not in narrow] or known)[:MAX_PANELS]
     asked = [parameters] if isinstance(parameters, str) else list(parameters)
+    asked = [printable(name, keep="") for name in asked]
     for name in asked:
         if name not in known:
             raise unknown_name("parameter", name, known)

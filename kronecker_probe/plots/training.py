@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.findings import headlines as conclusions
 from kronecker_probe.plots.panels import GREY, TICKS, Panels
+from kronecker_probe.table.escaping import printable_table
 
 _LOG_LOSS = 30.0  # a loss that falls by more is drawn on a log scale
 
@@ -38,6 +39,7 @@ def plot_training(
     Raises:
         InvalidInputError: the table has no losses, or ``axes`` are too few or too many.
     """
+    table = printable_table(table)
     logged = table[table["parameter"].isna() & table["value"].notna()]
     kinds = [k for k in ("loss", "accuracy") if logged["metric"].str.endswith(k).any()]
     if "loss" not in kinds or "step" not in table:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from kronecker_probe.findings.error_causes import CAUSES, FRESH
-from kronecker_probe.findings.staleness import followed_rule
+from kronecker_probe.findings.facts import followed_rule
+from kronecker_probe.findings.split import CAUSES, FRESH
 from kronecker_probe.table.numbers import digits
 from kronecker_probe.table.read import at_step, label
 
@@ -51,10 +51,8 @@ def inside_table(table: pd.DataFrame) -> InsideTable | None:
     """
     now = at_step(table, None)
     inside = now[now["approximation"].isna() & now["metric"].isin([*CAUSES, *_FACTORS])]
-    cells = {
-        str(name): _row(now[now["parameter"] == name])
-        for name in inside["parameter"].dropna().unique()
-    }
+    by_layer = dict(iter(now.groupby("parameter", sort=False)))
+    cells = {str(name): _row(by_layer[name]) for name in inside["parameter"].dropna().unique()}
     if not cells:
         return None
     columns = [name for name in next(iter(cells.values())) if _some(cells, name)]

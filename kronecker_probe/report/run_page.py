@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,8 +17,9 @@ from matplotlib.figure import Figure
 from kronecker_probe import plots
 from kronecker_probe.errors import InvalidInputError, RunDirectoryError
 from kronecker_probe.findings.diagnose import diagnose
-from kronecker_probe.findings.headlines import conclusions, headline
+from kronecker_probe.findings.headlines import headline
 from kronecker_probe.report.optimizer_table import inside_table
+from kronecker_probe.report.template import rendered
 from kronecker_probe.table.read import (
     KIND_NAMES,
     METRICS,
@@ -134,9 +134,7 @@ def write_report(run_path: str | Path) -> ReportPaths:
         one, paths = _draw(store, table, name, plot, heading, caption)
         drawn.append(one)
         written += paths
-    write_atomically(
-        store.report, _render(store, table, damaged, drawn).encode(), inside=store.path
-    )
+    write_atomically(store.report, _render(store, table, damaged, drawn), inside=store.path)
     return ReportPaths(store.report, tuple(written))
 
 
@@ -153,8 +151,12 @@ def _draw(
         plot(table, figure=figure)
     except InvalidInputError as error:
         return _Drawn(heading, caption, absent=str(error)), []
-    paths = []
-    contents = {}
+    title = " ".join(figure.get_suptitle().split())
+    # the layout is computed once for both files: of many panels it takes longer than drawing
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    paths, contents = [], {}
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
         # a fixed salt and no date, so that drawing again gives the same bytes
@@ -166,24 +168,17 @@ def _draw(
         paths.append(store.figures / f"{name}.{kind}")
         write_atomically(paths[-1], contents[kind], inside=store.path)
     svg = base64.b64encode(contents["svg"]).decode()
-    return _Drawn(heading, caption, title=" ".join(figure.get_suptitle().split()), svg=svg), paths
+    return _Drawn(heading, caption, title=title, svg=svg), paths
 
 
 def _render(
     store: RunStore, table: pd.DataFrame, damaged: dict[str, str], drawn: list[_Drawn]
-) -> str:
-    # autoescape is set, not inferred: jinja2 infers it from the name, and .j2 would turn it off
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+) -> bytes:
     record = store.record
     workload = store.config.get("workload")
     found = diagnose(table)
-    return environment.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         name=str(workload) if workload is not None else store.path.resolve().name,
         record=record,
         config={option: _plain(value) for option, value in store.config.items()},
@@ -193,7 +188,6 @@ def _render(
         headline=headline(table),
         findings=found.summary(("warning", "notice", "good")),
         abstained=found.summary(("abstained",)),
-        conclusions=conclusions(table),
         targets=[_TARGETS.get(draws, draws) for draws in table["target"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
         step=last_step(table),
@@ -230,23 +224,25 @@ def _layers(table: pd.DataFrame) -> list[dict[str, Any]]:
     }
     shown = {name: KIND_NAMES[kind] for name, kind in kinds(last).items() if kind}
     layers = []
-    for name in last.loc[last["approximation"].notna(), "parameter"].unique():
-        rows = last[last["parameter"] == name]
-        cells = []
-        for approximation in ordered(rows["approximation"].dropna()):
-            noted = rows.loc[rows["approximation"] == approximation]
-            undefined = noted.loc[noted["value"].isna() & noted["note"].notna(), "note"]
-            cells.append(
-                {
-                    "label": label(approximation),
-                    "values": [told.get((name, approximation, m), "–") for m in metrics],
-                    "note": undefined.iloc[0] if len(undefined) else "",
-                }
-            )
+    scored = last[last["approximation"].notna()]
+    undefined = scored[scored["value"].isna() & scored["note"].notna()]
+    undefined = undefined.drop_duplicates(["parameter", "approximation"])
+    notes = undefined.set_index(["parameter", "approximation"])["note"].to_dict()
+    by_layer = dict(iter(last.groupby("parameter", sort=False)))
+    for name in scored["parameter"].unique():
+        rows = by_layer[name]
+        cells = [
+            {
+                "label": label(approximation),
+                "values": [told.get((name, approximation, m), "–") for m in metrics],
+                "note": notes.get((name, approximation), ""),
+            }
+            for approximation in ordered(rows["approximation"].dropna())
+        ]
         about = [_sizes(rows), f"{shown[name]} numbers" if name in shown else ""]
         sizes = ", ".join(part for part in about if part)
         shared = _shared_note(cells)
-        layers.append({"name": shape(last, name), "sizes": sizes, "note": shared, "rows": cells})
+        layers.append({"name": shape(rows, name), "sizes": sizes, "note": shared, "rows": cells})
     return layers
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from kronecker_probe.table.numbers import ROUNDING, Difference, Number, digits
-from kronecker_probe.table.read import NUMBERS, as_float, error_told, scores
+from kronecker_probe.table.read import NUMBERS, error_told, scores
 
 # Kronecker products without a fit: the ones that the optimum bounds and a reader chooses among
 RULES = ("shampoo-squared", "kfac", "shampoo")
@@ -96,13 +97,13 @@ def _differences(
     if not {first, second} <= set(parts[0]):
         return {}
     both = parts[0][[first, second]].notna().all(axis=1)
-    found = {}
-    for place in parts[0].index[both.to_numpy()]:
-        pair = [
-            _number(*(as_float(part.at[place, name]) for part in parts)) for name in (first, second)
-        ]
-        found[int(place[0]), str(place[1])] = Difference.of(*pair)
-    return found
+    mask = both.to_numpy()
+    # (place, the two, value and errors), read at once: one by one it takes minutes of a long run
+    cells = np.stack([part[[first, second]].to_numpy()[mask] for part in parts], axis=-1).tolist()
+    return {
+        (int(place[0]), str(place[1])): Difference.of(*(_number(*one) for one in pair))
+        for place, pair in zip(parts[0].index[mask], cells, strict=True)
+    }
 
 
 def _number(value: float, stderr: float, low: float, high: float) -> Number:

@@ -40,7 +40,7 @@ def make_schedule(every: int | Collection[int] | Schedule) -> Schedule:
     return steps.__contains__
 
 
-def spread(total: int, count: int, spacing: str = "even") -> list[int]:
+def spread(total: int, count: int, spacing: str = "even", offset: int = 0) -> list[int]:
     """``count`` steps from 0 to ``total``, both ends included; fewer where they coincide.
 
     Args:
@@ -48,16 +48,21 @@ def spread(total: int, count: int, spacing: str = "even") -> list[int]:
         count: How many to probe.
         spacing: "even", or "early" for steps total (i / (count - 1))^2, denser at the start,
             where curvature changes fastest.
+        offset: Steps by which all but the two ends are moved, so that they do not coincide with
+            refreshes; none is moved beyond the last step.
 
     Raises:
-        InvalidInputError: Fewer than 2 probes, or no steps.
+        InvalidInputError: Fewer than 2 probes, no steps, or a negative offset.
         UnknownNameError: No such spacing.
     """
     if count < 2 or total < 1:
         raise InvalidInputError(
             f"{count} probes over {total} steps; at least 2 probes and 1 step are needed."
         )
+    if offset < 0:
+        raise InvalidInputError(f"An offset of {offset} steps; it must be at least 0.")
     if spacing not in SPACINGS:
         raise unknown_name("spacing", spacing, SPACINGS)
     power = SPACINGS[spacing]
-    return sorted({round(total * (i / (count - 1)) ** power) for i in range(count)})
+    steps = sorted({round(total * (i / (count - 1)) ** power) for i in range(count)})
+    return sorted({0, total, *(min(step + offset, total) for step in steps[1:-1])})

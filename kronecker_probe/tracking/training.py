@@ -46,6 +46,7 @@ class TrainingOptions:
         settings: Its settings, for example "basis.tolerance=0.1".
         probes: Number of probed steps, both ends included.
         spacing: "even", or "early" for more of them at the start.
+        probe_offset: Steps by which all probes but the first and last are moved.
         probe_size: Examples in the fixed probe set.
         seed: Of the model, the batches, the probe set and the sampled labels.
         device: Torch device.
@@ -59,6 +60,7 @@ class TrainingOptions:
     settings: tuple[str, ...] = ()
     probes: int = 21
     spacing: str = "even"
+    probe_offset: int = 0
     probe_size: int = 200
     target: str = "ggn"
     layers: tuple[str, ...] = ("*weight",)
@@ -129,7 +131,7 @@ class Training:
                 f"The run directory {shown(out)} is no UTF-8 path, which checkpoints "
                 "(safetensors) need; choose another path."
             )
-        self.probed = spread(options.steps, options.probes, options.spacing)
+        self.probed = spread(options.steps, options.probes, options.spacing, options.probe_offset)
         device = torch_device(options.device)
         self.model = workload.model.to(device)
         named = self.model.named_parameters()
@@ -288,4 +290,6 @@ def _tracker_options(options: TrainingOptions) -> dict[str, Any]:
 def _config(options: TrainingOptions) -> dict[str, Any]:
     """The options for run.json, but for those that the tracker records itself."""
     kept = {key: value for key, value in asdict(options).items() if key not in _RECORDED}
+    if not options.probe_offset:  # as in runs stored before it was an option
+        del kept["probe_offset"]
     return kept | {"layers": list(options.layers)}

@@ -1,0 +1,230 @@
+"""Facts: what the table holds about one layer, as numbers, names and codes."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+
+import pandas as pd
+
+from kronecker_probe.table.numbers import Number, dropped_energy, numbers
+from kronecker_probe.table.read import first_shares
+
+# Kronecker products without a fit.
+PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
+IN_USE = "in-use"
+OPTIMAL = "optimal"
+# Where nothing is known of the noise of plug-in numbers, only such differences are judged.
+UNMISTAKABLE = 0.25
+# Targets that are the matrix itself and no sample of it.
+_EXACT = ("batch-gradient", "trajectory")
+_DIRECTION = "direction_cosine"
+
+
+class LayerFacts:
+    """The numbers of one parameter at the last step where it was measured.
+
+    Attributes:
+        name: The parameter.
+        rows: All of its rows.
+        stepwise: Whether the table is one of a run.
+        last: The step that is judged; 0 for a table without steps.
+        at: The rows of that step.
+        now: Those of them that are about an approximation.
+        target: Which H was measured.
+        exact: Whether the target is the matrix itself and no sample of it.
+        dropped: The share of the target's energy that truncation left out.
+        noise: How far off a plug-in cosine may be; infinite where nothing is known of it.
+        cosines: The best known cosine of each approximation.
+        n_eff: Effective number of independent gradient samples; NaN if unknown.
+        n_examples: Examples measured; NaN if unknown.
+        is_vector: Whether the parameter has one row or column, so that the optimum is H itself.
+    """
+
+    def __init__(self, table: pd.DataFrame, name: str) -> None:
+        self.name = name
+        self.rows = table[table["parameter"] == name]
+        self.stepwise = "step" in table
+        quality = self.rows[self.rows["approximation"].notna()]
+        self.last = int(quality["step"].max()) if self.stepwise else 0
+        self.now = quality[quality["step"] == self.last] if self.stepwise else quality
+        self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
+        self.target = next(iter(_column(self.now, "target").astype(str)), "")
+        self.exact = self.target in _EXACT or _is_exact(self.now)
+        self.dropped = dropped_energy(self.at)
+        self.noise = max(self._sampling_noise(), self.dropped)
+        self.cosines = numbers(self.now, "cosine", self.noise)
+        # K-FAC may count fewer samples of its factors than there are of H
+        self.n_eff = float(_column(self.now, "n_eff").astype("float64").max())
+        self.n_examples = float(_column(self.now, "n_examples").astype("float64").min())
+        self.is_vector = any(_column(self.now, side).min() == 1 for side in ("m", "n"))
+
+    def _sampling_noise(self) -> float:
+        """What an exact Kronecker product of so many samples would lose of its cosine."""
+        if self.exact:
+            return 0.0
+        floor = self.at.loc[self.at["metric"] == "noise_floor", "value"].dropna()
+        return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
+
+    @property
+    def products(self) -> dict[str, Number]:
+        """The cosines of the rules without a fit."""
+        return {name: self.cosines[name] for name in PRODUCTS if name in self.cosines}
+
+    @property
+    def holds_in_use(self) -> bool:
+        """Whether the table has a row of the preconditioner in use."""
+        return IN_USE in set(self.now["approximation"])
+
+    @property
+    def has_population(self) -> bool:
+        """Whether anything has a population estimate."""
+        return "kind" in self.now and bool((self.now["kind"] == "population").any())
+
+    @cached_property
+    def rule(self) -> str:
+        """The approximation that the optimizer's rule makes of fresh statistics; "" if unknown."""
+        return followed_rule(self.at)
+
+    @cached_property
+    def plugins(self) -> dict[str, Number]:
+        """All plug-in cosines."""
+        rows = self.now
+        if "kind" in rows:
+            rows = rows[rows["kind"].isin(["plugin"]) | rows["kind"].isna()]
+        noise = self.noise if math.isfinite(self.noise) else UNMISTAKABLE
+        return numbers(pd.DataFrame(rows), "cosine", noise)
+
+    def plugin(self, name: str) -> float:
+        """A plug-in cosine; NaN if unknown."""
+        found = self.plugins.get(name)
+        return found.value if found else math.nan
+
+    def best_scales(self) -> dict[str, Number]:
+        """The scale c at which c P is closest to H, by approximation."""
+        unknown = self.noise > 0 and not self.exact
+        return numbers(self.now, "best_scale", math.inf if unknown else self.noise)
+
+    def second_product(self) -> float:
+        """The cosine that a second Kronecker product adds, of the sample matrix; 0 if unknown."""
+        share = first_shares(self.at).get(self.name, math.nan)
+        rows = self.at[self.at["metric"] == "singular_value"]
+        values = rows.sort_values("index")["value"].to_numpy()
+        if math.isnan(share) or len(values) < 2 or values[0] <= 0:
+            return 0.0
+        return share * (math.hypot(1.0, values[1] / values[0]) - 1.0)
+
+    def second_product_noise(self) -> float:
+        """What that gain must exceed to be more than sampling noise."""
+        if self.exact:
+            return self.noise
+        of = self.now[(self.now["metric"] == "cosine") & self.now["value"].notna()]
+        of = of[of["approximation"] == OPTIMAL]
+        kinds = dict(zip(of["kind"], of["value"], strict=True)) if "kind" in of else {}
+        if not {"plugin", "population"} <= kinds.keys():
+            return math.inf
+        bias = abs(float(kinds["plugin"]) - float(kinds["population"]))
+        return max(self.noise, bias, 2 * self.cosines[OPTIMAL].stderr)
+
+    def directions(self) -> list[tuple[str, float, float]]:
+        """(options, Shampoo's, Shampoo^2's) direction cosines, one per metric that has both."""
+        rows = self.now[self.now["metric"].str.startswith(_DIRECTION) & self.now["value"].notna()]
+        found = []
+        for metric, of in rows.groupby("metric", sort=False):
+            values = dict(zip(of["approximation"], of["value"], strict=True))
+            if {"shampoo", "shampoo-squared"} <= values.keys():
+                options = str(metric).removeprefix(_DIRECTION).lstrip(":")
+                found.append((options, float(values["shampoo"]), float(values["shampoo-squared"])))
+        return found
+
+    def undefined(self) -> dict[int, str]:
+        """The steps at which no cosine is defined, with a reason; none for one that is not a run.
+
+        Reasons beside the preconditioner in use count only where no other approximation has one.
+        """
+        rows = self.rows[(self.rows["metric"] == "cosine") & self.rows["approximation"].notna()]
+        if not self.stepwise or rows.empty:
+            return {}
+        defined = rows["value"].notna().groupby(rows["step"]).any()
+        return {int(step): reason(rows[rows["step"] == step]) for step in defined.index[~defined]}
+
+    def first_optimum(self) -> tuple[int, Number] | None:
+        """The first step with a cosine of the optimum of today's kind, if that is another one."""
+        top = self.cosines.get(OPTIMAL)
+        if top is None or not self.stepwise:
+            return None
+        rows = self.rows[(self.rows["approximation"] == OPTIMAL) & self.rows["value"].notna()]
+        rows = rows[(rows["metric"] == "cosine") & (rows["step"] < self.last)]
+        for step in sorted(rows["step"].unique()):
+            found = numbers(rows[rows["step"] == step], "cosine", self.noise).get(OPTIMAL)
+            if found is not None and found.kind == top.kind:
+                return int(step), found
+        return None
+
+    def one_sided(self) -> int | None:
+        """The only side of which the optimizer holds a factor: 0 (left) or 1; None for both."""
+        sides = self.at.loc[self.at["metric"] == "factor_rank", "index"].dropna().unique().tolist()
+        return int(sides[0]) if len(sides) == 1 else None
+
+    def epsilon(self) -> float:
+        """The largest epsilon in force; NaN if unknown."""
+        return float(self.at.loc[self.at["metric"] == "factor_epsilon", "value"].max())
+
+
+def _column(rows: pd.DataFrame, column: str) -> pd.Series[float]:
+    return rows[column].dropna() if column in rows else pd.Series(dtype="float64")
+
+
+# ---------------------------------------------------------------- from the notes
+
+_RULE = re.compile(r"^live follows (\S+)")
+_COPIES = re.compile(r"(\d+) of (\d+) (?:data|examples) have the same gradients")
+
+
+def _notes(rows: pd.DataFrame) -> list[str]:
+    return [str(note) for note in rows["note"].dropna()] if "note" in rows else []
+
+
+def _is_exact(rows: pd.DataFrame) -> bool:
+    return any("are not independent" in note for note in _notes(rows))
+
+
+def followed_rule(rows: pd.DataFrame) -> str:
+    """The approximation whose rule the optimizer follows; "" if unknown.
+
+    Args:
+        rows: Of one parameter and step.
+    """
+    notes = _notes(rows[rows["metric"] == "in_use_rule"])
+    match = _RULE.match(notes[-1]) if notes else None
+    return match[1] if match else ""
+
+
+def reason(rows: pd.DataFrame) -> str:
+    """Why the values of these rows are undefined, in the table's words; "" if it has none."""
+    rows = rows[rows["value"].isna()]
+    others = _notes(rows[rows["approximation"] != IN_USE]) or _notes(rows)
+    return others[0] if others else ""
+
+
+def repeated(rows: pd.DataFrame) -> tuple[int, int] | None:
+    """(examples whose gradients another one has too, all of them); None where none is known.
+
+    Args:
+        rows: About one layer's norm.
+    """
+    found = [match for note in _notes(rows) if (match := _COPIES.match(note))]
+    return (int(found[0][1]), int(found[0][2])) if found else None
+
+
+def lacks_kfac_factors(rows: pd.DataFrame) -> bool:
+    """Whether a K-FAC is undefined for want of layer inputs and output gradients."""
+    return any(re.match(r"^K-FAC\S* needs", note) for note in _notes(rows[rows["value"].isna()]))
+
+
+def asked_for(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of skipped parameters without those that were not selected."""
+    if "note" not in rows:
+        return rows
+    return rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
