@@ -568,7 +568,7 @@ def test_a_measurement_that_fails_is_noted_in_its_run(
     [
         (
             ["--metrics", "trace_ratio"],
-            ["trace_ratio at step 0: plug-in numbers; ggn, N = 64"],
+            ["Trace ratio Tr P / Tr H at step 0: plug-in numbers; ggn, N = 64"],
             "0.weight",
         ),
         (

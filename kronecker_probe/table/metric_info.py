@@ -34,6 +34,11 @@ class MetricInfo:
     estimable: bool = False
 
     @property
+    def bounded(self) -> bool:
+        """Whether the optimal Kronecker product has the best value of all Kronecker products."""
+        return self.estimable and self.better is not None
+
+    @property
     def axis(self) -> str:
         """The label with its unit, "divergence (nats)"."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
