@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class KroneckerProbeError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        code: The reason (``kronecker_probe.table.codes.ReasonCode``) of a number that is undefined
+            because of the error.
+    """
+
+    code: str = "undefined"
 
 
 class InvalidInputError(KroneckerProbeError, ValueError):
@@ -17,6 +24,8 @@ class InvalidInputError(KroneckerProbeError, ValueError):
 class NonFiniteError(InvalidInputError):
     """A NaN or an infinity where a finite number is needed."""
 
+    code = "not-finite"
+
 
 class UnknownNameError(InvalidInputError):
     """A name that is not in a registry."""
@@ -25,9 +34,18 @@ class UnknownNameError(InvalidInputError):
 class UnsupportedError(InvalidInputError):
     """A valid request that has no exact treatment here."""
 
+    code = "unsupported"
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
 
 class MemoryBudgetError(KroneckerProbeError, MemoryError):
     """A computation that would need more memory than the machine has."""
+
+    code = "memory"
 
 
 class RunDirectoryError(KroneckerProbeError, OSError):

@@ -91,15 +91,22 @@ def on_every_route(cases: Iterable[Case] = CASES) -> pytest.MarkDecorator:
     runs = [(case, route) for case in cases for route in case.routes]
     default = covering(runs)
     found = [
-        pytest.param(
-            case,
-            route,
-            marks=() if (str(case), route) in default else pytest.mark.grid,
-            id=f"{case}-{route}",
-        )
+        pytest.param(case, route, marks=_marks((str(case), route) in default), id=f"{case}-{route}")
         for case, route in runs
     ]
     return pytest.mark.parametrize(("case", "route"), found)
+
+
+def on_every_case(cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:
+    """``case``: those that hold every pair of properties unmarked, the others ``grid``."""
+    held = {str(case): set(combinations(_properties(case, "any"), 2)) for case in cases}
+    default = _chosen(held)
+    found = [pytest.param(case, marks=_marks(str(case) in default), id=str(case)) for case in cases]
+    return pytest.mark.parametrize("case", found)
+
+
+def _marks(by_default: bool) -> Any:
+    return () if by_default else pytest.mark.grid
 
 
 def pairwise(*axes: Sequence[Any], alone: bool = False) -> list[Any]:
@@ -116,8 +123,8 @@ def pairwise(*axes: Sequence[Any], alone: bool = False) -> list[Any]:
     found = []
     for run in runs:
         values = [axis[place] for axis, place in zip(axes, run, strict=True)]
-        marks = () if run in default else pytest.mark.grid
-        found.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
+        name = "-".join(map(str, values))
+        found.append(pytest.param(*values, marks=_marks(run in default), id=name))
     return found
 
 

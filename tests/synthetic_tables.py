@@ -13,7 +13,8 @@ APPROXIMATIONS = (
 )  # fmt: skip
 COLUMNS = (
     "step", "parameter", "m", "n", "n_examples", "n_columns", "n_positions", "target",
-    "approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "n_eff", "note",
+    "approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "interval",
+    "n_eff", "copies", "rule", "block_size", "epsilon", "reason", "note",
 )  # fmt: skip
 NO_LIVE = "no preconditioner yet: first refresh at step 10"
 
@@ -23,11 +24,12 @@ def frame(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(
         [{name: row.get(name) for name in COLUMNS} for row in rows], columns=COLUMNS
     )
-    whole = ["m", "n", "n_examples", "n_columns", "n_positions", "index"]
-    text = ["parameter", "target", "approximation", "metric", "kind", "note"]
+    whole = ["m", "n", "n_examples", "n_columns", "n_positions", "index", "copies", "block_size"]
+    text = ["parameter", "target", "approximation", "metric", "kind", "interval", "rule", "reason",
+            "note"]  # fmt: skip
     return table.astype(
         {"step": "int64"}
-        | dict.fromkeys(["value", "stderr", "low", "high", "n_eff"], "float64")
+        | dict.fromkeys(["value", "stderr", "low", "high", "n_eff", "epsilon"], "float64")
         | dict.fromkeys(whole, "Int64")
         | dict.fromkeys(text, "string")
     )

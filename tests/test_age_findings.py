@@ -38,7 +38,7 @@ SEEN = (Code.STALENESS_UNSEEN, Code.STALENESS_COST, Code.STALENESS_FREE)
 
 
 def findings(rows: list[Row]) -> dict[Code, kp.Finding]:
-    columns = ["approximation", "index", "note", "kind"]
+    columns = ["approximation", "index", "note", "kind", "rule"]
     table = pd.DataFrame(rows)
     found = kp.diagnose(table.reindex(columns=[*table, *(set(columns) - set(table))]))
     return {one.code: one for one in found if one.code in SEEN}

@@ -29,7 +29,9 @@ DTYPES = {
     "parameter": "string", "m": "Int64", "n": "Int64", "n_examples": "Int64", "n_columns": "Int64",
     "n_positions": "Int64", "target": "string", "approximation": "string", "metric": "string",
     "index": "Int64", "kind": "string", "value": "float64", "stderr": "float64", "low": "float64",
-    "high": "float64", "n_eff": "float64", "note": "string",
+    "high": "float64", "interval": "string", "n_eff": "float64", "copies": "Int64",
+    "rule": "string", "block_size": "Int64", "epsilon": "float64", "reason": "string",
+    "note": "string",
 }  # fmt: skip
 # float64 sums in another order; the same number in a relative error comes out of a root
 SAME = 1e-12

@@ -18,7 +18,7 @@ from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning, Un
 from kronecker_probe.operators import spectral_form
 from kronecker_probe.quality.metrics import divergences
 from tests.cases import CASES, Case, factors_case, matrices_case
-from tests.grid import Checks
+from tests.grid import Checks, on_every_case
 from tests.oracle import Array
 from tests.test_spectral_metrics import kronecker_exact
 
@@ -41,7 +41,7 @@ def damped(matrix: Array, d: float) -> Array:
     return matrix + d * np.eye(len(matrix))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@on_every_case()
 def test_divergences_equal_dense_determinants(case: Case) -> None:
     H = case.operator()
     with Checks() as check:

@@ -41,7 +41,8 @@ def spectrum(values: Sequence[float], norm: float, **more: object) -> list[Row]:
 def diagnose(rows: Sequence[Row]) -> dict[str, kp.Finding]:
     """Findings by subject; each subject at most once a layer."""
     columns = ["parameter", "approximation", "metric", "index", "value", "stderr", "kind",
-               "n_examples", "n_eff", "note"]  # fmt: skip
+               "n_examples", "n_eff", "note",
+               "interval", "rule", "reason", "copies", "block_size"]  # fmt: skip
     table = pd.DataFrame(rows)
     found = kp.diagnose(table.reindex(columns=[*columns, *(set(table) - set(columns))]))
     subjects = [one.subject for one in found]
@@ -122,8 +123,7 @@ def test_close_to_a_bad_optimum_is_not_good(top: float, level: str, code: Code) 
 
 
 def bracket(name: str, value: float, low: float, high: float) -> Row:
-    note = "bracket: from held-out factors to the in-sample fit, each with its error"
-    return cosine(name, value, math.nan, low=low, high=high, note=note)
+    return cosine(name, value, math.nan, low=low, high=high, interval="bracket")
 
 
 def test_a_bracket_is_shown_as_one_and_reaches_to_its_ends() -> None:
@@ -266,8 +266,7 @@ def test_the_exponent() -> None:
 def test_the_exponent_is_told_to_optimizers_that_have_it(rule: str, told: bool) -> None:
     rows = [cosine("shampoo-squared", 0.9, step=4), cosine("shampoo", 0.7, step=4)]
     rows.append(cosine("in-use", 0.7, step=4))
-    note = f"live follows {rule}"
-    named = {"parameter": "fc", "metric": "in_use_rule", "value": math.nan, "note": note, "step": 4}
+    named = {"parameter": "fc", "metric": "in_use_rule", "value": math.nan, "rule": rule, "step": 4}
     found = diagnose([*rows, named] if rule else rows)
     assert (EXPONENT in found) == told
 
@@ -287,7 +286,7 @@ def run_of(lags: dict[int, float], target: str = "trajectory", rule: str = "sham
                  cosine("in-use", 0.8 - lag, math.nan, "plugin", **more)]  # fmt: skip
         if rule:
             rows.append({"parameter": "fc", "metric": "in_use_rule", "value": math.nan,
-                         "note": f"live follows {rule}", "step": step})  # fmt: skip
+                         "rule": rule, "step": step})  # fmt: skip
     return rows
 
 

@@ -21,13 +21,12 @@ from kronecker_probe.errors import (
 )
 from kronecker_probe.operators import spectral_form
 from tests.cases import (
-    CASES,
     Case,
     factors_case,
     matrices_case,
     rank_deficient,
 )
-from tests.grid import Checks
+from tests.grid import Checks, on_every_case
 from tests.oracle import Array
 from tests.test_spectral_metrics import kronecker_exact
 
@@ -56,7 +55,7 @@ def fresh(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
     return torch.tensor(np.random.default_rng(3).standard_normal((count, *shape)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@on_every_case()
 def test_agreement_equals_scipy(case: Case) -> None:
     H = case.operator()
     with Checks() as check:

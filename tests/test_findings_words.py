@@ -23,7 +23,8 @@ from tests.test_live_findings import SPLITS
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
 COLUMNS = ("step", "parameter", "approximation", "metric", "index", "value", "stderr", "low",
-           "high", "kind", "n_examples", "n_eff", "target", "m", "n", "note")  # fmt: skip
+           "high", "kind", "n_examples", "n_eff", "target", "m", "n", "note",
+           "interval", "rule", "reason", "copies", "block_size")  # fmt: skip
 STEP = 9
 
 
@@ -46,7 +47,7 @@ def in_use(split: dict[str, float], **more: Any) -> list[Row]:
 
 
 def follows(rule: str, **more: Any) -> Row:
-    return about("in_use_rule", math.nan, note=f"live follows {rule}", **more)
+    return about("in_use_rule", math.nan, rule=rule, **more)
 
 
 def layers() -> dict[str, list[Row]]:
@@ -54,7 +55,7 @@ def layers() -> dict[str, list[Row]]:
     close = {"optimal": 0.95, "kfac": 0.94, "shampoo": 0.8}
     direction = "direction_cosine:power=0.5"
     plugin = {"kind": "plugin", "stderr": math.nan}
-    bracket = {"stderr": math.nan, "low": 0.9, "high": 0.98, "note": "bracket: held-out"}
+    bracket = {"stderr": math.nan, "low": 0.9, "high": 0.98, "interval": "bracket"}
     return {
         "close": cosines(close) + cosines({"optimal": 0.97}, step=0),
         "two rules are close": cosines({"optimal": 0.95, "shampoo-squared": 0.949, "kfac": 0.95}),
@@ -88,7 +89,8 @@ def layers() -> dict[str, list[Row]]:
         "few samples": cosines({"kfac": 0.9}, n_eff=10.0),
         "undefined": cosines({"kfac": math.nan}, note="H = 0"),
         "undefined, though exact": cosines(
-            {"kfac": math.nan}, note="no sampling error", target="trajectory"
+            {"kfac": math.nan}, reason="not-independent", note="no sampling error",
+            target="trajectory",
         ),
         "undefined at a step": [
             *cosines({"optimal": 0.9}), *cosines({"optimal": math.nan}, step=4, note="H = 0"),
@@ -139,7 +141,6 @@ def optimizers() -> dict[str, list[Row]]:
 
 def runs() -> dict[str, list[Row]]:
     """Findings about all layers."""
-    note = "3 of 256 data have the same gradients as another"
     poor = cosines({"optimal": 0.8}, "a") + cosines({"optimal": 0.7, "eigen-corrected": 0.8}, "b")
     return {
         "nothing": [],
@@ -147,13 +148,13 @@ def runs() -> dict[str, list[Row]]:
                        for step, value in enumerate((2.3, math.nan))],
         "diverged": [about("probe_loss", value, None, step=step)
                      for step, value in enumerate((2.3, 50.0))],
-        "repeated": [*cosines({"kfac": 0.9}), about("norm", 1.0, note=note)],
+        "repeated": [*cosines({"kfac": 0.9}), about("norm", 1.0, copies=3, n_examples=256)],
         "skipped": [about("skipped", math.nan, "norm.weight", note="no rule")],
         "all good": cosines({"optimal": 0.95}, "a") + cosines({"optimal": 0.97}, "b"),
         "worst": poor,
         "optimum not measured": cosines({"kfac": 0.5}, "a") + cosines({"kfac": 0.98}, "b"),
         "vector": cosines({"optimal": 1.0}, n=1),
-        "no K-FAC": cosines({"kfac": math.nan, "optimal": 0.9}, note="K-FAC needs factors"),
+        "no K-FAC": cosines({"kfac": math.nan, "optimal": 0.9}, reason="no-factors"),
     }  # fmt: skip
 
 

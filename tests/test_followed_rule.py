@@ -59,8 +59,11 @@ def test_the_table_names_the_rule_that_the_live_operator_follows(
 
     table = whole_table(make)
     rows = table[(table["metric"] == "in_use_rule") & (table["parameter"] == LAYERS[0])]
-    assert set(rows["note"]) == (set() if rule is None else {f"live follows {rule}"})
-    assert set(rows["step"]) == (set() if rule is None else {1, 2})
+    whole = rows[rows["block_size"].isna() & rows["rule"].notna()]
+    assert set(whole["rule"]) == (set() if rule is None else {rule})
+    assert set(whole["step"]) == (set() if rule is None else {1, 2})
+    size = options.get("shapes", {}).get("block_size")
+    assert set(rows["block_size"].dropna()) == (set() if size is None else {size})
 
 
 def test_no_rule_is_named_for_another_optimizer() -> None:
@@ -88,9 +91,7 @@ def test_an_undamped_live_operator_is_the_fresh_rule(exponent: float | None) -> 
         tracker.step()
         optimizer.step()
     table = tracker.table
-    rule = str(table.loc[table["metric"] == "in_use_rule", "note"].iloc[0]).removeprefix(
-        "live follows "
-    )
+    rule = str(table.loc[table["metric"] == "in_use_rule", "rule"].iloc[0])
     values = table[table["metric"] == "cosine"].set_index("approximation")["value"]
     assert values["in-use"] == pytest.approx(values[rule], rel=1e-5)
     other = "shampoo" if rule == "shampoo-squared" else "shampoo-squared"

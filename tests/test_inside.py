@@ -279,7 +279,7 @@ def test_one_epsilon_serves_all_layers_of_a_group() -> None:
     cosine = {"parameter": "b", "step": 9, "metric": "cosine", "approximation": "kfac",
               "value": 0.9, "kind": "plugin", "target": "trajectory"}  # fmt: skip
     rows = [*amplified(2.5e-6), *amplified(7e-4, layer="b"), cosine]
-    columns = ["index", "approximation", "note"]
+    columns = ["index", "approximation", "note", "rule"]
     base = [cosine | {"parameter": "fc"}]
     table = pd.DataFrame([*base, *rows]).reindex(
         columns=[*columns, "parameter", "step", "metric", "value", "kind", "target"]

@@ -51,11 +51,11 @@ def inside(values: Mapping[str, float], layer: str = "fc", **more: Any) -> list[
 
 def follows(rule: str, layer: str = "fc") -> Row:
     return {"parameter": layer, "step": STEP, "metric": "in_use_rule", "value": math.nan,
-            "note": f"live follows {rule}"}  # fmt: skip
+            "rule": rule}  # fmt: skip
 
 
 def diagnose(rows: Sequence[Row]) -> kp.Diagnosis:
-    columns = ["approximation", "index", "note", "kind"]
+    columns = ["approximation", "index", "note", "kind", "rule"]
     table = pd.DataFrame(rows)
     return kp.diagnose(table.reindex(columns=[*table, *(set(columns) - set(table))]))
 

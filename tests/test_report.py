@@ -195,7 +195,7 @@ def test_the_table_has_error_bars_brackets_and_every_metric(tmp_path: Path) -> N
     ]  # fmt: skip
     for row in rows:
         if row["approximation"] == "kfac" and row.get("kind") == "population":
-            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+            row |= {"stderr": None, "interval": "bracket"}
     found = report(make_run(tmp_path / "run", {0: frame(rows)}))
     cells = {row[0]: row[1:] for row in found.cells if row}
     assert cells["approximation P"][:2] == ["cosine similarity to H", "trace ratio Tr P / Tr H"]
@@ -228,7 +228,7 @@ def test_findings_are_a_list_and_the_inside_a_table(tmp_path: Path) -> None:
         for metric, value in (("factor_rank", 9.0 + side), ("factor_amplification", 4.0 + side),
                               ("steps_since_refresh", 2.0))
     ]  # fmt: skip
-    rows.append(about | {"metric": "in_use_rule", "note": "live follows shampoo"})
+    rows.append(about | {"metric": "in_use_rule", "rule": "shampoo"})
     store = make_run(tmp_path / "run", {0: frame(rows)})
     text = write_report(store.path).report.read_text(encoding="utf-8")
     findings = diagnose(store.read()).summary(("warning", "notice", "good"))

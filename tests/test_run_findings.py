@@ -11,10 +11,9 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe.findings.codes import Code, Remedy
-from kronecker_probe.quality.rows import COLUMNS
+from kronecker_probe.table.columns import DTYPES
 
 Row = dict[str, object]
-COPIES = "have the same gradients as another: if they are copies of it, measure each once"
 
 
 def layer(name: str, top: float, stderr: float = 0.02, **more: object) -> list[Row]:
@@ -26,7 +25,7 @@ def layer(name: str, top: float, stderr: float = 0.02, **more: object) -> list[R
 
 def diagnose(rows: Sequence[Row], step: bool = False) -> dict[str, kp.Finding]:
     """The findings about the run, by subject."""
-    columns = (["step"] if step else []) + list(COLUMNS)
+    columns = [name for name in DTYPES if step or name != "step"]
     found = [one for one in kp.diagnose(pd.DataFrame(rows, columns=columns)) if not one.parameter]
     assert len(found) == len({one.subject for one in found})
     return {one.subject: one for one in found}
@@ -111,8 +110,8 @@ def test_copies_are_told_once() -> None:
     rows = layer("a", 0.8) + layer("b", 0.7)
     rows += [
         {"parameter": name, "metric": metric, "kind": "population", "value": 1.0,
-         "note": f"{count} of 256 data {COPIES}"}
-        for name, count in (("a", 3), ("b", 7)) for metric in ("norm", "noise_floor")
+         "copies": count, "n_examples": 256}
+        for name, count in (("a", 3), ("b", 7)) for metric in ("norm",)
     ]  # fmt: skip
     one = diagnose(rows)["repeated examples"]
     assert (one.level, one.code) == ("notice", Code.REPEATED_EXAMPLES)
@@ -123,7 +122,6 @@ def test_copies_are_told_once() -> None:
 
 
 def test_copies_of_real_draws_are_seen() -> None:
-    """The note that the table carries is the one that is looked for."""
     torch.manual_seed(0)
     d, a = torch.randn(256, 5), torch.randn(256, 4)
     d[1], a[1] = d[0], a[0]
@@ -154,7 +152,7 @@ def test_batch_gradients_are_judged_as_the_matrix_that_they_are() -> None:
     single = kp.GradientSamples.from_factors(torch.randn(64, 5), torch.randn(64, 4))
     batches = kp.batch_gradients(single, 8, batches=8)
     scores = kp.compare(batches, ["optimal", "shampoo-squared", "shampoo"])
-    assert scores.table["note"].str.contains("no sampling error").any()
+    assert scores.table["reason"].eq("not-independent").any()
     found = kp.diagnose(scores)
     assert Code.TOO_FEW_SAMPLES not in {one.code for one in found}
     one = {finding.subject: finding for finding in found}["distance to the optimum"]

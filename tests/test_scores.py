@@ -38,7 +38,7 @@ def test_pivot_of_an_absent_kind_names_those_there() -> None:
 
 def test_cells_tell_a_standard_error_from_a_bracket_and_from_none() -> None:
     rows = [dict(row) for row in ROWS]
-    rows[3] |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+    rows[3] |= {"stderr": None, "interval": "bracket"}
     shown = Scores(frame(rows).drop(columns="step")).shown()
     assert shown.loc[("a", "plugin"), "optimal"] == "0.8800"
     assert shown.loc[("a", "population"), "optimal"] == "0.900 ± 0.010"

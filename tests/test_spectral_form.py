@@ -21,19 +21,18 @@ from kronecker_probe.operators.spectral_form import (
     spectral_form,
 )
 from tests.cases import (
-    CASES,
     Case,
     as_numpy,
     assert_close,
     factors_case,
     matrices_case,
 )
-from tests.grid import Checks
+from tests.grid import Checks, on_every_case
 from tests.oracle import Array
 from tests.tolerances import ENTRIES, ROOT_ENTRIES, SCALAR, ZERO_ERROR
 
 DAMPING = 1e-2  # in mean eigenvalues of H
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = on_every_case()
 
 
 def rows(case: Case) -> Array:

@@ -18,13 +18,12 @@ from kronecker_probe.operators.structures.block import BlockOperator
 from kronecker_probe.quality.metrics import spectral
 from tests import oracle
 from tests.cases import (
-    CASES,
     Case,
     factors_case,
     matrices_case,
     rank_deficient,
 )
-from tests.grid import Checks
+from tests.grid import Checks, on_every_case
 from tests.oracle import Array
 from tests.tolerances import INEQUALITY, SCALAR, ZERO_ERROR
 
@@ -53,7 +52,7 @@ def kronecker_exact(m: int, n: int) -> Case:
 # ---------------------------------------------------------------- against dense matrices
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@on_every_case()
 def test_every_approximation(case: Case) -> None:
     H = case.operator()
     corrected = kp.split_error(H, kp.approximate(H, "eigen-corrected"))

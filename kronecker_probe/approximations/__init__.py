@@ -1,7 +1,7 @@
-"""Structured approximations of a second moment, found by name; users register their own.
+"""Structured approximations of a second moment, found by name and open to users' own.
 
-In: a ``SecondMoment`` and a spec. Out: an operator.
-May import: ``operators``, ``linalg``, ``gradients.samples``, ``table`` and ``errors``.
+In: a ``SecondMoment``, a name with options. Out: an operator.
+May import: operators, linalg, table, errors.
 """
 
 from __future__ import annotations

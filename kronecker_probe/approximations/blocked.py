@@ -37,7 +37,7 @@ def _one(
         return _formed(build(target.block(rows, columns)))
     except UnsupportedError as error:
         where = f"[{rows.start}:{rows.stop}, {columns.start}:{columns.stop}]"
-        raise UnsupportedError(f"Block {where}: {error}") from error
+        raise UnsupportedError(f"Block {where}: {error}", error.code) from error
 
 
 def _formed(operator: Operator) -> Operator:

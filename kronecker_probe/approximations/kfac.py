@@ -12,6 +12,7 @@ from kronecker_probe.operators.second_moment.kernels.vectors import (
 )
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
+from kronecker_probe.table.codes import ReasonCode
 
 
 def kfac(target: SecondMoment) -> KroneckerOperator:
@@ -80,6 +81,7 @@ def _factored(target: SecondMoment, who: str) -> FactoredSamples:
     if not isinstance(samples, FactoredSamples):
         raise UnsupportedError(
             f"{who} needs the inputs and output gradients of a linear or convolutional layer, and "
-            f"{type(samples).__name__} hold none; give GradientSamples.from_factors(...)."
+            f"{type(samples).__name__} hold none; give GradientSamples.from_factors(...).",
+            ReasonCode.NO_FACTORS,
         )
     return samples

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import cached_property
 
 import pandas as pd
 
+from kronecker_probe.table.codes import ReasonCode
 from kronecker_probe.table.numbers import Number, dropped_energy, numbers
 from kronecker_probe.table.read import first_shares
 
@@ -51,7 +51,7 @@ class LayerFacts:
         self.now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         self.target = next(iter(_column(self.now, "target").astype(str)), "")
-        self.exact = self.target in _EXACT or _is_exact(self.now)
+        self.exact = self.target in _EXACT or _has(self.now, ReasonCode.NOT_INDEPENDENT)
         self.dropped = dropped_energy(self.at)
         self.noise = max(self._sampling_noise(), self.dropped)
         self.cosines = numbers(self.now, "cosine", self.noise)
@@ -176,36 +176,32 @@ def _column(rows: pd.DataFrame, column: str) -> pd.Series[float]:
     return rows[column].dropna() if column in rows else pd.Series(dtype="float64")
 
 
-# ---------------------------------------------------------------- from the notes
-
-_RULE = re.compile(r"^live follows (\S+)")
-_COPIES = re.compile(r"(\d+) of (\d+) (?:data|examples) have the same gradients")
-
-
-def _notes(rows: pd.DataFrame) -> list[str]:
-    return [str(note) for note in rows["note"].dropna()] if "note" in rows else []
-
-
-def _is_exact(rows: pd.DataFrame) -> bool:
-    return any("are not independent" in note for note in _notes(rows))
+def _has(rows: pd.DataFrame, code: ReasonCode) -> bool:
+    return "reason" in rows and bool(rows["reason"].eq(code).any())
 
 
 def followed_rule(rows: pd.DataFrame) -> str:
-    """The approximation whose rule the optimizer follows; "" if unknown.
+    """The approximation whose rule the optimizer follows; "" if unknown or in blocks.
 
     Args:
         rows: Of one parameter and step.
     """
-    notes = _notes(rows[rows["metric"] == "in_use_rule"])
-    match = _RULE.match(notes[-1]) if notes else None
-    return match[1] if match else ""
+    if "rule" not in rows:
+        return ""
+    whole = rows[(rows["metric"] == "in_use_rule") & rows["rule"].notna()]
+    if "block_size" in rows:  # staleness alone does not separate blocks from the whole rule
+        whole = whole[whole["block_size"].isna()]
+    return str(whole["rule"].iloc[-1]) if len(whole) else ""
 
 
 def reason(rows: pd.DataFrame) -> str:
     """Why the values of these rows are undefined, in the table's words; "" if it has none."""
-    rows = rows[rows["value"].isna()]
-    others = _notes(rows[rows["approximation"] != IN_USE]) or _notes(rows)
-    return others[0] if others else ""
+    if "note" not in rows:
+        return ""
+    noted = rows[rows["value"].isna() & rows["note"].notna()]
+    others = noted[noted["approximation"] != IN_USE]
+    notes = (others if len(others) else noted)["note"]
+    return str(notes.iloc[0]) if len(notes) else ""
 
 
 def repeated(rows: pd.DataFrame) -> tuple[int, int] | None:
@@ -214,17 +210,19 @@ def repeated(rows: pd.DataFrame) -> tuple[int, int] | None:
     Args:
         rows: About one layer's norm.
     """
-    found = [match for note in _notes(rows) if (match := _COPIES.match(note))]
-    return (int(found[0][1]), int(found[0][2])) if found else None
+    if "copies" not in rows:
+        return None
+    found = rows[rows["copies"].notna()]
+    return (int(found["copies"].iloc[0]), int(found["n_examples"].iloc[0])) if len(found) else None
 
 
 def lacks_kfac_factors(rows: pd.DataFrame) -> bool:
     """Whether a K-FAC is undefined for want of layer inputs and output gradients."""
-    return any(re.match(r"^K-FAC\S* needs", note) for note in _notes(rows[rows["value"].isna()]))
+    return _has(rows, ReasonCode.NO_FACTORS)
 
 
 def asked_for(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of skipped parameters without those that were not selected."""
-    if "note" not in rows:
+    if "reason" not in rows:
         return rows
-    return rows[~rows["note"].astype("string").fillna("").str.startswith("not selected")]
+    return rows[~rows["reason"].eq(ReasonCode.NOT_SELECTED).fillna(False).astype(bool)]

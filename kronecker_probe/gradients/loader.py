@@ -31,6 +31,7 @@ from kronecker_probe.gradients.losses import LossFunction
 from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.gradients.samples.checks import check_count
 from kronecker_probe.linalg.memory import available_bytes
+from kronecker_probe.table.codes import Reason, ReasonCode
 
 # Steps of the seed from one batch to the next, so that seeds of neighbouring runs never meet.
 _SEED_STEP = 1_000_003
@@ -126,8 +127,9 @@ class _Whole:
         """One more batch: a parameter must be measured in each of them."""
         self.names = self.names if self.parts else list(part)
         for name in [name for name in self.names if name not in part]:
-            reason = f"in batch {index}: {part.skipped.get(name, 'not measured')}"
-            self.skipped.setdefault(name, reason)
+            why = part.skipped.get(name, "not measured")
+            code = getattr(why, "code", ReasonCode.NOT_MEASURABLE)
+            self.skipped.setdefault(name, Reason(f"in batch {index}: {why}", code))
         kept = {n: s for n, s in part.items() if n in self.names and n not in self.skipped}
         self.held.add(index, kept)
         self.sizes.append(next(iter(part.values())).n_examples)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.table.codes import Reason, ReasonCode
 
 # Weight and bias of one matrix product, by their local names.
 _PAIRS = (("weight", "bias"), ("in_proj_weight", "in_proj_bias"))
@@ -65,7 +66,8 @@ def select(
                 "gradient; make the model outside of it."
             )
         if name not in matched:
-            skipped[name] = f"not selected by layers={layers!r}"
+            why = f"not selected by layers={layers!r}"
+            skipped[name] = Reason(why, ReasonCode.NOT_SELECTED)
         elif reason := _unmeasured(parameter):
             skipped[name] = reason
         else:
@@ -75,7 +77,7 @@ def select(
 
 def _unmeasured(parameter: nn.Parameter) -> str:
     if not parameter.requires_grad:
-        return "frozen (requires_grad=False)"
+        return Reason("frozen (requires_grad=False)", ReasonCode.FROZEN)
     if parameter.is_complex():
         return f"{parameter.dtype} is not real"
     return "" if parameter.numel() else "it has no entries"

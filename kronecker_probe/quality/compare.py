@@ -42,6 +42,7 @@ from kronecker_probe.quality.rows import (
     undefined_rows,
 )
 from kronecker_probe.quality.scores import Scores
+from kronecker_probe.table.codes import Reason, ReasonCode, code_of, reason_of
 from kronecker_probe.table.read import NEGLIGIBLE
 
 __all__ = ["Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
@@ -229,10 +230,10 @@ def _layer_rows(
         return _measured_rows(SecondMoment(samples), request, extra)
     except MemoryBudgetError as error:
         names = (*request.names, *extra)
-        return [row for name in names for row in _undefined(name, request, str(error))]
+        return [row for name in names for row in _undefined(name, request, reason_of(error))]
 
 
-def _undefined(name: str, request: _Request, reason: str) -> list[Row]:
+def _undefined(name: str, request: _Request, reason: Reason) -> list[Row]:
     others = [name for one in request.extra_metrics for name in one.columns]
     rows = undefined_rows(name, request.metrics, request.kinds, reason)
     return rows + undefined_rows(name, others, ["plugin"], reason)
@@ -242,12 +243,12 @@ def _measured_rows(
     target: SecondMoment, request: _Request, extra: Mapping[str, Operator]
 ) -> list[Row]:
     fits: dict[str, Operator] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Reason] = {}
     for name in request.names:
         try:
             fits[name] = approximate(target, name)
         except (UnsupportedError, MemoryBudgetError) as error:
-            reasons[name] = str(error)
+            reasons[name] = reason_of(error)
     estimator = Estimator(target, request.refits, fits)
     rows = _target_rows(target, request.singular_values)
     if "population" in request.kinds:
@@ -267,7 +268,7 @@ def _measured_rows(
         try:
             rows += _operator_rows(estimator, target, name, operator, request)
         except MemoryBudgetError as error:
-            rows += _undefined(name, request, str(error))
+            rows += _undefined(name, request, reason_of(error))
     return rows
 
 
@@ -312,7 +313,7 @@ def _target_rows(target: SecondMoment, singular_values: int) -> list[Row]:
             values = target.kronecker_spectrum(singular_values).tolist()
         except MemoryBudgetError as error:
             nothing = {"metric": "singular_value", "index": 0, "value": math.nan}
-            return [*rows, nothing | {"note": str(error)}]
+            return [*rows, nothing | {"reason": ReasonCode.MEMORY, "note": str(error)}]
         rows += [
             {"metric": "singular_value", "index": index, "value": value}
             for index, value in enumerate(values)
@@ -326,4 +327,6 @@ def _population_rows(estimator: Estimator) -> list[Row]:
         "metric": "noise_floor", "kind": "population", "value": estimator.noise_floor(),
         "n_eff": estimator.n_eff, "note": norm.note or None,
     }  # fmt: skip
+    if math.isnan(floor["value"]):
+        floor["reason"] = code_of(norm.note)
     return [estimate_row(norm), floor]

@@ -10,7 +10,7 @@ from typing import Any, final
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
-from kronecker_probe.quality.estimates.estimate import KINDS
+from kronecker_probe.table.columns import KINDS
 from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.read import row_told
 

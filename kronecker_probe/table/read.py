@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.table.codes import Interval
 from kronecker_probe.table.labels import LABELS
 from kronecker_probe.table.metric_info import METRIC_INFO
 
@@ -296,8 +297,8 @@ def vectors_told(table: pd.DataFrame) -> str:
 
 def is_bracket(row: Mapping[Any, Any]) -> bool:
     """Whether a row of a table is a bracket: between held-out and in-sample numbers."""
-    note = row.get("note")
-    return isinstance(note, str) and note.startswith("bracket")
+    kind = row.get("interval")
+    return isinstance(kind, str) and kind == Interval.BRACKET
 
 
 def as_float(value: Any) -> float:

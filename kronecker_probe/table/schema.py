@@ -7,40 +7,21 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.table.columns import COLUMNS, DTYPES, Column
+from kronecker_probe.table.migrations import migrated
 
-# column -> pandas dtype; the Arrow types below say the same to Parquet
-DTYPES = {
-    "step": "int64",
-    "parameter": "string",
-    "m": "Int64",
-    "n": "Int64",
-    "n_examples": "Int64",
-    "n_columns": "Int64",
-    "n_positions": "Int64",
-    "target": "string",
-    "approximation": "string",
-    "metric": "string",
-    "index": "Int64",
-    "kind": "string",
-    "value": "float64",
-    "stderr": "float64",
-    "low": "float64",
-    "high": "float64",
-    "n_eff": "float64",
-    "note": "string",
-}
-# Columns that runs stored by version 0.1 lack; they read as null.
-ADDED = ("stderr", "low", "high", "n_eff")
-_REQUIRED = ("step", "metric")
+# Renaming or adding a column takes the next version and a step in :mod:`table.migrations`.
+VERSION = 2
 _ARROW = {"int64": pa.int64(), "Int64": pa.int64(), "string": pa.string(), "float64": pa.float64()}
 ARROW_SCHEMA = pa.schema(
     [pa.field(name, _ARROW[dtype], nullable=name != "step") for name, dtype in DTYPES.items()]
 )
 _PANDAS = {pa.int64(): pd.Int64Dtype(), pa.string(): pd.StringDtype()}
-_STEP_KEY = b"kronecker_probe.step"
+_STEP_KEY, _VERSION_KEY = b"kronecker_probe.step", b"kronecker_probe.schema"
 
 
 def empty_table() -> pd.DataFrame:
@@ -55,8 +36,8 @@ def conform(frame: pd.DataFrame) -> pd.DataFrame:
         frame: a table with exactly the columns of :data:`DTYPES`, in any order.
 
     Raises:
-        InvalidInputError: a column is missing or unknown, a value does not fit its column, or
-            ``step`` or ``metric`` is null.
+        InvalidInputError: a column is missing or unknown, a value does not fit its column, a
+            required value is null.
     """
     missing = [name for name in DTYPES if name not in frame.columns]
     unknown = [str(name) for name in frame.columns if name not in DTYPES]
@@ -65,28 +46,50 @@ def conform(frame: pd.DataFrame) -> pd.DataFrame:
             f"A measurement table has the columns {', '.join(DTYPES)}; "
             f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
         )
-    columns = {name: _cast(frame[name], name, dtype) for name, dtype in DTYPES.items()}
+    columns = {column.name: _cast(frame[column.name], column) for column in COLUMNS}
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
-def _cast(column: pd.Series[Any], name: str, dtype: str) -> pd.Series[Any]:
-    if name in _REQUIRED and column.isna().any():
-        raise InvalidInputError(f"Column {name!r} of a measurement table holds a null; fill it.")
+def _cast(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
     try:
         # through Int64, because a plain astype("int64") would cut 1.5 down to 1
-        safe = column.astype("Int64") if dtype == "int64" else column
-        return safe.astype(dtype)  # type: ignore[call-overload, no-any-return]
+        safe = values.astype("Int64") if column.dtype == "int64" else values
+        if column.required and safe.isna().any():
+            raise ValueError("it has a null; fill it")
+        return safe.astype(column.dtype)  # type: ignore[call-overload, no-any-return]
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(
-            f"Column {name!r} of a measurement table must hold {dtype}: {error}."
+            f"Column {column.name!r} of a measurement table must hold {column.dtype}: {error}."
         ) from error
+
+
+def _faults(table: pa.Table) -> str:
+    """What breaks the contract: unknown codes, values below the least, intervals upside down."""
+    found = []
+    for column in COLUMNS:
+        values = table.column(column.name)
+        if values.null_count == len(values):
+            continue
+        if column.codes is not None:
+            unknown = set(pc.unique(values).to_pylist()) - column.codes - {None}
+            if unknown:
+                known = ", ".join(sorted(column.codes))
+                found.append(f"{column.name} has {min(unknown)!r}, not one of {known}")
+        if column.least is not None:
+            least = pc.min(values).as_py()
+            if least is not None and least < column.least:
+                found.append(f"{column.name} has {least}, below {column.least:g}")
+    if pc.any(pc.greater(table.column("low"), table.column("high"))).as_py():
+        found.append("low is above high")
+    return "; ".join(found)
 
 
 def to_parquet(frame: pd.DataFrame, step: int) -> bytes:
     """The part of probed step ``step`` as the bytes of a Parquet file (zstd, checksummed pages).
 
     Raises:
-        InvalidInputError: ``frame`` does not fit the schema (:func:`conform`).
+        InvalidInputError: ``frame`` does not fit the schema (:func:`conform`), or has a code or a
+            number that is not allowed.
     """
     table = conform(frame)
     # value goes through numpy so that NaN stays NaN; a pandas column would turn it into null
@@ -94,10 +97,14 @@ def to_parquet(frame: pd.DataFrame, step: int) -> bytes:
         pa.array(table[name].to_numpy() if name == "value" else table[name], type=field.type)
         for name, field in zip(DTYPES, ARROW_SCHEMA, strict=True)
     ]
-    schema = ARROW_SCHEMA.with_metadata({_STEP_KEY: str(step).encode()})
+    about = {_STEP_KEY: str(step).encode(), _VERSION_KEY: str(VERSION).encode()}
+    schema = ARROW_SCHEMA.with_metadata(about)
+    part = pa.Table.from_arrays(arrays, schema=schema)
+    if faults := _faults(part):
+        raise InvalidInputError(f"Not a measurement table: {faults}.")
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_arrays(arrays, schema=schema),
+        part,
         sink,
         compression="zstd",
         write_page_checksum=True,
@@ -137,21 +144,22 @@ def read_part(data: bytes, step: int) -> pa.Table:
         raise ValueError(f"not a whole Parquet file ({_first_line(error)})") from error
     if table.num_rows != file.metadata.num_rows:  # the footer itself has no checksum
         raise ValueError("not a whole Parquet file (its row counts disagree)")
+    metadata = table.schema.metadata or {}
+    table = migrated(table, metadata.get(_VERSION_KEY, b"").decode(errors="replace"), VERSION)
     found = {field.name: field.type for field in table.schema}
     expected = {field.name: field.type for field in ARROW_SCHEMA}
-    if not set(ADDED) & found.keys():
-        for name in ADDED:
-            table = table.append_column(name, pa.nulls(table.num_rows, expected[name]))
-        found |= {name: expected[name] for name in ADDED}
     if found != expected or len(table.schema) != len(expected):
         raise ValueError(f"not a measurement table ({_difference(found, expected)})")
-    stored = (table.schema.metadata or {}).get(_STEP_KEY, b"no step").decode(errors="replace")
+    stored = metadata.get(_STEP_KEY, b"no step").decode(errors="replace")
     if stored != str(step):
         raise ValueError(f"the file holds the measurements of step {stored}, not of step {step}")
-    for name in _REQUIRED:
-        if table.column(name).null_count:
-            raise ValueError(f"column {name!r} holds a null")
-    return table.select(list(DTYPES)).replace_schema_metadata()
+    for column in COLUMNS:
+        if column.required and table.column(column.name).null_count:
+            raise ValueError(f"column {column.name!r} has a null")
+    table = table.select(list(DTYPES)).replace_schema_metadata()
+    if faults := _faults(table):
+        raise ValueError(faults)
+    return table
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:

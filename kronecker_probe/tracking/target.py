@@ -21,6 +21,7 @@ from kronecker_probe.gradients.targets import CAPTURE_TARGETS, check_target
 from kronecker_probe.gradients.tracing.isolation import isolated
 from kronecker_probe.gradients.trajectory.truncation import truncate
 from kronecker_probe.gradients.trajectory.window import GradientWindow
+from kronecker_probe.table.codes import Reason, ReasonCode
 
 Pair = tuple[Tensor, Tensor]
 
@@ -201,9 +202,10 @@ class TrajectoryTarget(Target):
         skipped = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
-                skipped[name] = "frozen (requires_grad=False)"
+                skipped[name] = Reason("frozen (requires_grad=False)", ReasonCode.FROZEN)
             elif name not in samples:
-                skipped[name] = "not selected by layers, or without a gradient so far"
+                why = "not selected by layers, or without a gradient so far"
+                skipped[name] = Reason(why, ReasonCode.NO_GRADIENT)
         return Capture(samples, skipped, TRAJECTORY, loss, accuracy, self._note())
 
     def _note(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kronecker_probe.gradients.layers.base import Call
 from kronecker_probe.gradients.tracing.broadcast import spread
 from kronecker_probe.gradients.tracing.record import Recording
+from kronecker_probe.table.codes import Reason, ReasonCode
 
 # The node of a reentrant activation checkpoint, which torch.autograd.grad cannot pass.
 _REENTRANT = "CheckpointFunctionBackward"
@@ -60,7 +61,7 @@ def account(
         made = recorded.get(name, [])
         reached = [use for use in made if use[0].edge and use[0].edge.node in graph.nodes]
         if reason := _absence(made, reached, graph, graph.reads[name]):
-            result.absent[name] = reason
+            result.absent[name] = Reason(reason, ReasonCode.NO_GRADIENT)
         elif name in record.problems:
             result.unaccounted[name] = record.problems[name]
         elif reason := _unaccounted(name, reached, graph):

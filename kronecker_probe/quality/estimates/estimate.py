@@ -11,8 +11,9 @@ from scipy.special import stdtrit
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.quality.metrics.catalog import SQUARED
+from kronecker_probe.table.codes import Reason, ReasonCode
+from kronecker_probe.table.columns import KINDS
 
-KINDS = ("plugin", "held-out", "population")
 # Effective examples under which no population or held-out number is given.
 MIN_N_EFF = 30.0
 # Above this share of N, N_eff is low because N is.
@@ -62,10 +63,13 @@ class Estimate:
         n: Independent examples N (examples of positive weight).
         n_eff: (sum |G_i|^2)^2 / sum |G_i|^4, weights included: how many examples carry the numbers.
         df: Degrees of freedom of Student's t in :meth:`interval`.
-        note: Why it abstains, or how it was found where that matters.
+        note: Why it abstains (a :class:`~kronecker_probe.table.codes.Reason`, with its code), or
+            how it was found where that matters.
         bracket: For a number without a standard error, the held-out and the in-sample number,
             one too pessimistic and one too optimistic; :meth:`interval` reaches from the one's
             confidence interval to the other's.
+        copies: Of the norm of H: how many examples have the same gradients as another one, where
+            some have.
     """
 
     metric: str
@@ -78,6 +82,7 @@ class Estimate:
     df: float = math.inf
     note: str = ""
     bracket: tuple[Bound, Bound] | None = None
+    copies: int | None = None
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """The two-sided confidence interval, on the scale of ``value``.
@@ -157,17 +162,18 @@ def check_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
-def abstention(n: int, n_eff: float) -> str:
+def abstention(n: int, n_eff: float) -> Reason:
     """Why so few effective examples give no estimate, and what to do; empty if they do."""
     if n_eff >= MIN_N_EFF:
-        return ""
+        return Reason("")
     # just as many would leave half of all samples below again
     needed = math.ceil(n * max(MIN_N_EFF / max(n_eff, 1.0), LEAST_MORE) / 10) * 10
     # three digits, for 29.8 is not yet 30
     few = f"N_eff = {n_eff:.3g} of N = {n}: a few examples carry the numbers, and"
     if n < MIN_N_EFF or n_eff > MOSTLY * n:
         few = f"N = {n} examples (N_eff = {n_eff:.3g}) are few:"
-    return (
+    return Reason(
         f"{few} under {MIN_N_EFF:.0f} effective examples no estimate can be trusted; measure about "
-        f"{needed} examples"
+        f"{needed} examples",
+        ReasonCode.FEW_EXAMPLES,
     )

@@ -24,21 +24,24 @@ from kronecker_probe.quality.estimates.replicates import Jackknifed, Replicates,
 from kronecker_probe.quality.estimates.sample_means import CLOSED_FORMS, SampleMeans
 from kronecker_probe.quality.metrics.catalog import SQUARED
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
+from kronecker_probe.table.codes import Reason, ReasonCode, reason_of
 
 TARGET_METRICS = ("norm", "trace")
 # Approximations of separate means of d and a, which other examples may carry than those of H.
 OF_FACTORS = frozenset({"kfac", "kfac-reduce", "ekfac"})
-NOT_INDEPENDENT = (
+NOT_INDEPENDENT = Reason(
     "these examples are not independent: their weighted sum is the target itself, and the plug-in "
-    "number has no sampling error"
+    "number has no sampling error",
+    ReasonCode.NOT_INDEPENDENT,
 )
 # Effective examples for each product of a sum under which refits are too uneven: a bracket instead.
 MIN_REFITTED = 30.0
 # Effective examples along each eigenvector that a fit with q < MILD_Q needs.
 MIN_DIRECTION, MILD_Q = 5.0, 0.5
-UNDEFINED = (
+UNDEFINED = Reason(
     "|H|^2 or |P|^2 over distinct examples is not positive, of all or without some of them: P = 0, "
-    "or hardly any two examples share a direction; measure more examples"
+    "or hardly any two examples share a direction; measure more examples",
+    ReasonCode.NOT_POSITIVE,
 )
 # Rules that give H itself wherever it acts on vectors, m or n = 1, in any sample.
 EXACT_ON_VECTORS = frozenset({"optimal", "shampoo-squared", "shampoo-squared-sequential"})
@@ -146,12 +149,13 @@ class Estimator:
             found = jackknife(values(self._examples), single=True)
             copies = self._examples.copies
         except MemoryBudgetError as error:
-            return self._undefined(metric, None, kind, str(error))
+            return self._undefined(metric, None, kind, reason_of(error))
         one = self._estimate(metric, None, kind, found)
         if not copies or one.note:
             return one
         note = f"{copies} of {self.n} examples have the same gradients as another"
-        return replace(one, note=f"{note}: if they are copies of it, measure each once")
+        note += ": if they are copies of it, measure each once"
+        return replace(one, note=note, copies=copies)
 
     def plugin(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
         """The numbers of the sample matrix itself."""
@@ -206,7 +210,7 @@ class Estimator:
         try:
             square = self._examples.target_squares
         except MemoryBudgetError as error:
-            return str(error)
+            return reason_of(error)
         return Replicates(square, square, square, single=True)
 
     def of_operator(self, label: str, operator: Operator, metrics: Sequence[str]) -> list[Estimate]:
@@ -214,14 +218,14 @@ class Estimator:
         try:
             found: Replicates | str = self._silence or fixed_operator(self._examples, operator)
         except MemoryBudgetError as error:
-            found = str(error)
+            found = reason_of(error)
         return [self._of(label, metric, "population", found) for metric in metrics]
 
     def _held_out(self, label: str) -> Replicates | str:
         try:
             return self._ill_founded(label) or self._refits.held_out(label)
         except (MemoryBudgetError, UnsupportedError) as error:
-            return str(error)
+            return reason_of(error)
 
     def _fitted(self, labels: Sequence[str]) -> dict[str, Replicates | Bracket | str]:
         try:
@@ -236,7 +240,7 @@ class Estimator:
                 found |= self._refits.jackknifed(refitted, counts[refitted[0]])
             return found
         except (MemoryBudgetError, UnsupportedError) as error:
-            return dict.fromkeys(labels, str(error))
+            return dict.fromkeys(labels, reason_of(error))
 
     def _ill_founded(self, label: str) -> str:
         """Why an inverse of the factors rests on too few examples; empty if it does not."""
@@ -254,10 +258,11 @@ class Estimator:
         weakest = weakest_direction(self._examples.target, operator)
         if weakest >= MIN_DIRECTION:
             return ""
-        return (
+        return Reason(
             f"it divides by the eigenvalues of both factors, and one eigenvector rests on "
             f"{weakest:.1f} effective examples of {self.n}, under {MIN_DIRECTION:g}; measure more "
-            "examples, or use q = 1/2"
+            "examples, or use q = 1/2",
+            ReasonCode.WEAK_DIRECTION,
         )
 
     def _of(

@@ -17,6 +17,7 @@ from kronecker_probe.quality.estimates.closed_forms import ONE_SIDED, PRODUCTS, 
 from kronecker_probe.quality.estimates.examples import Examples, pair_statistic
 from kronecker_probe.quality.estimates.grouped import Grouped
 from kronecker_probe.quality.estimates.replicates import Replicates
+from kronecker_probe.table.codes import reason_of
 
 CLOSED_FORMS = frozenset({*PRODUCTS, *ONE_SIDED, "identity", "diagonal"})
 
@@ -72,7 +73,7 @@ class SampleMeans:
             assert whole is not None
             return whole
         except (MemoryBudgetError, UnsupportedError) as error:
-            return str(error)
+            return reason_of(error)
 
     def _of(self, name: str, target: SecondMoment, grams: Grams | None) -> Replicates:
         examples = self._examples

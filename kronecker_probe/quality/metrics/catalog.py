@@ -19,6 +19,7 @@ from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.metrics import directions, divergences, frobenius, spectral
 from kronecker_probe.quality.metrics.metric import Metric, Values
 from kronecker_probe.quality.metrics.undefined import UndefinedError, check_pair
+from kronecker_probe.table.codes import code_of
 from kronecker_probe.table.metric_info import Better, MetricInfo, add_metric_info
 from kronecker_probe.table.specs import (
     Spec,
@@ -85,7 +86,7 @@ class ChosenMetric:
             values = formula(target, approximation, **dict(self.spec.options))
         except (UndefinedError, UnsupportedError, MemoryBudgetError, InvalidInputError) as reason:
             return [
-                {"metric": name, "value": math.nan, "stderr": None, "note": str(reason)}
+                {"metric": name, "value": math.nan, "reason": code_of(reason), "note": str(reason)}
                 for name in self.columns
             ]
         return [

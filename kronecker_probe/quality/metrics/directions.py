@@ -26,6 +26,7 @@ from kronecker_probe.quality.metrics.undefined import (
     resolve_damping,
     warn_undefined,
 )
+from kronecker_probe.table.codes import ReasonCode
 from kronecker_probe.table.specs import Option
 
 POWERS = (0.25, 0.5, 1.0)
@@ -180,7 +181,7 @@ def compute_directions(
     if not cosines:
         alone = gradients is not None and len(gradients) == 1
         what = "the gradient is" if alone else "all gradients are"
-        raise UndefinedError(f"{what} zero: no direction is defined")
+        raise UndefinedError(f"{what} zero: no direction is defined", ReasonCode.ZERO)
     return DirectionAgreement(
         powers,
         torch.tensor(cosines, dtype=torch.float64),

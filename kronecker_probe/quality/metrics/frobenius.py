@@ -15,6 +15,7 @@ from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.quality.metrics.metric import Metric, Values
 from kronecker_probe.quality.metrics.undefined import LARGEST_NORM, UndefinedError
+from kronecker_probe.table.codes import Reason, ReasonCode, code_of
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,16 @@ class InnerProducts:
     def unusable(self) -> str:
         """Why no metric is defined here; empty when some are."""
         if self.target == 0.0:
-            return "H = 0: no quality number is defined"
+            return Reason("H = 0: no quality number is defined", ReasonCode.ZERO)
         if not math.isfinite(self.target):
-            return f"|H| = {self.target}: the target is not finite"
+            why = f"|H| = {self.target}: the target is not finite"
+            return Reason(why, ReasonCode.NOT_FINITE)
         if not 1.0 / LARGEST_NORM < self.target < LARGEST_NORM:
-            return f"|H| = {self.target:.3g} is beyond what float64 can score; rescale the loss"
+            why = f"|H| = {self.target:.3g} is beyond what float64 can score; rescale the loss"
+            return Reason(why, ReasonCode.OUT_OF_RANGE)
         if not (math.isfinite(self.approximation) and math.isfinite(self.cross)):
-            return f"|P| = {self.approximation}, <H, P> = {self.cross}: P is not finite"
+            why = f"|P| = {self.approximation}, <H, P> = {self.cross}: P is not finite"
+            return Reason(why, ReasonCode.NOT_FINITE)
         return ""
 
     @property
@@ -54,7 +58,9 @@ class InnerProducts:
         """Why cosine and scale are undefined here; empty when they are defined."""
         if self.unusable:
             return self.unusable
-        return "P = 0: no cosine or scale is defined" if self.approximation == 0.0 else ""
+        if self.approximation != 0.0:
+            return ""
+        return Reason("P = 0: no cosine or scale is defined", ReasonCode.ZERO)
 
     @property
     def cosine(self) -> float:
@@ -170,7 +176,7 @@ def _formula(metric: str) -> Callable[[Operator, Operator], Values]:
         products = InnerProducts.of(target, approximation)
         value: float = getattr(products, metric)
         if math.isnan(value):
-            raise UndefinedError(products.undefined)
+            raise UndefinedError(products.undefined, code_of(products.undefined))
         return {metric: (value, None)}
 
     return formula

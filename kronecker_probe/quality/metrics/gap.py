@@ -20,6 +20,7 @@ from kronecker_probe.gradients.samples.base import GradientSamples
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
+from kronecker_probe.table.codes import reason_of
 
 T = TypeVar("T")
 PerLayer: TypeAlias = Mapping[str, T] | T
@@ -195,7 +196,7 @@ def _squared_error(target: SecondMoment, make: Callable[[], Operator]) -> tuple[
     try:
         products = InnerProducts.of(target, make())
     except (UnsupportedError, MemoryBudgetError) as error:
-        return math.nan, str(error)
+        return math.nan, reason_of(error)
     if products.undefined:
         return math.nan, products.undefined
     return max(0.0, 1.0 - products.cosine**2), None

@@ -23,6 +23,7 @@ from kronecker_probe.operators.spectral_form import (
 )
 from kronecker_probe.quality.metrics.metric import Metric, Values
 from kronecker_probe.quality.metrics.undefined import UndefinedError, check_pair, warn_undefined
+from kronecker_probe.table.codes import ReasonCode
 
 # Matrices up to this size are decomposed rather than iterated on.
 DENSE_SIZE = 64
@@ -168,10 +169,11 @@ def _extremes(
         )
     except ArpackNoConvergence as error:
         if len(error.eigenvalues) < k:
-            raise UndefinedError("Lanczos did not converge to the extreme eigenvalues") from error
+            why = "Lanczos did not converge to the extreme eigenvalues"
+            raise UndefinedError(why, ReasonCode.NOT_CONVERGED) from error
         values, vectors = error.eigenvalues, np.real(error.eigenvectors)
     except ArpackError as error:
-        raise UndefinedError(f"Lanczos failed: {error}") from error
+        raise UndefinedError(f"Lanczos failed: {error}", ReasonCode.NOT_CONVERGED) from error
     residuals = np.linalg.norm(matmat(vectors) - vectors * values, axis=0)
     residual = float(residuals.max() / np.abs(values).max())
     return float(values.min()) if both else 0.0, float(values.max()), residual

@@ -7,13 +7,23 @@ import warnings
 
 from kronecker_probe.errors import InvalidInputError, UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
+from kronecker_probe.table.codes import ReasonCode
 
 # Inner products of H with its own factors scale as |H|^3, which must stay inside float64.
 LARGEST_NORM = 1e95
 
 
 class UndefinedError(Exception):
-    """Why a number is undefined here; turned into NaN before it reaches a caller."""
+    """Why a number is undefined here; turned into NaN before it reaches a caller.
+
+    Args:
+        message: For people.
+        code: For the column ``reason``.
+    """
+
+    def __init__(self, message: str, code: ReasonCode = ReasonCode.UNDEFINED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def warn_undefined(metric: str, reason: object, stacklevel: int = 3) -> float:
@@ -43,15 +53,16 @@ def check_pair(target: Operator, approximation: Operator) -> None:
         )
     trace = target.trace()
     if trace == 0.0:
-        raise UndefinedError("H = 0: no quality number is defined")
+        raise UndefinedError("H = 0: no quality number is defined", ReasonCode.ZERO)
     if not math.isfinite(trace):
-        raise UndefinedError(f"Tr H = {trace}: the target is not finite")
+        raise UndefinedError(f"Tr H = {trace}: the target is not finite", ReasonCode.NOT_FINITE)
     if not 1.0 / LARGEST_NORM < trace < LARGEST_NORM:
         raise UndefinedError(
-            f"Tr H = {trace:.3g} is beyond what float64 can score; rescale the loss"
+            f"Tr H = {trace:.3g} is beyond what float64 can score; rescale the loss",
+            ReasonCode.OUT_OF_RANGE,
         )
     if not math.isfinite(approximation.trace()):
-        raise UndefinedError("P is not finite")
+        raise UndefinedError("P is not finite", ReasonCode.NOT_FINITE)
 
 
 def resolve_damping(target: Operator, damping: float, relative: bool) -> float:

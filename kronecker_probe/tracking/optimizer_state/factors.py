@@ -20,6 +20,7 @@ from kronecker_probe.optim.engine.inspection import HeldFactor, Inspection
 from kronecker_probe.quality.metrics.factor_health import factor_health
 from kronecker_probe.quality.metrics.gap import Link, follow
 from kronecker_probe.quality.rows import Row
+from kronecker_probe.table.codes import Reason, ReasonCode, code_of, reason_of
 
 IN_STATISTICS = "it is within in_use_statistics: second moments are known in the held basis only"
 # How each number of a factor is taken over the blocks of a parameter: as the worst, or the mean.
@@ -66,7 +67,7 @@ def inside_rows(
 def factor_rows(factors: Iterable[HeldFactor]) -> list[Row]:
     """A row a number and side, over all blocks; the side is in ``index``."""
     numbers: dict[tuple[int, str], list[float]] = {}
-    notes: dict[int, str] = {}
+    notes: dict[int, Reason] = {}
     for one in factors:
         values, note = _numbers(one)
         if note:
@@ -78,13 +79,19 @@ def factor_rows(factors: Iterable[HeldFactor]) -> list[Row]:
         for (side, metric), values in sorted(numbers.items(), key=lambda item: item[0][0])
     ]
     rows += [
-        {"metric": "factor_rank", "index": side, "value": math.nan, "note": note}
+        {
+            "metric": "factor_rank",
+            "index": side,
+            "value": math.nan,
+            "reason": note.code,
+            "note": note,
+        }
         for side, note in notes.items()
     ]
     return rows
 
 
-def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
+def _numbers(one: HeldFactor) -> tuple[dict[str, float], Reason]:
     """The numbers of one factor, and why some are missing."""
     values: dict[str, float] = {
         "tests": one.tests, "refreshes": one.refreshes, "refresh_iterations": one.iterations
@@ -98,7 +105,7 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
         if math.isfinite(share):
             values["basis_off_diagonal"] = share
     if not bool(one.factor.isfinite().all()):
-        return values, "the factor is not finite"
+        return values, Reason("the factor is not finite", ReasonCode.NOT_FINITE)
     epsilon = one.epsilon or 0.0
     try:
         if one.relative and epsilon:
@@ -106,7 +113,7 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
         exponent = one.exponent if one.exponent is not None else -0.5
         health = factor_health(one.factor, epsilon, exponent=exponent, dtype=one.dtype)
     except (NonFiniteError, InvalidInputError, UnsupportedError) as error:
-        return values, str(error)
+        return values, reason_of(error)
     values["factor_rank"] = health.numerical_rank
     values["factor_stable_rank"] = health.stable_rank
     values["factor_under_floor"] = health.below_floor_share
@@ -116,7 +123,7 @@ def _numbers(one: HeldFactor) -> tuple[dict[str, float], str]:
         suggested *= 1.0 if one.relative else health.largest
         if suggested > one.epsilon:
             values["factor_suggested_epsilon"] = suggested
-    return values, ""
+    return values, Reason("")
 
 
 def _split(found: Inspection, samples: GradientSamples) -> list[Row]:
@@ -149,11 +156,18 @@ def _split(found: Inspection, samples: GradientSamples) -> list[Row]:
     except UnsupportedError:
         links.append(("in_use_statistics", found.undamped))
         links.append(("in_use_damping", _made(held)))
-        absent = [{"metric": "in_use_staleness", "value": math.nan, "note": IN_STATISTICS}]
+        absent = [{"metric": "in_use_staleness", "value": math.nan,
+                   "reason": ReasonCode.IN_STATISTICS, "note": IN_STATISTICS}]  # fmt: skip
     except NonFiniteError as error:
-        return [{"metric": "in_use_statistics", "value": math.nan, "note": str(error)}]
+        return [{"metric": "in_use_statistics", "value": math.nan, "reason": code_of(error),
+                 "note": str(error)}]  # fmt: skip
     rows: list[Row] = [
-        {"metric": row["component"], "value": row["contribution"], "note": row["note"]}
+        {
+            "metric": row["component"],
+            "value": row["contribution"],
+            "note": row["note"],
+            "reason": code_of(row["note"]) if math.isnan(row["contribution"]) else None,
+        }
         for row in follow(target, links)
     ]
     return rows + absent

@@ -104,16 +104,17 @@ def read_state(
 
 
 def _rule_rows(optimizer: Optimizer, name: str, parameter: Tensor) -> list[Row]:
-    """The rule that the operator in use would be, if its statistics were fresh and undamped.
-
-    Known for the embedded optimizers, of parameters that are not cut into blocks. Of others there
-    is no fresh operator that staleness alone separates from the one in use.
-    """
-    rule = optimizer.rule(parameter) if isinstance(optimizer, KroneckerOptimizer) else None
-    if not rule:
+    """The rule that the operator in use follows, its block size and its epsilon; ours alone."""
+    if not isinstance(optimizer, KroneckerOptimizer):
         return []
-    note = f"live follows {rule}"
-    return [{"parameter": name, "metric": "in_use_rule", "value": math.nan, "note": note}]
+    found = optimizer.inspect(parameter)
+    epsilons = [one.epsilon for one in found.factors if one.epsilon is not None]
+    about: Row = {
+        "rule": found.rule, "block_size": found.block_size, "epsilon": max(epsilons, default=None)
+    }  # fmt: skip
+    if found.rule is None and found.block_size is None:
+        return []
+    return [{"parameter": name, "metric": "in_use_rule", "value": math.nan, **about}]
 
 
 def _holder(optimizers: Sequence[Optimizer], parameter: Tensor) -> Optimizer | None:

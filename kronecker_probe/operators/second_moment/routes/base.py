@@ -18,6 +18,7 @@ from kronecker_probe.operators.factors.vectors import Rows
 from kronecker_probe.operators.second_moment.kernels.base import Kernels
 from kronecker_probe.operators.second_moment.kernels.choose import kernels_for
 from kronecker_probe.operators.second_moment.kernels.vectors import vectors
+from kronecker_probe.table.codes import ReasonCode
 
 # Singular values that a route gives where the whole spectrum is out of reach.
 DEFAULT_LEADING = 16
@@ -145,7 +146,8 @@ class Route(abc.ABC):
             raise UnsupportedError(
                 "K-FAC needs the inputs and output gradients of a linear or convolutional layer, "
                 f"and {type(s).__name__} hold none; kp.capture finds them where the model has such "
-                "a layer, and GradientSamples.from_factors takes your own."
+                "a layer, and GradientSamples.from_factors takes your own.",
+                ReasonCode.NO_FACTORS,
             )
         return self._outer_factors(*vectors(s), self._input_weights(s))
 
