@@ -35,7 +35,7 @@ def full() -> list[dict[str, object]]:
     rows = estimated("0.weight", cosines, stderr=0.008) + estimated("1", cosines, stderr=0.008)
     for row in rows:
         if row["kind"] == "population" and row["approximation"] == "optimal":
-            row |= {"stderr": None, "note": "bracket: held-out to in-sample"}
+            row |= {"stderr": None, "interval": "bracket"}
         if row["kind"] == "population" and row["parameter"] == "1":
             row |= {"value": math.nan, "stderr": None, "low": None, "high": None, "note": "few"}
     floor = {"step": 0, "parameter": "0.weight", "metric": "noise_floor", "kind": "population"}
