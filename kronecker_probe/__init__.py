@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kronecker_probe.approximations import DEFAULT_APPROXIMATIONS as DEFAULT_APPROXIMATIONS
     from kronecker_probe.approximations import approximate as approximate
     from kronecker_probe.approximations import kronecker_energy as kronecker_energy
+    from kronecker_probe.approximations import register_approximation as register_approximation
     from kronecker_probe.approximations import resolve as resolve
     from kronecker_probe.findings.diagnose import diagnose as diagnose
     from kronecker_probe.findings.finding import Diagnosis as Diagnosis
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from kronecker_probe.quality.estimates.api import estimate as estimate
     from kronecker_probe.quality.estimates.api import samples_needed as samples_needed
     from kronecker_probe.quality.estimates.estimate import Estimate as Estimate
+    from kronecker_probe.quality.metrics.catalog import register_metric as register_metric
     from kronecker_probe.quality.metrics.directions import DirectionAgreement as DirectionAgreement
     from kronecker_probe.quality.metrics.directions import (
         direction_agreement as direction_agreement,
@@ -96,6 +98,8 @@ _PUBLIC = {
     "BlockOperator": "operators.structures.block",
     "approximate": "approximations",
     "resolve": "approximations",
+    "register_approximation": "approximations",
+    "register_metric": "quality.metrics.catalog",
     "kronecker_energy": "approximations",
     "APPROXIMATIONS": "approximations",
     "DEFAULT_APPROXIMATIONS": "approximations",

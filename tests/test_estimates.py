@@ -19,14 +19,15 @@ from kronecker_probe.quality.estimates import grouped
 from kronecker_probe.quality.estimates.closed_forms import PRODUCTS, Grams
 from kronecker_probe.quality.estimates.estimator import Estimator
 from kronecker_probe.quality.estimates.examples import Examples
-from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS, jackknife
+from kronecker_probe.quality.estimates.replicates import jackknife
+from kronecker_probe.quality.metrics.catalog import ESTIMABLE
 from tests import estimate_oracle as oracle
 
 # float64 sums of positive terms in another order
 SAME = 1e-10
 CLOSED = ("shampoo-squared", "tkfac", "kfac", "kfac-reduce", "left-only", "right-only",
           "identity", "diagonal")  # fmt: skip
-METRICS = QUALITY_METRICS
+METRICS = ESTIMABLE
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import kronecker_probe as kp
 from kronecker_probe.errors import InvalidInputError, UnknownNameError, UnsupportedError
 from kronecker_probe.quality.estimates.examples import Examples
 from kronecker_probe.quality.estimates.forms import example_forms
-from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
+from kronecker_probe.quality.metrics.catalog import ESTIMABLE
 
 # float64 sums of positive terms in another order, and iterations that stop near rounding
 SAME, FITTED = 1e-10, 1e-6
@@ -93,7 +93,7 @@ def test_refits_agree_between_routes_and_weights_of_any_scale(route: str) -> Non
 def test_two_halves_give_a_bracket_with_the_held_out_value_inside() -> None:
     H = kp.SecondMoment(dependent(80))
     held_out = kp.estimate(H, "shampoo", kind="held-out")
-    for metric in QUALITY_METRICS:
+    for metric in ESTIMABLE:
         found = kp.estimate(H, "shampoo", metric, refits=0)
         low, high = found.interval()
         assert low <= found.value <= high
@@ -412,7 +412,7 @@ def test_compare_shows_what_estimate_gives() -> None:
     table = scores.table
     for name in names:
         for kind in ("held-out", "population"):
-            for metric in QUALITY_METRICS:
+            for metric in ESTIMABLE:
                 expected = kp.estimate(H, name, metric, kind)
                 rows = table[
                     (table["approximation"] == name)

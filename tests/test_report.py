@@ -198,7 +198,7 @@ def test_the_table_has_error_bars_brackets_and_every_metric(tmp_path: Path) -> N
             row |= {"stderr": None, "interval": "bracket"}
     found = report(make_run(tmp_path / "run", {0: frame(rows)}))
     cells = {row[0]: row[1:] for row in found.cells if row}
-    assert cells["approximation P"][:2] == ["cosine similarity to H", "trace_ratio"]
+    assert cells["approximation P"][:2] == ["cosine similarity to H", "trace ratio Tr P / Tr H"]
     assert cells["optimal Kronecker"][:2] == ["0.900 ± 0.010", "1.2500"]
     assert cells["K-FAC"][:2] == ["0.800 (bracket 0.780 to 0.820)", "0.7500"]
     assert any(row[0].startswith("a (64") and "population numbers" in row[0] for row in found.cells)

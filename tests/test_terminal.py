@@ -72,7 +72,7 @@ def test_every_metric_asked_for_has_a_table_and_the_cosine_is_the_default(
     assert len([line for line in asked if " at step 0: " in line]) == 4
     other = [row | {"metric": "trace_ratio"} for row in rows if row["metric"] == "best_scale"]
     lines = printed(frame(other), monkeypatch, capsys)
-    assert lines[0].strip() == "trace_ratio at step 0: plug-in numbers; ggn, N = 512"
+    assert lines[0].strip() == "Trace ratio Tr P / Tr H at step 0: plug-in numbers; ggn, N = 512"
     assert columns(lines, "a ") == [["a", "0.900", "0.800"]]
     assert any(line.startswith("of the sample matrix only: this metric has no") for line in lines)
     assert not [line for line in asked if "sample matrix only" in line]

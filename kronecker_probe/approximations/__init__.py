@@ -7,15 +7,16 @@ May import: operators, linalg, table, errors.
 from __future__ import annotations
 
 from kronecker_probe.approximations.optimal import kronecker_energy
-from kronecker_probe.approximations.options import Spec
 from kronecker_probe.approximations.registry import (
     ALIASES,
     APPROXIMATIONS,
     DEFAULT_APPROXIMATIONS,
     approximate,
     options_of,
+    register_approximation,
     resolve,
 )
+from kronecker_probe.table.specs import Spec
 
 __all__ = [
     "ALIASES",
@@ -25,5 +26,6 @@ __all__ = [
     "approximate",
     "kronecker_energy",
     "options_of",
+    "register_approximation",
     "resolve",
 ]

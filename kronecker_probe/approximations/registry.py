@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from kronecker_probe.approximations.blocked import blocked
 from kronecker_probe.approximations.divergence import divergence
@@ -14,7 +14,6 @@ from kronecker_probe.approximations.elementwise import diagonal, identity
 from kronecker_probe.approximations.kfac import kfac, kfac_reduce, tkfac
 from kronecker_probe.approximations.one_sided import left_only, right_only
 from kronecker_probe.approximations.optimal import optimal
-from kronecker_probe.approximations.options import Option, Spec, read_options, split
 from kronecker_probe.approximations.shampoo import (
     shampoo,
     shampoo_squared,
@@ -23,6 +22,17 @@ from kronecker_probe.approximations.shampoo import (
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
+from kronecker_probe.table.labels import LABELS
+from kronecker_probe.table.specs import (
+    Option,
+    Spec,
+    check_new_name,
+    options_by_signature,
+    read_options,
+    split_spec,
+)
+
+Build = TypeVar("Build", bound=Callable[..., Operator])
 
 DEFAULT_APPROXIMATIONS = (
     "optimal",
@@ -32,47 +42,95 @@ DEFAULT_APPROXIMATIONS = (
     "eigen-corrected",
     "diagonal",
 )
-"""What a comparison shows unless it is told otherwise."""
+"""What a comparison shows unless others are named."""
 
-APPROXIMATIONS: MappingProxyType[str, Callable[..., Operator]] = MappingProxyType(
-    {
-        "optimal": optimal,
-        "shampoo-squared": shampoo_squared,
-        "shampoo-squared-sequential": shampoo_squared_sequential,
-        "divergence": divergence,
-        "kfac": kfac,
-        "kfac-reduce": kfac_reduce,
-        "tkfac": tkfac,
-        "left-only": left_only,
-        "right-only": right_only,
-        "shampoo": shampoo,
-        "eigen-corrected": eigen_corrected,
-        "ekfac": ekfac,
-        "diagonal": diagonal,
-        "identity": identity,
-    }
-)
+_BUILDS: dict[str, Callable[..., Operator]] = {
+    "optimal": optimal,
+    "shampoo-squared": shampoo_squared,
+    "shampoo-squared-sequential": shampoo_squared_sequential,
+    "divergence": divergence,
+    "kfac": kfac,
+    "kfac-reduce": kfac_reduce,
+    "tkfac": tkfac,
+    "left-only": left_only,
+    "right-only": right_only,
+    "shampoo": shampoo,
+    "eigen-corrected": eigen_corrected,
+    "ekfac": ekfac,
+    "diagonal": diagonal,
+    "identity": identity,
+}
+APPROXIMATIONS: MappingProxyType[str, Callable[..., Operator]] = MappingProxyType(_BUILDS)
 """Name -> function of a SecondMoment and the options of that approximation."""
 
 ALIASES = MappingProxyType({"kl": "divergence:q=0"})
 """Other name -> the spec that it stands for; tables show that spec's label."""
 
-_BLOCK_SIZE = Option("block_size", True, 1, None, "give the side of a block, an integer >= 1")
-_OPTIONS = {
+_BLOCK_SIZE = Option("block_size", "give the side of a block, an integer >= 1", True, 1)
+_OPTIONS: dict[str, tuple[Option, ...]] = {
     "optimal": (
-        Option("rank", True, 1, None, "give how many Kronecker products to sum, >= 1", default=1),
+        Option("rank", "give how many Kronecker products to sum, >= 1", True, 1, default=1),
     ),
     "divergence": (
         Option(
             "q",
-            False,
-            0.0,
-            2.0,
             "give a number from 0 to 2: 0 (KL), 1/2 (SQ), 1 (von Neumann), 2 (Frobenius)",
+            low=0.0,
+            high=2.0,
             required=True,
         ),
     ),
 }
+
+
+def register_approximation(name: str, *, label: str | None = None) -> Callable[[Build], Build]:
+    """Register an approximation, which ``kp.compare``, the tracker and figures then know by name.
+
+    The decorated function gets H, a :class:`SecondMoment` on m x n matrices, and returns an
+    operator of the same shape. Its keyword-only parameters with numbers as defaults are options of
+    its spec, "name:option=value". Where it does not exist for the samples it raises
+    ``kp.errors.UnsupportedError("why")``, which becomes a row without a value.
+
+    Args:
+        name: Letters, digits, - and _.
+        label: The name in figures and sentences; by default ``name``.
+
+    Raises:
+        InvalidInputError: The name is taken or malformed, or an option has no number as default.
+
+    Example:
+        >>> @kp.register_approximation("trace", label="trace · I")  # doctest: +SKIP
+        ... def trace(H):
+        ...     m, n = H.shape
+        ...     return kp.DiagonalOperator(torch.full((m, n), H.trace() / (m * n)))
+    """
+    check_new_name("approximation", name, {**APPROXIMATIONS, **ALIASES})
+
+    def register(build: Build) -> Build:
+        _OPTIONS[name] = options_by_signature(build)
+        _BUILDS[name] = _checked(name, build)
+        LABELS[name] = label or name
+        return build
+
+    return register
+
+
+def _checked(name: str, build: Callable[..., Operator]) -> Callable[..., Operator]:
+    @wraps(build)
+    def checked(target: SecondMoment, **options: float) -> Operator:
+        found = build(target, **options)
+        if not isinstance(found, Operator) or found.shape != target.shape:
+            m, n = target.shape
+            shape = (
+                f" on {' x '.join(map(str, found.shape))}" if isinstance(found, Operator) else ""
+            )
+            raise InvalidInputError(
+                f"The approximation {name!r} returned a {type(found).__name__}{shape}; return an "
+                f"operator on {m} x {n} matrices, such as kp.KroneckerOperator(left, right)."
+            )
+        return found
+
+    return checked
 
 
 def options_of(name: str) -> tuple[Option, ...]:
@@ -97,24 +155,27 @@ def resolve(spec: str, **options: Any) -> Spec:
     """
     if not isinstance(spec, str):
         raise unknown_name("approximation", spec, APPROXIMATIONS)
-    name, given = split(spec)
-    stated: dict[str, object] = dict(given)
+    name, text = split_spec("approximation", spec)
+    given: dict[str, object] = dict(text)
     if name in ALIASES:
-        name, meant = split(ALIASES[name])
-        stated = _merged(spec, meant, stated)
+        name, meant = split_spec("approximation", ALIASES[name])
+        given = _merged(spec, meant, given)
     if name not in APPROXIMATIONS:
         raise unknown_name("approximation", name, [*APPROXIMATIONS, *ALIASES])
     beside = {key: value for key, value in options.items() if value is not None}
-    return Spec(name, read_options(name, _merged(spec, stated, beside), options_of(name)))
+    known = options_of(name)
+    defaults = {option.name: option.default for option in known}
+    chosen = read_options("approximation", name, _merged(spec, given, beside), known)
+    return Spec(name, tuple((key, x) for key, x in chosen if x != defaults[key]))
 
 
-def _merged(spec: str, one: dict[str, Any], other: dict[str, Any]) -> dict[str, object]:
+def _merged(spec: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, object]:
     for key in one.keys() & other.keys():
         raise InvalidInputError(
             f"Approximation {spec!r} has {key}={one[key]} and was given {key}={other[key]!r} "
-            "besides; give it once."
+            "as well; give it once."
         )
-    return one | other
+    return {**one, **other}
 
 
 def approximate(target: SecondMoment, name: str, **options: Any) -> Operator:
@@ -134,7 +195,7 @@ def approximate(target: SecondMoment, name: str, **options: Any) -> Operator:
     Raises:
         UnknownNameError: No such approximation or option; the message suggests the nearest.
         UnsupportedError: The samples lack what it needs ("kfac" without factors), or it has no
-            solution for them ("divergence" with q = 0 and too few draws).
+            solution for them ("divergence" with q = 0 and too few examples).
         InvalidInputError: ``target`` is no SecondMoment, or an option has a bad value.
     """
     if not isinstance(target, SecondMoment):

@@ -26,6 +26,7 @@ from kronecker_probe.cli.options import (
     LayersOption,
     MetricsOption,
     OptimizerOption,
+    PluginOption,
     Preset,
     ProbeSizeOption,
     SeedOption,
@@ -40,6 +41,7 @@ from kronecker_probe.cli.options import (
     WindowToleranceOption,
     WorkloadName,
 )
+from kronecker_probe.cli.plugins import load_plugins
 from kronecker_probe.cli.terminal import (
     console,
     progress_shown,
@@ -78,7 +80,10 @@ def track(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Data a step. Default: the workload's.", show_default=False
+            metavar="N",
+            min=1,
+            help="Examples per step. Default: the workload's.",
+            show_default=False,
         ),
     ] = None,
     lr: Annotated[
@@ -133,6 +138,7 @@ def track(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    plugin: PluginOption = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -149,6 +155,7 @@ def track(
     """Train WORKLOAD with an optimizer and probe every layer along the way."""
     with exit_codes():
         with usage_checked():
+            load_plugins(plugin)
             from kronecker_probe.cli.several import check_several, options_of_each, track_several
             from kronecker_probe.tracking.training import Training, TrainingOptions
             from kronecker_probe.workloads import load_workload
@@ -256,6 +263,7 @@ def measure(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    plugin: PluginOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run in --out first.")
     ] = False,
@@ -263,6 +271,7 @@ def measure(
     """Measure WORKLOAD once, at initialization or at a checkpoint."""
     with exit_codes():
         with usage_checked():
+            load_plugins(plugin)
             from kronecker_probe.tracking.tracker import Tracker
             from kronecker_probe.tracking.training import ending_noted, torch_device
             from kronecker_probe.tracking.training_state import load_model, load_training_state
@@ -319,10 +328,12 @@ def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or one of several optimizers.")
     ],
+    plugin: PluginOption = None,
 ) -> None:
     """Redraw every figure and report.html of RUN from its stored table (needs no torch)."""
     with exit_codes():
         with usage_checked():
+            load_plugins(plugin)
             from kronecker_probe.report.comparison import Comparison
             from kronecker_probe.report.run_page import write_report
             from kronecker_probe.tracking.run_directory.store import RunStore
@@ -339,9 +350,11 @@ def report(
 
 
 @app.command()
-def workloads() -> None:
-    """List the built-in workloads."""
+def workloads(plugin: PluginOption = None) -> None:
+    """List the workloads, built-in and of plugins."""
     with exit_codes():
+        with usage_checked():
+            load_plugins(plugin)
         from kronecker_probe.workloads import WORKLOADS, load_workload
 
         table = Table("name", "what", "steps", "batch", "lr")

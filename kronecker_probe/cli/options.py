@@ -56,21 +56,21 @@ TargetOption = Annotated[
     Target | None,
     typer.Option(
         metavar="TARGET",
-        help="Gradients to draw: ggn (exact Gauss-Newton), fisher (labels sampled from the "
-        "model), empirical-fisher (true labels), batch-gradient (means over batches, true "
+        help="Which gradients H is made of: ggn (exact Gauss-Newton), fisher (labels sampled from "
+        "the model), empirical-fisher (true labels), batch-gradient (means over batches, true "
         "labels), trajectory (the run's own gradients; track only). Default: the workload's.",
         show_default=False,
     ),
 ]
 LabelDrawsOption = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Sampled labels a datum, for --target fisher.")
+    int, typer.Option(metavar="N", min=1, help="Label samples per example, for --target fisher.")
 ]
 TargetBatchSizeOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         min=1,
-        help="Data of a batch, for --target batch-gradient. Default: the training's batch size.",
+        help="Examples per batch, for --target batch-gradient. Default: the training's batch size.",
         show_default=False,
     ),
 ]
@@ -97,8 +97,8 @@ WindowToleranceOption = Annotated[
     typer.Option(
         metavar="X",
         min=0.0,
-        help="Share of the gradients' energy that --target trajectory may drop, to be faster; the "
-        "table says how much it is. 0 for exact. Default: 0.001.",
+        help="Share of the gradients' energy that --target trajectory may leave out, to be faster; "
+        "the table says how much that is. 0 for exact. Default: 0.001.",
         show_default=False,
     ),
 ]
@@ -106,8 +106,8 @@ WindowMemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What the window of --target trajectory may take; beyond, it keeps low-rank factors "
-        "and says what they drop. Default: 1GB.",
+        help="Memory that the window of --target trajectory may take; beyond it the window keeps "
+        "low-rank factors, and the table says what they leave out. Default: 1GB.",
         show_default=False,
     ),
 ]
@@ -136,8 +136,8 @@ MetricsOption = Annotated[
         "--metrics",
         metavar="SPEC",
         help="Metric, as 'cosine' or 'kl_divergence:damping=0.01' (docs/metrics.md); may be "
-        "repeated. Those that are neither the cosine, its errors nor the best scale are of the "
-        "sample matrix only, whatever --estimates says. Default: cosine and the errors.",
+        "repeated. Only the cosine, the relative errors and the best scale have estimates; all "
+        "others are of the sample matrix, whatever --estimates says. Default: those four.",
         show_default=False,
     ),
 ]
@@ -146,9 +146,9 @@ EstimatesOption = Annotated[
     typer.Option(
         "--estimates",
         metavar="KIND",
-        help="plugin (the sample matrix itself), held-out (factors of half of the data on the "
-        "rest), population (the limit of many data, with error bars); may be repeated. Default: "
-        "plugin and population.",
+        help="plugin (the sample matrix itself), held-out (factors of half of the examples, scored "
+        "on the rest), population (the limit of many examples, with error bars); may be repeated. "
+        "Default: plugin and population.",
         show_default=False,
     ),
 ]
@@ -174,6 +174,16 @@ SettingsOption = Annotated[
         show_default=False,
     ),
 ]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        help="Your module (package.module or a file .py) that registers approximations, metrics, "
+        "layer rules, workloads, ...; may be repeated (CONTRIBUTING.md).",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option(
@@ -185,7 +195,9 @@ SeedOption = Annotated[
 ]
 ProbeSizeOption = Annotated[
     int,
-    typer.Option(metavar="N", min=1, help="Data in the fixed probe set (training data are used)."),
+    typer.Option(
+        metavar="N", min=1, help="Examples in the fixed probe set, taken from the training set."
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kronecker_probe.table.escaping import for_terminal
+from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.read import (
     KIND_NAMES,
-    METRICS,
     error_told,
     is_bracket,
     last_step,
@@ -232,8 +232,8 @@ def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
     # the floor is that of plug-in numbers
     floors = _floors(now) if metric == "cosine" and "plugin" in kinds else {}
     step = last_step(now)
-    what = "cosine to H" if metric == "cosine" else METRICS.get(metric, "")
-    what = f"{what[:1].upper()}{what[1:]}" or metric
+    what = "cosine to H" if metric == "cosine" else metric_info(metric).axis
+    what = f"{what[:1].upper()}{what[1:]}"
     title = f"{what}{'' if step is None else f' at step {step}'}"
     about = _data_told(rows)
     title = f"[bold]{for_terminal(f'{title}: {_kinds_told(rows, kinds)}{about}')}[/]"
@@ -258,7 +258,7 @@ def _table(now: pd.DataFrame, metric: str) -> tuple[str, Table, list[str]]:
             beside = floor if kind == "plugin" else [""] * len(floor)
             shown.add_row(head, *(cells.get(name, "-") for name in names), *beside)
     legend = _legend(records, kinds, bool(floors))
-    if metric not in METRICS:
+    if not metric_info(metric).estimable:
         legend.append("of the sample matrix only: this metric has no population or held-out form")
     return title, shown, [for_terminal(line) for line in legend + absent]
 

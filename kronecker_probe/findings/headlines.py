@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.numbers import Number, listed, numbers
 from kronecker_probe.table.optimum_gaps import Gap, gaps
 from kronecker_probe.table.read import (
-    METRICS,
     first_shares,
     kind_remark,
     label,
@@ -50,12 +50,12 @@ def headline(table: pd.DataFrame, metric: str = "cosine") -> str:
 def _headline(table: pd.DataFrame, metric: str) -> str:
     wide = scores(table, metric)
     if wide.empty and table["approximation"].notna().any():
-        return f"The {METRICS[metric]} was not measured"
+        return f"The {metric_info(metric).label} was not measured"
     if not wide.notna().any(axis=None):
-        return f"No {METRICS[metric]} is defined in this table, which holds the reasons"
+        return f"No {metric_info(metric).label} is defined in this table, which holds the reasons"
     if metric == "best_scale":
         return _scale_headline(wide)
-    ranking = gaps(table, metric)
+    ranking = gaps(table, metric) if metric_info(metric).bounded else []
     if not ranking:
         return _range_headline(wide, metric)
     of = "the optimum" if metric == "cosine" else "the optimum's error"
@@ -108,8 +108,10 @@ def _where(gap: Gap, layers: int, undefined: bool) -> str:
 def _range_headline(wide: pd.DataFrame, metric: str) -> str:
     """For a table without an optimum, or with nothing beside it: the best mean and its range."""
     means = wide.mean()
-    best = str(means.idxmax() if metric == "cosine" else means.idxmin())
-    return f"The {METRICS[metric]} of the {label(best)} approximation is {_span(wide[best])}"
+    best = str(means.idxmax() if metric_info(metric).better == "higher" else means.idxmin())
+    return (
+        f"The {metric_info(metric).label} of the {label(best)} approximation is {_span(wide[best])}"
+    )
 
 
 def _scale_headline(wide: pd.DataFrame) -> str:

@@ -25,6 +25,7 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from kronecker_probe.errors import InvalidInputError
+from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.read import short
 
 GREY = "#666666"
@@ -192,11 +193,12 @@ def limits(values: NDArray[np.float64], metric: str) -> View:
     """Limits a little beyond the data; errors over a decade or more get a log scale."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    if metric != "cosine" and low > 0 and high / low > _DECADE:
+    info = metric_info(metric)
+    if info.drawing == "log" and low > 0 and high / low > _DECADE:
         return View(low / 1.15, high * 1.15, True)
     pad = 0.06 * (high - low) or 0.05
     top = high + pad
-    if metric == "cosine" and high <= _CEILING:  # no cosine lies above 1
+    if info.better == "higher" and info.limits[1] == 1 and high <= _CEILING:
         top = min(top, _CEILING)
     return View(low - pad, top, False)
 
@@ -211,7 +213,8 @@ def in_view(
     columns = list(shown.columns)
     others = shown.drop(columns="diagonal", errors="ignore").to_numpy()
     values = shown.to_numpy()
-    if metric == "cosine" and np.isfinite(others).any():
+    info = metric_info(metric)
+    if info.better == "higher" and np.isfinite(others).any():
         low, high = np.nanmin(values), np.nanmax(values)
         if np.nanmin(others) - low > 0.5 * (high - low):
             values = others
@@ -222,7 +225,7 @@ def in_view(
     low, high = float(found.min()), float(found.max())
     span = (high - low) or 0.1
     # an error's bar may reach 0, which no log scale shows
-    least = low - span if metric == "cosine" else max(low - span, low / 2)
+    least = low - span if info.drawing == "linear" else max(low - span, low / 2)
     kept = [column for column in columns if all(column in end for end in ends)]
     bars = [np.clip(end[kept].to_numpy(), least, high + span).ravel() for end in ends]
     return np.concatenate([values.ravel(), *bars])

@@ -34,10 +34,10 @@ from kronecker_probe.plots.panels import (
     style,
 )
 from kronecker_probe.table.escaping import printable, printable_table
+from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.numbers import Number
 from kronecker_probe.table.optimum_gaps import RULES
 from kronecker_probe.table.read import (
-    METRICS,
     PLUGIN,
     abstentions,
     at_step,
@@ -76,7 +76,7 @@ def plot_trajectory(
     Args:
         table: a measurement table with a ``step`` column.
         parameters: which parameters, in which order; by default the first 24.
-        metric: "cosine", "relative_error", "best_scale_error" or "best_scale".
+        metric: as the table names it: "cosine", "kl_divergence:damping=0.001", ...
         axes: one Axes per parameter to draw into.
         figure: an empty figure to draw into; it is resized to fit.
 
@@ -117,7 +117,7 @@ def plot_trajectory(
     panels.finish(
         _title(table, wide, names, parameters, metric),
         "optimizer step",
-        METRICS[metric],
+        metric_info(metric).axis,
         legend=len(names) > _DIRECT_LABELS,
     )
     return panels.axes
@@ -142,15 +142,19 @@ def _with_whiskers(shown: pd.DataFrame, metric: str) -> list[str]:
     if len(names) <= _FEW_LINES:
         return names
     means = shown[[name for name in names if name in RULES]].mean().dropna()
-    best = [str(means.idxmax() if metric == "cosine" else means.idxmin())] if len(means) else []
+    best = (
+        [str(means.idxmax() if metric_info(metric).better == "higher" else means.idxmin())]
+        if len(means)
+        else []
+    )
     return [name for name in names if name == "optimal" or name in best] or names
 
 
 def _draw_lines(ax: Axes, lines: pd.DataFrame, bars: Sequence[pd.DataFrame], metric: str) -> None:
     steps = lines.index.to_numpy()
     low, high = ax.get_ylim()
-    if "optimal" in lines and metric != "best_scale":
-        beyond = high if metric == "cosine" else low
+    if "optimal" in lines and metric_info(metric).bounded:
+        beyond = high if metric_info(metric).better == "higher" else low
         ax.fill_between(steps, lines["optimal"], beyond, color=SHADE, linewidth=0, zorder=0)
     for number, name in enumerate(lines.columns):
         drawn = np.flatnonzero(lines[name].notna())
@@ -194,7 +198,7 @@ def plot_ladder(
     Args:
         table: a measurement table; ``step`` may be missing (one shot).
         step: a probed step; by default the last.
-        metric: "cosine", "relative_error", "best_scale_error" or "best_scale".
+        metric: as the table names it: "cosine", "kl_divergence:damping=0.001", ...
         parameters: which parameters, in which order; by default the first 24.
         axes: one Axes per parameter to draw into.
         figure: an empty figure to draw into; it is resized to fit.
@@ -207,7 +211,7 @@ def plot_ladder(
         InvalidInputError: ``step`` was not probed, the table has no values of ``metric``, or
             ``axes`` are too few or too many.
     """
-    check_metric(metric)
+    check_metric(metric, table)
     table = at_step(printable_table(table), step)
     wide = _scores(table, metric)
     names = _chosen(table, wide.index.get_level_values("parameter").unique(), parameters)
@@ -223,16 +227,18 @@ def plot_ladder(
         _set_title(ax, shape(table, name), why.get(name))
     when = f"At step {wide.index[0][0]}: " if "step" in table else ""
     title = when + _title(table, wide, names, parameters, metric)
-    panels.finish(title, METRICS[metric], "", legend=False)
+    panels.finish(title, metric_info(metric).axis, "", legend=False)
     return panels.axes
 
 
 def _draw_rungs(ax: Axes, values: pd.Series[Any], bars: pd.DataFrame, metric: str) -> None:
-    ranked = values.sort_values(ascending=metric != "cosine", na_position="last", kind="stable")
-    bound = float(values.get("optimal", np.nan)) if metric != "best_scale" else np.nan
+    info = metric_info(metric)
+    higher = info.better == "higher"
+    ranked = values.sort_values(ascending=not higher, na_position="last", kind="stable")
+    bound = float(values.get("optimal", np.nan)) if info.bounded else np.nan
     bounded = np.isfinite(bound)
     if bounded:
-        ax.axvspan(bound, ax.get_xlim()[metric == "cosine"], color=SHADE, zorder=0)
+        ax.axvspan(bound, ax.get_xlim()[higher], color=SHADE, zorder=0)
         ax.axvline(bound, color=style("optimal").color, linewidth=1.2, zorder=1)
     for rung, (name, value) in enumerate(ranked.items()):
         look, defined = style(str(name)), np.isfinite(value)

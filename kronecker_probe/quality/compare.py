@@ -25,8 +25,12 @@ from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.estimate import check_kinds
 from kronecker_probe.quality.estimates.estimator import Estimator, check_refits
-from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS as METRICS
-from kronecker_probe.quality.metrics.catalog import EXTRA_METRICS, ExtraMetric, extra_metric
+from kronecker_probe.quality.metrics.catalog import (
+    ESTIMABLE,
+    METRICS,
+    ChosenMetric,
+    resolve_metric,
+)
 from kronecker_probe.quality.rows import (
     Row,
     absent_row,
@@ -41,10 +45,7 @@ from kronecker_probe.quality.scores import Scores
 from kronecker_probe.table.codes import Reason, ReasonCode, code_of, reason_of
 from kronecker_probe.table.read import NEGLIGIBLE
 
-__all__ = ["METRICS", "Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
-
-# Metrics that say nothing about an operator whose scale is not that of H.
-SCALED_METRICS = ("relative_error", "best_scale")
+__all__ = ["Row", "Scores", "absent_row", "approximation_names", "compare", "to_table"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Request:
 
     names: tuple[str, ...]
     metrics: tuple[str, ...]
-    extra_metrics: tuple[ExtraMetric, ...]
+    extra_metrics: tuple[ChosenMetric, ...]
     kinds: tuple[str, ...]
     refits: int | None
     singular_values: int
@@ -76,8 +77,8 @@ def compare(
         approximations: A name or spec ("divergence:q=0", "optimal:rank=2"), or several; None for
             the six of DEFAULT_APPROXIMATIONS. What the samples cannot carry ("kfac" without
             factors) is a row without a value, whose note says why.
-        metrics: Names of metrics; None for "cosine", "relative_error", "best_scale_error" and
-            "best_scale". Those of ``quality.registry`` ("trace_ratio", "kl_divergence",
+        metrics: Names or specs of metrics; None for "cosine", "relative_error",
+            "best_scale_error" and "best_scale". All others ("trace_ratio", "kl_divergence",
             "direction:power=0.5", ...) are of the sample matrix only.
         estimates: The kinds: "plugin" (the sample matrix itself), "held-out" (factors of half of
             the data on the other half), "population" (the limit of infinitely many data). See
@@ -136,28 +137,23 @@ def approximation_names(approximations: str | Sequence[str] | None) -> tuple[str
 
 def chosen_metrics(
     metrics: str | Sequence[str] | None,
-) -> tuple[tuple[str, ...], tuple[ExtraMetric, ...]]:
-    """Those of the inner products, and the others; the first four for None.
+) -> tuple[tuple[str, ...], tuple[ChosenMetric, ...]]:
+    """The metrics with estimates, and the others; the first kind for None.
 
     Raises:
-        UnknownNameError: No such metric.
+        UnknownNameError: No such metric or option.
         InvalidInputError: A malformed spec, a bad value of an option, or none at all.
     """
     if metrics is None:
-        return METRICS, ()
+        return ESTIMABLE, ()
     if not isinstance(metrics, str | Iterable):
         raise InvalidInputError(f"metrics={metrics!r}; name one or several.")
-    names = dict.fromkeys([metrics] if isinstance(metrics, str) else metrics)
-    if not names:
+    named = [metrics] if isinstance(metrics, str) else metrics
+    chosen = list({one.name: one for one in map(resolve_metric, named)}.values())
+    if not chosen:
         raise InvalidInputError("No metric is asked for; name some, or leave metrics out.")
-    for name in names:
-        base, _, options = str(name).partition(":")
-        if options and base in METRICS:
-            raise InvalidInputError(f"The metric {base!r} takes no options; got {name!r}.")
-        if base not in (*METRICS, *EXTRA_METRICS):
-            raise unknown_name("metric", name, (*METRICS, *EXTRA_METRICS))
-    others = tuple(extra_metric(name) for name in names if name not in METRICS)
-    return tuple(name for name in names if name in METRICS), others
+    others = tuple(one for one in chosen if one.metric.form is None)
+    return tuple(one.name for one in chosen if one.metric.form is not None), others
 
 
 def _layers(
@@ -238,7 +234,7 @@ def _layer_rows(
 
 
 def _undefined(name: str, request: _Request, reason: Reason) -> list[Row]:
-    others = [one.name for one in request.extra_metrics]
+    others = [name for one in request.extra_metrics for name in one.columns]
     rows = undefined_rows(name, request.metrics, request.kinds, reason)
     return rows + undefined_rows(name, others, ["plugin"], reason)
 
@@ -279,14 +275,14 @@ def _measured_rows(
 def _operator_rows(
     estimator: Estimator, target: SecondMoment, name: str, operator: Operator, request: _Request
 ) -> list[Row]:
-    metrics = [metric for metric in request.metrics if metric not in SCALED_METRICS]
+    metrics = [metric for metric in request.metrics if not METRICS[metric].scaled]
     rows: list[Row] = []
     plugin = estimator.plugin(name, operator, metrics)  # which checks its shape
     if "plugin" in request.kinds:
         rows += [estimate_row(one) for one in plugin]
     if "population" in request.kinds:
         rows += [estimate_row(one) for one in estimator.of_operator(name, operator, metrics)]
-    others = [one for one in request.extra_metrics if not one.scaled or one.family.rescaled]
+    others = [one for one in request.extra_metrics if not one.metric.scaled or one.metric.rescaled]
     return rows + _extra_metric_rows(target, name, operator, others, any_scale=True)
 
 
@@ -294,7 +290,7 @@ def _extra_metric_rows(
     target: SecondMoment,
     name: str,
     operator: Operator,
-    metrics: Sequence[ExtraMetric],
+    metrics: Sequence[ChosenMetric],
     *,
     any_scale: bool = False,
 ) -> list[Row]:

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias, cast
 import pandas as pd
 
 from kronecker_probe.gradients.samples.base import GradientSamples
-from kronecker_probe.quality.estimates.estimate import SQUARED, Estimate
+from kronecker_probe.quality.estimates.estimate import Estimate
+from kronecker_probe.quality.metrics.catalog import SQUARED
 from kronecker_probe.table.codes import Interval, Reason, ReasonCode, code_of
 from kronecker_probe.table.columns import DTYPES
 

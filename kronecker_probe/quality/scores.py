@@ -11,7 +11,8 @@ import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.table.columns import KINDS
-from kronecker_probe.table.read import METRICS, row_told
+from kronecker_probe.table.metric_info import metric_info
+from kronecker_probe.table.read import row_told
 
 
 @final
@@ -127,5 +128,5 @@ class Scores:
     def _remarks(self) -> list[str]:
         """Which metrics have no estimates, so that nobody takes them for the population's."""
         measured = self.table.loc[self.table["approximation"].notna(), "metric"].unique()
-        alone = [str(metric) for metric in measured if metric not in METRICS]
+        alone = [str(metric) for metric in measured if not metric_info(str(metric)).estimable]
         return [f"of the sample matrix only (plug-in): {', '.join(alone)}"] if alone else []

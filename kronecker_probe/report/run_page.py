@@ -20,9 +20,9 @@ from kronecker_probe.findings.diagnose import diagnose
 from kronecker_probe.findings.headlines import headline
 from kronecker_probe.report.optimizer_table import inside_table
 from kronecker_probe.report.template import rendered
+from kronecker_probe.table.metric_info import metric_info
 from kronecker_probe.table.read import (
     KIND_NAMES,
-    METRICS,
     at_step,
     kinds,
     label,
@@ -191,7 +191,7 @@ def _render(
         targets=[_TARGETS.get(draws, draws) for draws in table["target"].dropna().unique()],
         steps=sorted(set(table.loc[table["approximation"].notna(), "step"].tolist())),
         step=last_step(table),
-        metrics=[METRICS.get(metric, metric) for metric in _metrics(table)],
+        metrics=[metric_info(metric).axis for metric in _metrics(table)],
         layers=_layers(table),
         inside=inside_table(table),
         figures=drawn,

@@ -10,35 +10,11 @@ import pandas as pd
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 from kronecker_probe.table.codes import Interval
+from kronecker_probe.table.labels import LABELS
+from kronecker_probe.table.metric_info import METRIC_INFO
 
-# in the order in which figures and tables list them
-LABELS = {
-    "optimal": "optimal Kronecker",
-    "shampoo-squared": "Shampoo²",
-    "kfac": "K-FAC",
-    "shampoo": "Shampoo",
-    "eigen-corrected": "eigenvalue-corrected",
-    "diagonal": "diagonal",
-    "shampoo-squared-sequential": "Shampoo², sequential",
-    "kfac-reduce": "K-FAC reduce",
-    "tkfac": "TKFAC",
-    "ekfac": "EK-FAC",
-    "divergence:q=0": "KL",
-    "divergence:q=0.5": "SQ (q = 1/2)",
-    "divergence": "divergence",
-    "left-only": "left only",
-    "right-only": "right only",
-    "identity": "identity",
-    "in-use": "in use (by the optimizer)",
-}
 # Share of a target's energy that truncation may drop without a word.
 NEGLIGIBLE = 1e-3
-METRICS = {
-    "cosine": "cosine similarity to H",
-    "relative_error": "relative error ‖H − P‖ / ‖H‖",
-    "best_scale_error": "relative error at the best scale",
-    "best_scale": "best scale c of c·P",
-}
 # kinds of estimate, the one to show first, with their names in sentences
 KIND_NAMES = {"population": "population", "held-out": "held-out", "plugin": "plug-in"}
 PLUGIN = "plug-in numbers, of the sample matrix itself"  # a remark in titles
@@ -74,10 +50,12 @@ def ordered(approximations: Iterable[str]) -> list[str]:
     return sorted(set(approximations), key=place)
 
 
-def check_metric(metric: str) -> None:
-    """Raises UnknownNameError unless ``metric`` compares approximations."""
-    if metric not in METRICS:
-        raise unknown_name("metric", metric, METRICS)
+def check_metric(metric: str, table: pd.DataFrame) -> None:
+    """Raises UnknownNameError unless the metric is known or measured in ``table``."""
+    if metric not in METRIC_INFO:
+        scored = table.loc[table["approximation"].notna(), "metric"].unique()
+        if metric not in scored:
+            raise unknown_name("metric", metric, {*METRIC_INFO, *scored})
 
 
 def scores(table: pd.DataFrame, metric: str = "cosine", column: str = "value") -> pd.DataFrame:
@@ -88,15 +66,15 @@ def scores(table: pd.DataFrame, metric: str = "cosine", column: str = "value") -
 
     Args:
         table: a measurement table.
-        metric: one of :data:`METRICS`.
+        metric: as the table names it, with its options.
         column: "value", or "stderr", "low" or "high" of the same numbers; NaN where the table
             has no such column.
 
     Raises:
-        UnknownNameError: ``metric`` is none of :data:`METRICS`.
+        UnknownNameError: ``metric`` is neither known nor in the table.
         InvalidInputError: the table holds two values for one step, parameter and approximation.
     """
-    check_metric(metric)
+    check_metric(metric, table)
     chosen = of_best_kind(table, metric)
     if "step" not in chosen:
         chosen = chosen.assign(step=0)

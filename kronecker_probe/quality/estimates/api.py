@@ -12,7 +12,7 @@ from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.quality.estimates.estimate import MIN_N_EFF, Estimate, check_kinds
 from kronecker_probe.quality.estimates.estimator import TARGET_METRICS, Estimator
-from kronecker_probe.quality.estimates.replicates import QUALITY_METRICS
+from kronecker_probe.quality.metrics.catalog import ESTIMABLE
 
 # Of the standard error now to the one wanted: more examples than its square are no plan.
 LARGEST_RATIO = 1e6
@@ -64,8 +64,8 @@ def estimate(
         Estimate(population cosine of shampoo-squared: 0.912 ± 0.008; N=512, N_eff=301)
     """
     (kind,) = check_kinds([kind])
-    if metric not in (*QUALITY_METRICS, *TARGET_METRICS):
-        raise unknown_name("metric of estimate", metric, (*QUALITY_METRICS, *TARGET_METRICS))
+    if metric not in (*ESTIMABLE, *TARGET_METRICS):
+        raise unknown_name("metric of estimate", metric, (*ESTIMABLE, *TARGET_METRICS))
     estimator = Estimator(H, refits)
     if metric in TARGET_METRICS:
         return _of_target(estimator, approximation, metric, kind, options)

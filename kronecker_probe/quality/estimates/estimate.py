@@ -10,11 +10,10 @@ from typing import final
 from scipy.special import stdtrit
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
+from kronecker_probe.quality.metrics.catalog import SQUARED
 from kronecker_probe.table.codes import Reason, ReasonCode
 from kronecker_probe.table.columns import KINDS
 
-# Metrics that are estimated as squares, which may come out negative.
-SQUARED = frozenset({"relative_error", "best_scale_error"})
 # Effective examples under which no population or held-out number is given.
 MIN_N_EFF = 30.0
 # Above this share of N, N_eff is low because N is.

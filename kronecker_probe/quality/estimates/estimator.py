@@ -22,6 +22,7 @@ from kronecker_probe.quality.estimates.fitted import REFITS, Bracket, Refits, fi
 from kronecker_probe.quality.estimates.forms import weakest_direction
 from kronecker_probe.quality.estimates.replicates import Jackknifed, Replicates, jackknife
 from kronecker_probe.quality.estimates.sample_means import CLOSED_FORMS, SampleMeans
+from kronecker_probe.quality.metrics.catalog import SQUARED
 from kronecker_probe.quality.metrics.frobenius import InnerProducts
 from kronecker_probe.table.codes import Reason, ReasonCode, reason_of
 
@@ -163,7 +164,7 @@ class Estimator:
         found = []
         for metric in metrics:
             value: float = getattr(products, metric)
-            square = value**2 if metric in ("relative_error", "best_scale_error") else value
+            square = value**2 if metric in SQUARED else value
             one = self._estimate(metric, label, "plugin", Jackknifed(square, math.nan, math.nan))
             found.append(replace(one, note=note) if math.isnan(value) else one)
         return found
@@ -175,7 +176,7 @@ class Estimator:
 
         Args:
             labels: Specs as ``resolve`` labels them.
-            metrics: Of :data:`QUALITY_METRICS`.
+            metrics: Of :data:`ESTIMABLE`.
             kind: "held-out" or "population".
         """
         outcomes: dict[str, Replicates | Bracket | str] = {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-QUALITY_METRICS = ("cosine", "relative_error", "best_scale_error", "best_scale")
+from kronecker_probe.quality.metrics.catalog import METRICS
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,11 @@ class Replicates:
 
     def values(self, metric: str) -> Tensor:
         """A metric of each replicate, errors squared, float64 [1 + K]."""
-        compute = METRIC_VALUES[metric]
+        form = METRICS[metric].form
+        assert form is not None, f"{metric} has no estimates"
         if self.cross.ndim == 1:
-            return compute(self.cross, self.target, self.approximation)
-        return compute(self.cross, self.target[:, None], self.approximation).mean(dim=1)
+            return form(self.cross, self.target, self.approximation)
+        return form(self.cross, self.target[:, None], self.approximation).mean(dim=1)
 
     def plus(self, other: Replicates) -> Replicates:
         """Those of P + P', which act on different blocks of H."""
@@ -80,36 +80,6 @@ def jackknife(values: Tensor, single: bool) -> Jackknifed:
     fourth = float(squares.square().sum())
     df = total**2 / (2 * fourth) if single and fourth > 0 else float(count - 1)
     return Jackknifed(float(value), math.sqrt(total / (count * (count - 1))), df)
-
-
-def _cosine(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    return cross / (target * approximation).sqrt()
-
-
-def _relative_error(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    target = _positive(target)
-    return 1.0 - 2.0 * cross / target + approximation / target
-
-
-def _best_scale_error(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    return 1.0 - cross.square() / (_positive(target) * _positive(approximation))
-
-
-def _best_scale(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
-    return cross / _positive(approximation)
-
-
-def _positive(square: Tensor) -> Tensor:
-    """An estimate of a squared norm; NaN where it is none, as the root in a cosine would be."""
-    return torch.where(square > 0, square, math.nan)
-
-
-METRIC_VALUES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "cosine": _cosine,
-    "relative_error": _relative_error,
-    "best_scale_error": _best_scale_error,
-    "best_scale": _best_scale,
-}
 
 
 def leave_one_out(whole: Tensor, parts: Tensor) -> Tensor:

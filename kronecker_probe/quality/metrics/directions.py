@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,6 +18,8 @@ from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.kernels.sample_rows import SampleRows
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.spectral_form import spectral_form
+from kronecker_probe.quality.metrics.frobenius import best_scale
+from kronecker_probe.quality.metrics.metric import POSITIVE_DAMPING, Metric, Values
 from kronecker_probe.quality.metrics.undefined import (
     UndefinedError,
     check_pair,
@@ -24,6 +27,7 @@ from kronecker_probe.quality.metrics.undefined import (
     warn_undefined,
 )
 from kronecker_probe.table.codes import ReasonCode
+from kronecker_probe.table.specs import Option
 
 POWERS = (0.25, 0.5, 1.0)
 TOLERANCE = 1e-8
@@ -253,3 +257,54 @@ def _check_gradients(gradients: Tensor, target: Operator) -> Tensor:
         raise NonFiniteError("gradients hold NaN or infinite values.")
     one = gradients.detach().reshape(-1, m, n)
     return one.to(device=target.device, dtype=torch.float64)
+
+
+def _direction(
+    target: Operator,
+    approximation: Operator,
+    power: float,
+    damping: float,
+    gradients: int,
+    scale: float = 1.0,
+) -> Values:
+    found = compute_directions(
+        target,
+        approximation,
+        None,
+        powers=(power,),
+        damping=damping,
+        relative=True,
+        n_gradients=gradients,
+        seed=0,
+        scale=scale,
+    )
+    row = found.table.iloc[0]
+    return {
+        f"direction_{name}": (float(row[name]), float(row[f"{name}_stderr"]))
+        for name in ("cosine", "length_ratio")
+    }
+
+
+def _rescaled_direction(target: SecondMoment, approximation: Operator, **options: Any) -> Values:
+    scale = best_scale(target, approximation)
+    if not scale > 0:
+        raise UndefinedError("the best multiple of P is not positive")
+    return _direction(target, approximation, **options, scale=scale)
+
+
+METRICS = (
+    Metric(
+        "direction",
+        _direction,
+        scaled=True,
+        gives=("direction_cosine", "direction_length_ratio"),
+        options=(
+            Option(
+                "power", "give p in (0, 1], for H^-p", low=0.0, high=1.0, above=True, default=0.5
+            ),
+            POSITIVE_DAMPING,
+            Option("gradients", "give how many gradients, an integer >= 1", True, 1, default=16),
+        ),
+        rescaled=_rescaled_direction,
+    ),
+)

@@ -25,6 +25,7 @@ from kronecker_probe.operators.spectral_form import (
     exact_form,
     spectral_form,
 )
+from kronecker_probe.quality.metrics.metric import POSITIVE_DAMPING, Metric, Values
 from kronecker_probe.quality.metrics.undefined import (
     UndefinedError,
     check_pair,
@@ -207,3 +208,19 @@ def _stochastic(apply: Callable[[Tensor], Tensor], like: Operator) -> tuple[floa
         found.append(quadratic_log(flat, signs.to(like.device)))
     values = torch.tensor(found, dtype=torch.float64)
     return float(values.mean()), float(values.std()) / math.sqrt(PROBES)
+
+
+def _kl(target: Operator, approximation: Operator, damping: float) -> Values:
+    found = compute_kl(target, approximation, damping=damping, relative=True)
+    return {"kl_divergence": (found.value, found.stderr)}
+
+
+def _stein(target: Operator, approximation: Operator, damping: float) -> Values:
+    found = compute_stein(target, approximation, damping=damping, relative=True)
+    return {"stein_divergence": (found.value, found.stderr)}
+
+
+METRICS = (
+    Metric("kl_divergence", _kl, scaled=True, options=(POSITIVE_DAMPING,)),
+    Metric("stein_divergence", _stein, scaled=True, options=(POSITIVE_DAMPING,)),
+)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from kronecker_probe.approximations.operands import as_operator
 from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.table.codes import Reason, ReasonCode
-
-# Inner products of H with its own factors scale as |H|^3, which must stay inside float64.
-LARGEST_NORM = 1e95
+from kronecker_probe.quality.metrics.metric import Metric, Values
+from kronecker_probe.quality.metrics.undefined import LARGEST_NORM, UndefinedError
+from kronecker_probe.table.codes import Reason, ReasonCode, code_of
 
 
 @dataclass(frozen=True)
@@ -166,3 +169,47 @@ def _defined(products: InnerProducts, metric: str) -> float:
     if math.isnan(value):
         warnings.warn(f"{metric}: {products.undefined}.", UndefinedMetricWarning, stacklevel=3)
     return value
+
+
+def _formula(metric: str) -> Callable[[Operator, Operator], Values]:
+    def formula(target: Operator, approximation: Operator) -> Values:
+        products = InnerProducts.of(target, approximation)
+        value: float = getattr(products, metric)
+        if math.isnan(value):
+            raise UndefinedError(products.undefined, code_of(products.undefined))
+        return {metric: (value, None)}
+
+    return formula
+
+
+def _cosine_form(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
+    return cross / (target * approximation).sqrt()
+
+
+def _relative_error_form(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
+    target = _positive(target)
+    return 1.0 - 2.0 * cross / target + approximation / target
+
+
+def _best_scale_error_form(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
+    return 1.0 - cross.square() / (_positive(target) * _positive(approximation))
+
+
+def _best_scale_form(cross: Tensor, target: Tensor, approximation: Tensor) -> Tensor:
+    return cross / _positive(approximation)
+
+
+def _positive(square: Tensor) -> Tensor:
+    """An estimate of a squared norm; NaN where it is none, as the root in a cosine would be."""
+    return torch.where(square > 0, square, math.nan)
+
+
+METRICS = tuple(
+    Metric(name, _formula(name), scaled, form=form, squared=squared)
+    for name, scaled, form, squared in (
+        ("cosine", False, _cosine_form, False),
+        ("relative_error", True, _relative_error_form, True),
+        ("best_scale_error", False, _best_scale_error_form, True),
+        ("best_scale", True, _best_scale_form, False),
+    )
+)

@@ -21,6 +21,7 @@ from kronecker_probe.operators.spectral_form import (
     SpectralForm,
     exact_form,
 )
+from kronecker_probe.quality.metrics.metric import Metric, Values
 from kronecker_probe.quality.metrics.undefined import UndefinedError, check_pair, warn_undefined
 from kronecker_probe.table.codes import ReasonCode
 
@@ -287,3 +288,28 @@ def _is_degenerate(form: SpectralForm, seen: Tensor) -> bool:
         if bool(((gaps <= floor) & (pairs > DEGENERATE * float(shares.sum()))).any()):
             return True
     return False
+
+
+def _trace_ratio(target: Operator, approximation: Operator) -> Values:
+    return {"trace_ratio": (compute_trace_ratio(target, approximation), None)}
+
+
+def _largest_error(target: Operator, approximation: Operator) -> Values:
+    found = compute_error_spectrum(target, approximation)
+    return {"largest_error_eigenvalue": (found.relative, None)}
+
+
+def _off_diagonal_mass(target: Operator, approximation: Operator) -> Values:
+    return {"off_diagonal_mass": (compute_split(target, approximation).basis, None)}
+
+
+def _eigenvalue_error(target: Operator, approximation: Operator) -> Values:
+    return {"eigenvalue_error": (compute_split(target, approximation).eigenvalues, None)}
+
+
+METRICS = (
+    Metric("trace_ratio", _trace_ratio, scaled=True),
+    Metric("largest_error_eigenvalue", _largest_error, scaled=True),
+    Metric("off_diagonal_mass", _off_diagonal_mass, scaled=False),
+    Metric("eigenvalue_error", _eigenvalue_error, scaled=True),
+)
