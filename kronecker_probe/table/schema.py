@@ -141,7 +141,7 @@ def read_part(data: bytes, step: int) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         table = file.read(
             use_threads=False
-        )  # small parts: threads and zstd cost more than they save
+        )  # parts are small: threads cost more
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"not a whole Parquet file ({_first_line(error)})") from error
     if table.num_rows != file.metadata.num_rows:  # the footer itself has no checksum
