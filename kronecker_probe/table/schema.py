@@ -139,9 +139,7 @@ def read_part(data: bytes, step: int) -> pa.Table:
     try:
         # from a buffer: given a path, Arrow would add columns for folders named like "lr=0.1"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        table = file.read(
-            use_threads=False
-        )  # parts are small: threads cost more
+        table = file.read(use_threads=False)  # parts are small: threads cost more
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"not a whole Parquet file ({_first_line(error)})") from error
     if table.num_rows != file.metadata.num_rows:  # the footer itself has no checksum
