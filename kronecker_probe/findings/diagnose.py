@@ -42,7 +42,9 @@ def diagnose(scores: Any) -> Diagnosis:
     """
     table = _table(scores)
     rows = table[(table["metric"] == "cosine") & table["approximation"].notna()]
-    layers = [LayerFacts(table, str(name)) for name in rows["parameter"].dropna().unique()]
+    of_layer = dict(iter(table.groupby("parameter", sort=False)))
+    names = rows["parameter"].dropna().unique()
+    layers = [LayerFacts(of_layer[name], str(name)) for name in names]
     held = {layer.name: in_use(layer) for layer in layers}
     found = run(table, layers, [name for name, one in held.items() if one is not None])
     found += worst_first(held.values()) + staleness(layers)
@@ -77,7 +79,11 @@ def _table(scores: Any) -> pd.DataFrame:
             "measurement table of a run."
         )
     # the index of singular values may be lacking
-    return table if "index" in table else table.assign(index=math.nan)
+    table = table if "index" in table else table.assign(index=math.nan)
+    # plain objects and floats: in tables of some hundred rows they are several times as fast
+    texts = [name for name in table if isinstance(table[name].dtype, pd.StringDtype)]
+    counts = [name for name in table if isinstance(table[name].dtype, pd.Int64Dtype)]
+    return table.astype(dict.fromkeys(texts, object) | dict.fromkeys(counts, "float64"))
 
 
 def _steps(last: set[int]) -> str:

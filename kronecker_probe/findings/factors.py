@@ -27,8 +27,9 @@ def factors(layers: Iterable[LayerFacts]) -> list[Finding]:
     """Findings about the factors that the optimizer uses."""
     found = []
     for layer in layers:
-        rows = layer.rows[layer.rows["approximation"].isna() & layer.rows["value"].notna()]
         if layer.stepwise:
+            rows = layer.rows[layer.rows["metric"].isin([*_METRICS, DAMPING, "basis_off_diagonal"])]
+            rows = rows[rows["value"].notna()]
             now = rows[rows["step"] == layer.last]
             found += _amplified(now, layer.name) + _basis(rows, layer)
     return _for_all(found)
@@ -36,12 +37,15 @@ def factors(layers: Iterable[LayerFacts]) -> list[Finding]:
 
 def _amplified(now: pd.DataFrame, name: str) -> list[Finding]:
     """Directions without a correct digit that epsilon lets grow."""
-    sides = {side: _of_side(now[now["index"] == side]) for side in _sides(now)}
-    junk = {side: numbers for side, numbers in sides.items() if numbers is not None}
+    now = now[now["metric"].isin([*_METRICS, DAMPING])]
+    places = zip(now["metric"], now["index"].fillna(-1), strict=True)
+    last = dict(zip(places, now["value"], strict=True))
+    sides = sorted({int(side) for metric, side in last if metric in _METRICS and side >= 0})
+    junk = {side: numbers for side in sides if (numbers := _of_side(last, side)) is not None}
     if not junk:
         return []
     evidence = dict(max(junk.values(), key=lambda of: of[SUGGESTED]))
-    remedy, damping = Remedy.RAISE_EPSILON, _number(now, DAMPING)
+    remedy, damping = Remedy.RAISE_EPSILON, last.get((DAMPING, -1))
     if damping is not None and damping > CLOSE:
         remedy = Remedy.KEEP_EPSILON
         del evidence[SUGGESTED]
@@ -50,9 +54,9 @@ def _amplified(now: pd.DataFrame, name: str) -> list[Finding]:
     return [Finding("notice", code, name, evidence, remedy, details=details)]
 
 
-def _of_side(of: pd.DataFrame) -> Mapping[str, float] | None:
+def _of_side(last: Mapping[tuple[str, int], float], side: int) -> Mapping[str, float] | None:
     """The numbers of one factor; None where nothing is amplified that should not be."""
-    rank, share, amplification, epsilon = (_number(of, metric) for metric in _METRICS)
+    rank, share, amplification, epsilon = (last.get((metric, side)) for metric in _METRICS)
     # without a suggestion, epsilon is as large as it has to be already
     if rank is None or share is None or amplification is None or epsilon is None:
         return None
@@ -98,8 +102,3 @@ def _basis(rows: pd.DataFrame, layer: LayerFacts) -> list[Finding]:
 
 def _sides(rows: pd.DataFrame) -> list[int]:
     return sorted(rows["index"].dropna().astype(int).unique().tolist())
-
-
-def _number(now: pd.DataFrame, metric: str) -> float | None:
-    values = now.loc[now["metric"] == metric, "value"]
-    return float(values.iloc[-1]) if len(values) else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
 from kronecker_probe.table.codes import ReasonCode
-from kronecker_probe.table.numbers import Number, dropped_energy, numbers
-from kronecker_probe.table.read import first_shares
+from kronecker_probe.table.numbers import Number, numbers
 
 # Kronecker products without a fit.
 PRODUCTS = ("shampoo-squared", "kfac", "shampoo")
@@ -20,6 +21,8 @@ UNMISTAKABLE = 0.25
 # Targets that are the matrix itself and no sample of it.
 _EXACT = ("batch-gradient", "trajectory")
 _DIRECTION = "direction_cosine"
+# The columns of a number.
+_READ = ("approximation", "metric", "index", "kind", "value", "stderr", "low", "high", "interval")
 
 
 class LayerFacts:
@@ -42,19 +45,22 @@ class LayerFacts:
         is_vector: Whether the parameter has one row or column, so that the optimum is H itself.
     """
 
-    def __init__(self, table: pd.DataFrame, name: str) -> None:
+    def __init__(self, rows: pd.DataFrame, name: str) -> None:
         self.name = name
-        self.rows = table[table["parameter"] == name]
-        self.stepwise = "step" in table
+        self.rows = rows
+        self.stepwise = "step" in rows
         quality = self.rows[self.rows["approximation"].notna()]
         self.last = int(quality["step"].max()) if self.stepwise else 0
         self.now = quality[quality["step"] == self.last] if self.stepwise else quality
         self.at = self.rows[self.rows["step"] == self.last] if self.stepwise else self.rows
         self.target = next(iter(_column(self.now, "target").astype(str)), "")
         self.exact = self.target in _EXACT or _has(self.now, ReasonCode.NOT_INDEPENDENT)
-        self.dropped = dropped_energy(self.at)
+        self._by_metric: dict[str, list[dict[Any, Any]]] = {}
+        for row in self.at[[name for name in _READ if name in self.at]].to_dict("records"):
+            self._by_metric.setdefault(str(row["metric"]), []).append(row)
+        self.dropped = next(iter(reversed(self.values("dropped_energy"))), 0.0)
         self.noise = max(self._sampling_noise(), self.dropped)
-        self.cosines = numbers(self.now, "cosine", self.noise)
+        self.cosines = numbers(self.scored("cosine"), self.noise)
         # K-FAC may count fewer samples of its factors than there are of H
         self.n_eff = float(_column(self.now, "n_eff").astype("float64").max())
         self.n_examples = float(_column(self.now, "n_examples").astype("float64").min())
@@ -64,8 +70,20 @@ class LayerFacts:
         """What an exact Kronecker product of so many samples would lose of its cosine."""
         if self.exact:
             return 0.0
-        floor = self.at.loc[self.at["metric"] == "noise_floor", "value"].dropna()
-        return max(0.0, 1.0 - float(floor.iloc[-1])) if len(floor) else math.inf
+        floor = self.values("noise_floor")
+        return max(0.0, 1.0 - floor[-1]) if floor else math.inf
+
+    def of(self, metric: str) -> list[dict[Any, Any]]:
+        """The rows of a metric at the step that is judged, with the columns of a number."""
+        return self._by_metric.get(metric, [])
+
+    def scored(self, metric: str) -> list[dict[Any, Any]]:
+        """Those that are about an approximation."""
+        return [row for row in self.of(metric) if not pd.isna(row["approximation"])]
+
+    def values(self, metric: str) -> list[float]:
+        """The defined values of a metric at that step, in the table's order."""
+        return [float(row["value"]) for row in self.of(metric) if not pd.isna(row["value"])]
 
     @property
     def products(self) -> dict[str, Number]:
@@ -90,11 +108,9 @@ class LayerFacts:
     @cached_property
     def plugins(self) -> dict[str, Number]:
         """All plug-in cosines."""
-        rows = self.now
-        if "kind" in rows:
-            rows = rows[rows["kind"].isin(["plugin"]) | rows["kind"].isna()]
+        rows = [row for row in self.scored("cosine") if _kind(row) == "plugin"]
         noise = self.noise if math.isfinite(self.noise) else UNMISTAKABLE
-        return numbers(pd.DataFrame(rows), "cosine", noise)
+        return numbers(rows, noise)
 
     def plugin(self, name: str) -> float:
         """A plug-in cosine; NaN if unknown."""
@@ -104,24 +120,24 @@ class LayerFacts:
     def best_scales(self) -> dict[str, Number]:
         """The scale c at which c P is closest to H, by approximation."""
         unknown = self.noise > 0 and not self.exact
-        return numbers(self.now, "best_scale", math.inf if unknown else self.noise)
+        return numbers(self.scored("best_scale"), math.inf if unknown else self.noise)
 
     def second_product(self) -> float:
         """The cosine that a second Kronecker product adds, of the sample matrix; 0 if unknown."""
-        share = first_shares(self.at).get(self.name, math.nan)
-        rows = self.at[self.at["metric"] == "singular_value"]
-        values = rows.sort_values("index")["value"].to_numpy()
-        if math.isnan(share) or len(values) < 2 or values[0] <= 0:
+        ordered = sorted(self.of("singular_value"), key=lambda row: float(row["index"]))
+        values = [float(row["value"]) for row in ordered]
+        norms = [float(row["value"]) for row in self.of("norm") if _kind(row) == "plugin"]
+        if len(values) < 2 or not norms or not values[0] > 0 or not norms[0] > 0:
             return 0.0
-        return share * (math.hypot(1.0, values[1] / values[0]) - 1.0)
+        gain: float = values[0] / norms[0] * (math.hypot(1.0, values[1] / values[0]) - 1.0)
+        return 0.0 if math.isnan(gain) else gain
 
     def second_product_noise(self) -> float:
         """What that gain must exceed to be more than sampling noise."""
         if self.exact:
             return self.noise
-        of = self.now[(self.now["metric"] == "cosine") & self.now["value"].notna()]
-        of = of[of["approximation"] == OPTIMAL]
-        kinds = dict(zip(of["kind"], of["value"], strict=True)) if "kind" in of else {}
+        of = [row for row in self.scored("cosine") if row["approximation"] == OPTIMAL]
+        kinds = {row.get("kind"): row["value"] for row in of if not pd.isna(row["value"])}
         if not {"plugin", "population"} <= kinds.keys():
             return math.inf
         bias = abs(float(kinds["plugin"]) - float(kinds["population"]))
@@ -129,10 +145,12 @@ class LayerFacts:
 
     def directions(self) -> list[tuple[str, float, float]]:
         """(options, Shampoo's, Shampoo^2's) direction cosines, one per metric that has both."""
-        rows = self.now[self.now["metric"].str.startswith(_DIRECTION) & self.now["value"].notna()]
         found = []
-        for metric, of in rows.groupby("metric", sort=False):
-            values = dict(zip(of["approximation"], of["value"], strict=True))
+        for metric in self._by_metric:
+            if not metric.startswith(_DIRECTION):
+                continue
+            of = [row for row in self.scored(metric) if not pd.isna(row["value"])]
+            values = {row["approximation"]: row["value"] for row in of}
             if {"shampoo", "shampoo-squared"} <= values.keys():
                 options = str(metric).removeprefix(_DIRECTION).lstrip(":")
                 found.append((options, float(values["shampoo"]), float(values["shampoo-squared"])))
@@ -157,19 +175,25 @@ class LayerFacts:
         rows = self.rows[(self.rows["approximation"] == OPTIMAL) & self.rows["value"].notna()]
         rows = rows[(rows["metric"] == "cosine") & (rows["step"] < self.last)]
         for step in sorted(rows["step"].unique()):
-            found = numbers(rows[rows["step"] == step], "cosine", self.noise).get(OPTIMAL)
+            here = rows[rows["step"] == step].to_dict("records")
+            found = numbers(here, self.noise).get(OPTIMAL)
             if found is not None and found.kind == top.kind:
                 return int(step), found
         return None
 
     def one_sided(self) -> int | None:
         """The only side of which the optimizer holds a factor: 0 (left) or 1; None for both."""
-        sides = self.at.loc[self.at["metric"] == "factor_rank", "index"].dropna().unique().tolist()
-        return int(sides[0]) if len(sides) == 1 else None
+        sides = {row["index"] for row in self.of("factor_rank") if not pd.isna(row["index"])}
+        return int(sides.pop()) if len(sides) == 1 else None
 
     def epsilon(self) -> float:
         """The largest epsilon in force; NaN if unknown."""
-        return float(self.at.loc[self.at["metric"] == "factor_epsilon", "value"].max())
+        return max(self.values("factor_epsilon"), default=math.nan)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    kind = row.get("kind")
+    return "plugin" if pd.isna(kind) else str(kind)
 
 
 def _column(rows: pd.DataFrame, column: str) -> pd.Series[float]:

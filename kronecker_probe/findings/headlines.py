@@ -157,9 +157,9 @@ def population_optimum(table: pd.DataFrame) -> dict[str, Number]:
     Args:
         table: rows of one step.
     """
-    rows = table[(table["approximation"] == "optimal") & table["parameter"].notna()]
+    rows = table[(table["approximation"] == "optimal") & (table["metric"] == "cosine")]
     found = {
-        str(name): numbers(pd.DataFrame(of), "cosine", math.inf).get("optimal")
+        str(name): numbers(of.to_dict("records"), math.inf).get("optimal")
         for name, of in rows.groupby("parameter", sort=False)
     }
     return {name: one for name, one in found.items() if one and one.kind == "population"}

@@ -74,7 +74,8 @@ def in_use(layer: LayerFacts) -> Finding | None:
     """
     if truncated(layer) or not layer.holds_in_use:
         return None
-    split = Split.of(layer.at, layer.plugin(OPTIMAL))
+    rows = [row for cause in causes.CAUSES for row in layer.of(cause)]
+    split = Split.of(rows, layer.plugin(OPTIMAL))
     if layer.stepwise and not split.parts and (lag := _behind_its_rule(layer)):
         return lag
     short = _below_a_product(layer)

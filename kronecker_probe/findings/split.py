@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-
-import pandas as pd
+from typing import Any
 
 FRESH, BLOCKING, STATISTICS, DAMPING, STALENESS = (
     f"in_use_{name}" for name in ("fresh", "blocking", "statistics", "damping", "staleness")
@@ -39,18 +38,17 @@ class Split:
     with_staleness: bool = False
 
     @staticmethod
-    def of(rows: pd.DataFrame, optimum: float) -> Split:
+    def of(rows: Iterable[Mapping[str, Any]], optimum: float) -> Split:
         """The split that the table holds.
 
         Args:
-            rows: Of one parameter and step.
+            rows: Of one parameter and step, with metric and value.
             optimum: The plug-in cosine of the best product; NaN if unknown.
         """
-        of = rows[rows["metric"].isin(list(CAUSES))]
-        defined = of[of["value"].notna()]
-        known = dict(zip(defined["metric"], defined["value"].astype("float64"), strict=True))
+        parts = {str(row["metric"]): float(row["value"]) for row in rows if row["metric"] in CAUSES}
+        unknown = {metric for metric, value in parts.items() if math.isnan(value)}
+        known = {metric: value for metric, value in parts.items() if metric not in unknown}
         error = known.get(FRESH, math.nan)
-        unknown = set(of.loc[of["value"].isna(), "metric"])
         if unknown - {STALENESS}:  # a part that is not known would be taken for none
             known = {}
         parts = dict(known)

@@ -37,6 +37,7 @@ class Ages:
     @staticmethod
     def of(rows: pd.DataFrame, name: str) -> Ages:
         """Read off the rows of one parameter."""
+        rows = rows[rows["metric"].isin(["refreshes", "tests", "steps_since_refresh", STALENESS])]
         events = pd.concat([_by_step(rows, "refreshes"), _by_step(rows, "tests")])
         counts = events.groupby(level=0).max()
         ages, costs = _by_step(rows, "steps_since_refresh"), _by_step(rows, STALENESS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -109,17 +109,17 @@ class Difference:
         return f"{digits(self.value)} ± {digits(self.stderr)}"
 
 
-def numbers(rows: pd.DataFrame, metric: str, noise: float) -> dict[str, Number]:
-    """The best estimate of a metric an approximation: population where it stands, else plug-in.
+def numbers(rows: Iterable[Mapping[Any, Any]], noise: float) -> dict[str, Number]:
+    """The best estimate per approximation: population where it stands, else plug-in.
 
     Args:
-        rows: Of one layer and step.
-        metric: Which.
+        rows: Of one layer, step and metric.
         noise: How far off a plug-in number may be, counted as two standard errors.
     """
     chosen: dict[str, Number] = {}
-    of = rows[(rows["metric"] == metric) & rows["value"].notna()]
-    for row in of.to_dict("records"):
+    for row in rows:
+        if pd.isna(row["value"]):
+            continue
         kind = row.get("kind")
         kind = "plugin" if pd.isna(kind) else str(kind)
         name = str(row["approximation"])
@@ -130,7 +130,7 @@ def numbers(rows: pd.DataFrame, metric: str, noise: float) -> dict[str, Number]:
     return chosen
 
 
-def _estimated(row: dict[Any, Any]) -> Number:
+def _estimated(row: Mapping[Any, Any]) -> Number:
     value = float(row["value"])
     stderr, low, high = (_float(row.get(name)) for name in ("stderr", "low", "high"))
     if not math.isnan(stderr):
