@@ -23,6 +23,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.table.metric_info import metric_info
@@ -164,20 +165,12 @@ def _array(axes: Sequence[Axes]) -> NDArray[Any]:
 
 
 def apart(positions: list[float], gap: float) -> list[float]:
-    """Ascending positions moved as little as needed to lie ``gap`` apart.
-
-    Least squares under the order: with i * gap taken off, this is isotonic regression, solved by
-    pooling adjacent violators.
-    """
-    pools: list[tuple[float, int]] = []  # (mean, count)
-    for number, position in enumerate(positions):
-        mean, count = position - number * gap, 1
-        while pools and pools[-1][0] > mean:
-            other, size = pools.pop()
-            mean, count = (mean * count + other * size) / (count + size), count + size
-        pools.append((mean, count))
-    flat = [mean for mean, count in pools for _ in range(count)]
-    return [value + number * gap for number, value in enumerate(flat)]
+    """Ascending positions moved as little as needed, in least squares, to lie ``gap`` apart."""
+    if not positions:
+        return []
+    steps = gap * np.arange(len(positions))
+    moved: list[float] = (isotonic_regression(positions - steps).x + steps).tolist()
+    return moved
 
 
 @dataclass(frozen=True)
