@@ -120,3 +120,16 @@ def step(model: nn.Module, optimizer: optim.KroneckerOptimizer, x: Tensor, y: Te
     optimizer.zero_grad()
     LOSS(model(x), y).backward()
     optimizer.step()
+
+
+class Reread(nn.Module):
+    """A layer whose weight is also read otherwise: ``read`` of its input and its weight."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 4)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        return self.head(torch.tanh(self.read(h, self.inner.weight)))  # type: ignore[no-any-return]

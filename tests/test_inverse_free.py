@@ -8,7 +8,9 @@ import torch
 
 import kronecker_probe as kp
 from kronecker_probe import optim
+from kronecker_probe.optim.blocks.scratch import Scratch
 from kronecker_probe.optim.options.groups import recipe_of
+from kronecker_probe.optim.options.kinds import InverseFreeOptions
 from kronecker_probe.optim.preconditioners.inverse_free import InverseFree
 
 # Two float64 programs in another order of operations, 30 steps
@@ -92,7 +94,9 @@ def test_with_expected_statistics_it_finds_the_kl_optimum() -> None:
     holder = optim.InverseFreeShampoo(
         [torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)], inverse=rule
     )
-    one = InverseFree(recipe_of(holder.param_groups[0]), (3, 2), (0, 1))
+    options = recipe_of(holder.param_groups[0]).kind
+    assert isinstance(options, InverseFreeOptions)
+    one = InverseFree(options, 0.0, (3, 2), (0, 1), Scratch())
     state = one.initial(torch.zeros(1, 3, 2, dtype=torch.float64))
     # E over the draws of the outer products, as one gradient of 6 times the columns
     for _ in range(1200):

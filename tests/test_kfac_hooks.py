@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,7 @@ from kronecker_probe.errors import (
 from tests.kfac_cases import (
     LOSS,
     N,
+    Reread,
     Twice,
     assert_close,
     assert_same_statistics,
@@ -206,9 +208,9 @@ def hooks_of(model: nn.Module) -> int:
 def test_hooks_end_with_removal_and_do_not_keep_the_optimizer() -> None:
     model, x, y = problem()
     optimizer = optim.KFAC(model)
-    assert hooks_of(model) == 2
+    assert hooks_of(model) == 3  # the model and its two layers
     optimizer.attach(model)
-    assert hooks_of(model) == 2
+    assert hooks_of(model) == 3
     optimizer.remove_hooks()
     assert hooks_of(model) == 0
     LOSS(model(x), y).backward()
@@ -274,8 +276,10 @@ def test_different_numbers_of_data_in_one_pass_are_refused() -> None:
      "vectors"),
     (lambda: optim.EKFAC(nn.Linear(3, 2), basis={"marginals": True}), InvalidInputError,
      "marginals"),
-    (lambda: optim.Statistics(rule="kfac", batch_size=2), InvalidInputError, "batch_size"),
-    (lambda: optim.Statistics(loss_reduction="sum"), InvalidInputError, "kfac"),
+    (lambda: optim.KFAC(nn.Linear(3, 2), statistics={"batch_size": 2}), InvalidInputError,
+     "batch_size"),
+    (lambda: optim.SOAP(nn.Linear(3, 2).parameters(), statistics={"loss_reduction": "sum"}),
+     InvalidInputError, "kfac"),
     (lambda: optim.SOAP(nn.Linear(3, 2).parameters()).attach(nn.Linear(3, 2)), InvalidInputError,
      "kfac"),
     (lambda: optim.KFAC(nn.Linear(3, 2)).attach(nn.Linear(3, 2)), InvalidInputError, "no weight"),
@@ -358,3 +362,77 @@ def test_what_was_sampled_beside_a_step_that_was_left_out_goes_with_its_gradient
         once(1.0)
 
     assert_same_statistics(model, left_out, alone)
+
+
+# ---------------------------------------------------------------- reads that are no calls of layers
+
+
+def test_a_weight_that_is_also_read_by_a_function_has_all_of_its_statistics() -> None:
+    """The factors of all reads, as the calls' own inputs and output gradients give them."""
+    torch.manual_seed(0)
+    model = Reread(F.linear).double()
+    x, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(4, (N,))
+    optimizer = fresh(model)
+    LOSS(model(x), y).backward()
+    optimizer.step()
+    W, b = model.inner.weight.detach(), model.inner.bias.detach()
+    h = torch.tanh(x @ W.T + b)
+    z = torch.tanh(h @ W.T)
+    d_out = torch.softmax(z @ model.head.weight.T + model.head.bias, 1) - F.one_hot(y, 4)
+    d2 = d_out @ model.head.weight * (1 - z**2)
+    d1 = d2 @ W * (1 - h**2)
+    left, right = optimizer.inspect(model.inner.weight).factors
+    assert_close(left.factor, (d1.T @ d1 + d2.T @ d2).detach() / N)
+    assert_close(right.factor, (x.T @ x + h.T @ h) / (2 * N))
+
+
+def masked(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    return F.linear(h, W * torch.ones_like(W).tril())
+
+
+@pytest.mark.parametrize(("read", "why"), [
+    (masked, "read 2 times and its layers .inner. account for 1"),
+    (lambda h, W: h @ W, "read 2 times"),
+    (lambda h, W: F.linear(h, W[:5][1:].repeat(2, 1)[:5]), "read 2 times"),
+    (lambda h, W: F.embedding(h.argmax(1), W) + h, "also read by embedding"),
+    (lambda h, W: h + F.conv1d(h[:, None], W[:, None], groups=1).sum((1, 2))[:, None], "read 2"),
+], ids=["masked", "product", "rows", "embedding", "view"])  # fmt: skip
+def test_a_read_without_a_rule_is_refused_by_name(read: Any, why: str) -> None:
+    torch.manual_seed(0)
+    model = Reread(read).double()
+    optimizer = optim.KFAC(model)
+    x, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(4, (N,))
+    before = [p.detach().clone() for p in model.parameters()]
+    LOSS(model(x), y).backward()
+    with pytest.raises(UnsupportedError, match=rf"parameter 'inner.weight'.*{why}.*'gradient'"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state
+
+
+def test_layers_that_are_called_one_by_one_are_accounted_each_by_itself() -> None:
+    model, x, y = problem("twice")
+    assert isinstance(model, Twice)
+
+    def one_by_one(_: optim.KroneckerOptimizer) -> None:
+        hidden = torch.tanh(model.inner(x))
+        LOSS(model.head(torch.tanh(model.inner(hidden))), y).backward()
+
+    assert_same_statistics(model, one_by_one, lambda _: LOSS(model(x), y).backward())
+
+
+def test_a_model_that_reads_its_own_output_is_no_read_twice() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    optimizer = optim.KFAC(model)
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.randint(4, (N,))
+    LOSS(model(model(x)), y).backward()
+    optimizer.step()
+
+
+def test_a_penalty_on_the_weights_is_no_read_of_data() -> None:
+    model, x, y = problem()
+    optimizer = optim.KFAC(model)
+    penalty = sum(p.square().sum() for p in model.parameters())
+    (LOSS(model(x), y) + 1e-3 * penalty).backward()
+    optimizer.step()

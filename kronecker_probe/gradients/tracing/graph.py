@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,10 @@ class Accounting:
 
 
 def account(
-    outputs: Tensor | Sequence[Tensor], record: Recording, parameters: Mapping[str, nn.Parameter]
+    outputs: Tensor | Sequence[Tensor],
+    record: Recording,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Collection[Any] = (),
 ) -> Accounting:
     """Sort the parameters by whether their recorded calls are all that the outputs depend on.
 
@@ -48,9 +51,10 @@ def account(
             results, such as the loss, with nothing assumed about their batch.
         record: The calls of that forward pass; see ``broadcast.spread`` for what is changed.
         parameters: Parameter name to the parameter.
+        inputs: Nodes that the forward pass started from, and below which it read nothing.
     """
     nodes = _below(
-        [one.grad_fn for one in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+        [one.grad_fn for one in ((outputs,) if isinstance(outputs, Tensor) else outputs)], inputs
     )
     if isinstance(outputs, Tensor) and outputs.ndim:
         spread(record, parameters, nodes, outputs.shape[0])
@@ -146,15 +150,16 @@ def _walk(
     return _Graph(nodes, bool(checkpoints), behind, reads, sliced, origins)
 
 
-def _below(roots: Sequence[Any]) -> set[Any]:
-    seen: set[Any] = set()
+def _below(roots: Sequence[Any], ends: Collection[Any] = ()) -> set[Any]:
+    """The roots and the nodes below them, as far as those at which it ends."""
+    seen: set[Any] = set(ends)
     stack = list(roots)
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             stack += [following for following, _ in node.next_functions]
-    return seen
+    return seen.difference(ends)
 
 
 def _absence(made: Uses, reached: Uses, graph: _Graph, reads: int) -> str:

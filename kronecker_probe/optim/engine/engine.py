@@ -18,16 +18,19 @@ from kronecker_probe.errors import (
 )
 from kronecker_probe.linalg.precision import full_precision
 from kronecker_probe.operators.base import Operator
-from kronecker_probe.optim import checks
 from kronecker_probe.optim.blocks.tiles import layout
-from kronecker_probe.optim.engine.apply import apply_updates, new_buffer
-from kronecker_probe.optim.engine.failures import FailureLog
 from kronecker_probe.optim.engine.inspection import Inspection
 from kronecker_probe.optim.engine.loading import checked_groups, checked_states
 from kronecker_probe.optim.engine.stacks import Stacks
+from kronecker_probe.optim.engine.weights import (
+    apply_updates,
+    check_gradients,
+    check_parameter,
+    check_updates,
+)
 from kronecker_probe.optim.layers.attached import ModelOptimizer
 from kronecker_probe.optim.layers.samples import LayerSamples
-from kronecker_probe.optim.options.groups import NOT_OPTIONS, Group, check_group, recipe_of
+from kronecker_probe.optim.options.groups import NOT_OPTIONS, Group, checked_recipe, recipe_of
 from kronecker_probe.optim.options.sections import (
     SECTIONS,
     Basis,
@@ -124,7 +127,7 @@ class KroneckerOptimizer(ModelOptimizer):
             "nesterov": nesterov,
             "scale_by_shape": scale_by_shape,
         }
-        check_group(defaults, "")
+        checked_recipe(defaults, "")
         if nonfinite not in NONFINITE:
             raise unknown_name("nonfinite", nonfinite, NONFINITE)
         if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
@@ -137,7 +140,6 @@ class KroneckerOptimizer(ModelOptimizer):
     def _forget(self) -> None:
         """Drop the stacks; they are built again from the state of the parameters."""
         self._stacks = Stacks(self._name)
-        self._failures = FailureLog(self._name)
 
     def __getstate__(self) -> dict[str, Any]:
         held: dict[str, Any] = super().__getstate__()
@@ -169,11 +171,11 @@ class KroneckerOptimizer(ModelOptimizer):
         for section in SECTIONS:
             if isinstance(given := group.get(section), Mapping):
                 group[section] = self.defaults[section].replace(**given)
-        check_group(self.defaults | group, where)
+        checked_recipe(self.defaults | group, where)
         super().add_param_group(group)
         try:
             for param in self.param_groups[-1]["params"]:
-                checks.check_parameter(param, self._name(param))
+                check_parameter(param, self._name(param))
         except InvalidInputError:
             self.param_groups.pop()
             raise
@@ -211,12 +213,12 @@ class KroneckerOptimizer(ModelOptimizer):
             for k, group in enumerate(self.param_groups)
         ]
         for k, group, _ in active:
-            check_group(group, f" of parameter group {k}")
+            checked_recipe(group, f" of parameter group {k}")
         self._stacks.check_changes(self.param_groups)
         skip = self.nonfinite == "skip"
         for _, group, params in active:
             largest = max(1.0, group["statistics"].batch_size)
-            if not checks.check_gradients(params, self._name, weight=largest, skip=skip):
+            if not check_gradients(params, self._name, weight=largest, skip=skip):
                 self._forget_records()
                 return loss
         try:
@@ -232,10 +234,11 @@ class KroneckerOptimizer(ModelOptimizer):
                 updates.append(self._updates(k, group, params, layers) if params else [])
             found = [u for some in updates for u in some]
             every = [p for _, _, params in active for p in params]
-            if checks.check_updates(every, found, self._name, skip=skip):
+            if check_updates(every, found, self._name, skip=skip):
                 for (_, group, params), some in zip(active, updates, strict=True):
                     if params:
-                        self._apply(group, params, some)
+                        states = [self.state[p] for p in params]
+                        apply_updates(group, recipe_of(group), params, some, states)
         self._forget_records()
         return loss
 
@@ -260,18 +263,8 @@ class KroneckerOptimizer(ModelOptimizer):
                 now = [one for one in members if steps[id(one.param)] == step]
                 turn = stack.step(now, step, layers)
                 parts |= turn.directions
-                self._failures.note(turn.failures, step, self.allowed_failures)
+                self._stacks.note(turn.failures, step, self.allowed_failures)
         return [_assembled(param, recipe.shapes, parts) for param in params]
-
-    def _apply(self, group: Group, params: list[Tensor], updates: list[Tensor]) -> None:
-        def buffer(param: Tensor) -> Tensor:
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = new_buffer(param, group)
-            held: Tensor = state["momentum_buffer"]
-            return held
-
-        apply_updates(group, params, updates, [self.state[p]["step"] for p in params], buffer)
 
     def operator(self, param: Tensor) -> Operator:
         """The preconditioner in use: P with direction = P^{-power} M, as held right now.

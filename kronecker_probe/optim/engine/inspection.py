@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim.engine.operator import operator_of
 from kronecker_probe.optim.engine.stack import Member, Stack
+from kronecker_probe.optim.preconditioners.base import Preconditioner
 from kronecker_probe.optim.preconditioners.diagonal import Diagonal
 from kronecker_probe.optim.preconditioners.eigenbasis import Rotated
 from kronecker_probe.optim.preconditioners.factored import Factored
@@ -152,13 +153,15 @@ def _undamped(stack: Stack, row: int, step: int) -> Operator:
     one = stack.preconditioner
     if not isinstance(one, (Rotated, Diagonal)):
         raise UnsupportedError("its damping is in what it holds")
-    spectrum = one.recipe.spectrum.replace(epsilon=0.0)
-    plain = dataclasses.replace(one.recipe, spectrum=spectrum)
-    return type(one)(plain, one.block, one.sides).operator(stack.state, row, step)
+    epsilon = dataclasses.replace(one.options.epsilon, value=0.0)
+    plain = dataclasses.replace(one.options, epsilon=epsilon)
+    kind: type[Preconditioner[Any]] = type(one)
+    same = kind(plain, one.beta1, one.block, one.sides, one.scratch)
+    return same.operator(stack.state, row, step)
 
 
-def _factors(one: Factored, stack: Stack, member: Member, step: int) -> Iterator[HeldFactor]:
-    state, spectrum = stack.state, one.recipe.spectrum
+def _factors(one: Factored[Any], stack: Stack, member: Member, step: int) -> Iterator[HeldFactor]:
+    state, epsilon = stack.state, one.options.epsilon
     damps = isinstance(one, Kronecker)
     first = sum(tile.count for tile in member.layout.tiles[: member.tile])
     for k in range(member.blocks.count):
@@ -172,8 +175,8 @@ def _factors(one: Factored, stack: Stack, member: Member, step: int) -> Iterator
                 factor=one.full_factor(state, end, step, torch.tensor([row]))[0],
                 dtype=state[f"factor_{end}"].dtype,
                 basis=None if held is None else held[row].clone(),
-                epsilon=spectrum.epsilon if damps else None,
-                relative=spectrum.relative,
+                epsilon=epsilon.value if damps else None,
+                relative=epsilon.relative,
                 exponent=one.exponent if isinstance(one, Kronecker) else None,
                 age=step - refreshed if refreshed else None,
                 tests=int(state["tests"][row, place]),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.engine.stack import state_shapes
-from kronecker_probe.optim.options.groups import Group, check_group, recipe_of
+from kronecker_probe.optim.options.groups import Group, checked_recipe, recipe_of
 from kronecker_probe.optim.options.sections import SECTIONS
 from kronecker_probe.optim.preconditioners.factored import COUNTERS
 
@@ -45,7 +45,7 @@ def checked_groups(
             )
         for section, kind in SECTIONS.items():
             group[section] = kind.of(group[section])
-        check_group(group, where)
+        checked_recipe(group, where)
     return groups
 
 

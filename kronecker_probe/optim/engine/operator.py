@@ -89,7 +89,7 @@ def _member_operators(
     for k in range(tile.count):
         row = member.start + k
         if ready is False or (ready is not True and not bool(ready[row])):
-            raise UnsupportedError(_not_yet(one.recipe.basis.first, step, name))
+            raise UnsupportedError(_not_yet(one.first, step, name))
         try:
             operator = of_block(stack, row, step)
         except UnsupportedError as error:

@@ -14,13 +14,31 @@ from kronecker_probe.optim.blocks.contractions import per_block
 from kronecker_probe.optim.blocks.scratch import Scratch
 from kronecker_probe.optim.blocks.tiles import Layout, Tile, factored_sides, layout
 from kronecker_probe.optim.layers.samples import LayerSamples
-from kronecker_probe.optim.preconditioners.base import Failure, Preconditioner, Recipe, State
+from kronecker_probe.optim.options.kinds import (
+    CorrectedOptions,
+    DiagonalOptions,
+    FactoredOptions,
+    FromLayers,
+    InverseFreeOptions,
+    KroneckerOptions,
+    PolarOptions,
+    Recipe,
+)
+from kronecker_probe.optim.preconditioners.base import Failure, Preconditioner, State
 from kronecker_probe.optim.preconditioners.diagonal import Diagonal
 from kronecker_probe.optim.preconditioners.eigenbasis import Rotated
 from kronecker_probe.optim.preconditioners.grafting import Graft
 from kronecker_probe.optim.preconditioners.inverse_free import InverseFree
 from kronecker_probe.optim.preconditioners.kronecker import Kronecker
 from kronecker_probe.optim.preconditioners.polar import Polar
+
+_KINDS: dict[type[Any], type[Preconditioner[Any]]] = {
+    KroneckerOptions: Kronecker,
+    CorrectedOptions: Rotated,
+    PolarOptions: Polar,
+    InverseFreeOptions: InverseFree,
+    DiagonalOptions: Diagonal,
+}
 
 
 @dataclass(frozen=True)
@@ -89,31 +107,24 @@ class Turn:
     failures: list[Failed]
 
 
-def preconditioner_of(recipe: Recipe, block: tuple[int, ...], order: int) -> Preconditioner:
-    """The preconditioner of blocks of this shape.
+def preconditioner_of(
+    recipe: Recipe, block: tuple[int, ...], order: int, scratch: Scratch
+) -> Preconditioner[Any]:
+    """The preconditioner of blocks of this shape, of a parameter of ``order`` dimensions.
 
     Blocks without any factor have a second moment of every entry, or diagonal inverse factors.
-
-    Args:
-        recipe: The choices.
-        block: Shape of the blocks.
-        order: Dimensions of their parameters.
     """
-    kind = recipe.spectrum.eigenvalues
+    kind: Any = recipe.kind
     sides = factored_sides(block, recipe.shapes, order)
-    if recipe.statistics.rule == "kfac":  # also of a single output or input: it has a scale
-        sides = tuple(range(len(block)))
-    if kind == "polar":
-        return Polar(recipe, block, sides)
-    if kind == "inverse-free":
+    if isinstance(kind, FactoredOptions):
+        if isinstance(kind.source, FromLayers):  # a single output or input has a scale, too
+            sides = tuple(range(len(block)))
         if not sides:
-            sides = tuple(k for k, size in enumerate(block) if size > 1) or (0,)
-            inverse = recipe.inverse.replace(structure="diagonal")
-            recipe = dataclasses.replace(recipe, inverse=inverse)
-        return InverseFree(recipe, block, sides)
-    if not sides:
-        return Diagonal(recipe, block, sides)
-    return (Rotated if kind == "corrected" else Kronecker)(recipe, block, sides)
+            kind = kind.without_factors()
+    elif isinstance(kind, InverseFreeOptions) and not sides:
+        sides = tuple(k for k, size in enumerate(block) if size > 1) or (0,)
+        kind = dataclasses.replace(kind, diagonal=True)
+    return _KINDS[type(kind)](kind, recipe.beta1, block, sides, scratch)
 
 
 @final
@@ -149,15 +160,14 @@ class Stack:
         like = torch.zeros(self.blocks, *self.block, dtype=dtype, device=device)
         self.state = self.preconditioner.initial(like)
         self.state["offset"] = torch.arange(first, first + self.blocks)
-        if self.graft.has_moment:
+        if recipe.graft.has_moment:
             self.state["graft_moment"] = torch.zeros_like(like)
 
     def follow(self, recipe: Recipe) -> None:
         """Go on with other choices, for which the state is of the same form."""
         self.recipe = recipe
-        self.preconditioner = preconditioner_of(recipe, self.block, self.order)
-        self.preconditioner.scratch = self.scratch
-        self.graft = Graft(recipe, self.scratch)
+        self.preconditioner = preconditioner_of(recipe, self.block, self.order, self.scratch)
+        self.graft = Graft(recipe.graft, self.scratch)
 
     def views(self, member: Member) -> dict[str, Tensor]:
         """A member's part of the state, by the names that the parameter's state has."""
@@ -231,7 +241,7 @@ class Stack:
         one = self.preconditioner
         ready = one.ready(state, step)
         direction = one.direction(state, gradients, step)
-        if self.graft.kind == "none" and ready is True:
+        if self.graft.options.method == "none" and ready is True:
             return direction
         filtered = one.filtered(state, gradients, step)
         graft = self.graft.direction(state, filtered, step)

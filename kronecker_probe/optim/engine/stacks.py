@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.blocks.scratch import Scratch
 from kronecker_probe.optim.blocks.tiles import layout
-from kronecker_probe.optim.engine.stack import Stack, stacks_of
-from kronecker_probe.optim.options.groups import Group, check_change, recipe_of
+from kronecker_probe.optim.engine.stack import Failed, Stack, stacks_of
+from kronecker_probe.optim.options.groups import Group, check_change, recipe_of, structure
 
 
 @final
@@ -26,8 +27,10 @@ class Stacks:
     def __init__(self, name_of: Callable[[Tensor], str]) -> None:
         self._name_of = name_of
         self._built: dict[int, list[Stack]] = {}
+        self._structures: dict[int, dict[str, object]] = {}  # the options that the state is of
         self._scratch = Scratch()
         self._homes: dict[int, int] = {}  # the group in which a parameter's state was built
+        self._warned: set[tuple[int, int, int, int]] = set()
 
     def of(
         self,
@@ -49,6 +52,7 @@ class Stacks:
         """
         if number not in self._built:
             self._built[number] = []
+            self._structures[number] = structure(group)
             having = [p for p in group["params"] if "batch" in states.get(p, {})]
             for members in _by_batch(having, lambda p: int(states[p]["batch"])):
                 self._build(number, group, members, states)
@@ -79,7 +83,7 @@ class Stacks:
                 self._homes[id(member.param)] = number
 
     def check_changes(self, groups: Sequence[Group]) -> None:
-        """Let the stacks know of what changed since the last step, or refuse it.
+        """Let the stacks follow what changed since the last step, or refuse it.
 
         Raises:
             InvalidInputError: An option or a shape that the state does not fit, or a parameter that
@@ -96,8 +100,9 @@ class Stacks:
         for number, stacks in self._built.items():
             recipe = recipe_of(groups[number])
             for stack in stacks:
-                if stack.recipe != recipe:
-                    check_change(stack.recipe, recipe, f" of parameter group {number}")
+                if stack.recipe is not recipe and stack.recipe != recipe:
+                    where = f" of parameter group {number}"
+                    check_change(self._structures[number], groups[number], where)
                     stack.follow(recipe)
                 self._check_shapes(stack)
 
@@ -107,6 +112,33 @@ class Stacks:
                 raise InvalidInputError(
                     f"{self._name_of(one.param)} had another shape when its state was built. "
                     "Nothing was changed. Give it back, or build another optimizer."
+                )
+
+    def note(self, failures: Iterable[Failed], step: int, allowed: int) -> None:
+        """Warn of a factor's first failed refresh, and stop after too many in a row.
+
+        Args:
+            failures: Factors that were not refreshed.
+            step: Of their parameters.
+            allowed: Failures in a row that are tolerated.
+
+        Raises:
+            InvalidInputError: More than those.
+        """
+        for failed in failures:
+            name = self._name_of(failed.param)
+            message = f"No {failed.what} of factor {failed.side} of {name} was found at step {step}"
+            if failed.count > allowed:
+                raise InvalidInputError(
+                    f"{message}, {failed.count} times in a row. Raise spectrum.epsilon, or lower "
+                    "the learning rate. No weight was changed."
+                )
+            if failed.key not in self._warned:
+                self._warned.add(failed.key)
+                warnings.warn(
+                    f"{message}: going on with the last good one, or the grafted direction.",
+                    RuntimeWarning,
+                    stacklevel=6,  # the caller's step, below two wrappers of torch
                 )
 
 

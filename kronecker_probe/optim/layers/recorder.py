@@ -1,26 +1,37 @@
-"""Hooks on the layers of a model that record what K-FAC's factors are made of."""
+"""Records, in the user's own forward and backward passes, what K-FAC's factors are made of.
+
+Reads of parameters are found and accounted for as :func:`kronecker_probe.capture` does it: by a
+torch function mode while the model runs, and by the autograd graph of what it returns.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
-from kronecker_probe.optim.layers.samples import LAYERS, Call, Layer, LayerSamples, Pass
+from kronecker_probe.gradients.layers.base import Call, Form, Layout
+from kronecker_probe.gradients.tracing.graph import account
+from kronecker_probe.gradients.tracing.record import Recorder, Recording
+from kronecker_probe.optim.layers.samples import LayerSamples, Pass, Use
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # (parameter, backward pass)
 Key = tuple[int, int]
 
 
 @final
 class LayerRecorder:
-    """Records inputs and output gradients of layers.
+    """Records inputs and output gradients of the calls that read parameters of layers.
 
     A call counts once a backward pass went through it and on to the parameter's ``grad``, as long
     as that is there; what ``torch.autograd.grad`` computes leaves no trace. Inputs and output
@@ -42,16 +53,14 @@ class LayerRecorder:
         model: nn.Module,
         params: Iterable[Tensor],
         name_of: Callable[[Tensor], str],
-        loss_scale: Callable[[], float] = lambda: 1.0,
+        loss_scale: Callable[[], float],
     ) -> None:
         self._loss_scale = loss_scale
         self._scale = (-1, 1.0)  # of the last backward pass
         self._name_of = name_of
         self._sampled = False
-        self._handles: list[RemovableHandle] = []
-        known = layer_parameters(model)
         self._biases: dict[int, bool] = {}
-        layers: dict[nn.Module, list[Tensor]] = {}
+        known = layer_parameters(model)
         for param in params:
             if param not in known:
                 raise InvalidInputError(
@@ -59,22 +68,32 @@ class LayerRecorder:
                     "2d or 3d with groups=1, of this model alone: K-FAC has no statistics of it. "
                     "Put it into a group with statistics={'rule': 'gradient'}."
                 )
-            for layer, is_bias in known[param]:
-                self._biases[id(param)] = is_bias
-                layers.setdefault(layer, []).append(param)
-        self._params = {id(p): weakref.ref(p) for members in layers.values() for p in members}
+            self._biases[id(param)] = known[param]
+        self._params = {
+            name: weakref.ref(param)
+            for name, param in model.named_parameters()
+            if id(param) in self._biases
+        }
+        self._by_id = {id(ref()): ref for ref in self._params.values()}
+        self._model_name = type(model).__name__
         self.clear()
+        self._open: list[_Forward | None] = []  # of the modules that run right now
         own = weakref.ref(self)
-        for layer, members in layers.items():
-            hook = _ForwardHook(own, [id(param) for param in members])
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        for param in {id(p): p for members in layers.values() for p in members}.values():
-            self._handles.append(param.register_post_accumulate_grad_hook(_GradHook(own)))  # type: ignore[no-untyped-call]
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            if any(id(param) in self._biases for param in module.parameters()):
+                self._handles += [
+                    module.register_forward_pre_hook(_Enter(own), with_kwargs=True),
+                    module.register_forward_hook(_Leave(own), always_call=True),
+                ]
+        for ref in self._params.values():
+            self._handles.append(ref().register_post_accumulate_grad_hook(_Reach(own)))  # type: ignore[union-attr]
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._passes: dict[bool, dict[Key, Pass]] = {False: {}, True: {}}
         self._reached: set[Key] = set()
+        self._problems: dict[int, str] = {}  # of parameters without a call that could be recorded
 
     def forget_gradients(self) -> None:
         """Forget the passes of gradients that were zeroed, and what was sampled beside them.
@@ -110,16 +129,55 @@ class LayerRecorder:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
 
-    def add(self, members: Sequence[int], call: Call) -> None:
+    def enter(self, inputs: object) -> None:
+        """A module starts; where no other one runs, calls are recorded from here on."""
+        if any(self._open) or not torch.is_grad_enabled():
+            self._open.append(None)
+            return
+        params = {n: p for n, ref in self._params.items() if isinstance(p := ref(), nn.Parameter)}
+        forward = _Forward(params, self._model_name, _nodes(inputs))
+        self._open.append(forward)
+        forward.mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, outputs: object) -> None:
+        """The last module that started ends; its calls wait for their output gradients."""
+        forward = self._open.pop() if self._open else None
+        if forward is None:
+            return
+        forward.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        roots = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+        record = forward.mode.record
+        if not roots or not (record.calls or record.problems):
+            return
+        found = account(roots, record, forward.params, forward.inputs)
+        own = weakref.ref(self)
+        problems = {id(forward.params[name]): why for name, why in found.unaccounted.items()}
+        self._problems |= problems
+        for call in record.calls:
+            if call.edge is None:
+                continue
+            reads = {
+                id(forward.params[read.parameter]): problems.get(id(forward.params[read.parameter]))
+                or _misfit(call, role)
+                or ("" if self._biases[id(forward.params[read.parameter])] == (role == "bias")
+                    else "it is read as a weight and as a bias")
+                for role, read in call.reads.items()
+            }  # fmt: skip
+            # without the edge: the node would hold itself by its own hook
+            kept = dataclasses.replace(_batch_first(call), edge=None)
+            receive = _Receive(own, kept, reads, call.edge.output_nr)
+            call.edge.node.register_prehook(receive)
+
+    def add(self, call: Call, gradient: Tensor, reads: Mapping[int, str]) -> None:
         """Take in a call, in the backward pass that goes on right now."""
         task = torch._C._current_graph_task_id()
-        for param in members:
+        for param, problem in reads.items():
             if not self._sampled and (param, task) not in self._passes[False]:
                 self._forget_discarded(param)
             passes, key = self._passes[self._sampled], (param, task)
             if key not in passes:
-                passes[key] = Pass(scale=self._scale_of(task))
-            passes[key].calls.append(call)
+                passes[key] = Pass(self._scale_of(task))
+            passes[key].uses.append(Use(call, gradient, problem))
 
     def _scale_of(self, task: int) -> float:
         """Of a backward pass, asked for once: it waits for an accelerator."""
@@ -133,7 +191,7 @@ class LayerRecorder:
         What was sampled before them goes too: a scaler may have left out their step.
         """
         earlier = [key for key in self._passes[False] if key[0] == param and key in self._reached]
-        held = self._params[param]()
+        held = self._by_id[param]()
         if earlier and held is not None and (held.grad is None or not bool(held.grad.any())):
             for key in earlier:
                 del self._passes[False][key]
@@ -158,7 +216,8 @@ class LayerRecorder:
         Raises:
             InvalidInputError: Nothing was recorded for one of them.
             NonFiniteError: What was recorded is not finite, or its squares overflow.
-            UnsupportedError: It cannot be told which calls belong to the same data.
+            UnsupportedError: A parameter has other readers than layers, or it cannot be said which
+                calls belong to the same examples.
         """
         passes = self._passes[True] or self._passes[False]
         found: dict[int, list[Pass]] = {}
@@ -167,91 +226,135 @@ class LayerRecorder:
                 found.setdefault(key[0], []).append(one)
         result: dict[int, LayerSamples] = {}
         for param, reduction in params.items():
+            name = self._name_of(param)
             if id(param) not in found:
-                raise InvalidInputError(self._missing(param))
+                raise InvalidInputError(self._missing(param, name))
             for one in found[id(param)]:
-                one.check(self._name_of(param))
+                one.check(name)
                 if not one.is_finite:
                     raise NonFiniteError(
-                        f"The inputs or output gradients that were recorded for "
-                        f"{self._name_of(param)} hold a NaN or an infinity, or numbers whose "
-                        "squares overflow. Nothing was changed: skip this batch, or scale the "
-                        "loss down."
+                        f"The inputs or output gradients that were recorded for {name} hold a NaN "
+                        "or an infinity, or numbers whose squares overflow. Nothing was changed: "
+                        "skip this batch, or scale the loss down."
                     )
             is_bias = self._biases[id(param)]
-            result[id(param)] = LayerSamples(found[id(param)], is_bias, reduction)
+            n = 1 if is_bias else param[0].numel()
+            result[id(param)] = LayerSamples(found[id(param)], n, is_bias, reduction)
         return result
 
-    def _missing(self, param: Tensor) -> str:
-        drawn = " (sampling() was used, and its backward pass did not reach it)"
+    def _missing(self, param: Tensor, name: str) -> str:
+        if why := self._problems.get(id(param)):
+            why = f" ({why})"
+        elif self._passes[True]:
+            why = " (sampling() was used, and its backward pass did not reach it)"
         return (
-            f"{self._name_of(param)} has a gradient, but nothing was recorded of its layer since "
-            f"the last step or zero_grad(){drawn if self._passes[True] else ''}. Nothing was "
-            "changed. Run the model itself, with gradients, and backward() between zero_grad() and "
-            "step(); gradients of other parameters should be None, which "
-            "zero_grad(set_to_none=True) makes them."
+            f"{name} has a gradient, but nothing was recorded of its layer since the last step or "
+            f"zero_grad(){why or ''}. Nothing was changed. Run the model itself, with gradients, "
+            "and backward() between zero_grad() and step(); gradients of other parameters should "
+            "be None, which zero_grad(set_to_none=True) makes them."
         )
 
 
-@final
-class _ForwardHook:
-    """Lets a recorder know of a layer's calls; copies of it, with those of a model, do nothing."""
+class _Forward:
+    """A forward pass that is recorded: the mode, and what its graph is looked at for."""
 
-    def __init__(self, recorder: Callable[[], LayerRecorder | None], members: list[int]) -> None:
-        self._recorder = recorder
-        self._members = members
-
-    def __call__(
-        self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> None:
-        recorder = self._recorder()
-        if recorder is None or not torch.is_grad_enabled():
-            return
-        if not output.requires_grad:
-            return
-        a: Tensor = (args[0] if args else kwargs["input"]).detach()
-        version, members = a._version, self._members
-
-        def receive(d: Tensor) -> None:
-            recorder = self._recorder()
-            if recorder is None:
-                return
-            if a._version != version:
-                raise UnsupportedError(
-                    f"The input of {type(layer).__name__} was changed in place after the layer "
-                    "read it, so that K-FAC has lost it; use an operation that is not in place."
-                )
-            # the gradient itself, where it can be: autograd then does not add to it in place
-            recorder.add(members, Call(layer, a, d.detach() if d.requires_grad else d))
-
-        output.register_hook(receive)  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(_nobody, [])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHook, (_nobody, [])
+    def __init__(self, params: dict[str, nn.Parameter], name: str, inputs: set[Any]) -> None:
+        self.params = params
+        self.inputs = inputs
+        self.mode = Recorder(Recording(), params, name)
 
 
-@final
-class _GradHook:
-    """Lets a recorder know that a gradient arrived."""
+class _Hook:
+    """Reaches a recorder while it lives; a copy, with that of a model, does nothing."""
 
     def __init__(self, recorder: Callable[[], LayerRecorder | None]) -> None:
         self._recorder = recorder
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)(_nobody)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (_nobody,)
+
+
+@final
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        if recorder := self._recorder():
+            recorder.enter((args, kwargs))
+
+
+@final
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: object, outputs: object) -> None:
+        if recorder := self._recorder():
+            recorder.leave(outputs)
+
+
+@final
+class _Reach(_Hook):
     def __call__(self, param: Tensor) -> None:
-        recorder = self._recorder()
-        if recorder is not None:
+        if recorder := self._recorder():
             recorder.reach(param)
+
+
+@final
+class _Receive:
+    """Hands the gradient of a call's output to the recorder."""
+
+    def __init__(
+        self,
+        recorder: Callable[[], LayerRecorder | None],
+        call: Call,
+        reads: Mapping[int, str],
+        output: int,
+    ) -> None:
+        self._recorder = recorder
+        self._call = call
+        self._reads = reads
+        self._output = output
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        recorder, gradient = self._recorder(), gradients[self._output]
+        if recorder is None or gradient is None:
+            return
+        if self._call.x._version != self._call.version:
+            raise UnsupportedError(
+                f"The input of layer {self._call.name!r} was changed in place after the layer "
+                "read it, so that K-FAC has lost it; use an operation that is not in place."
+            )
+        # the gradient itself, where it can be: autograd then does not add to it in place
+        gradient = gradient.detach() if gradient.requires_grad else gradient
+        recorder.add(self._call, gradient, self._reads)
 
 
 def _nobody() -> None:
     return None
 
 
-def layer_parameters(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, bool]]]:
-    """Weights and biases that K-FAC has statistics of, with their layers and whether a bias.
+def _nodes(inputs: object) -> set[Any]:
+    """Where the graph of a forward pass ends: the nodes of its inputs."""
+    found = {x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    return found - {None}
+
+
+def _batch_first(call: Call) -> Call:
+    """The call with examples in its first dimension; with one where it has no batch."""
+    return dataclasses.replace(call, layout=Layout(1, math.prod(call.lead[1:])))
+
+
+def _misfit(call: Call, role: str) -> str:
+    """Why a call has no factors of the whole parameter; empty if it has."""
+    if call.reads[role].rows is not None:
+        return f"layer {call.name!r} reads some of its rows"
+    wanted = Form.VECTOR if role == "bias" else Form.FACTORS
+    if call.rule.form(role, call) is not wanted:
+        return f"it is also read by {call.rule.function.__name__}, which K-FAC has no factors for"
+    return ""
+
+
+def layer_parameters(model: nn.Module) -> dict[Tensor, bool]:
+    """Weights and biases that K-FAC has statistics of, and whether each is a bias.
 
     They are those of modules that are exactly an nn.Linear or an nn.Conv1d, 2d or 3d with groups=1,
     and of no other module; those of subclasses may be used in other ways.
@@ -259,7 +362,7 @@ def layer_parameters(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, boo
     Args:
         model: Any module.
     """
-    found: dict[Tensor, list[tuple[nn.Module, bool]]] = {}
+    found: dict[Tensor, set[str]] = {}
     others: set[Tensor] = set()
     for module in model.modules():
         fits = type(module) in LAYERS and getattr(module, "groups", 1) == 1
@@ -267,8 +370,7 @@ def layer_parameters(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, boo
             if param is None:
                 continue
             if fits and name in ("weight", "bias") and param.requires_grad:
-                found.setdefault(param, []).append((module, name == "bias"))
+                found.setdefault(param, set()).add(name)
             else:
                 others.add(param)
-    mixed = {p for p, uses in found.items() if len({is_bias for _, is_bias in uses}) > 1}
-    return {p: uses for p, uses in found.items() if p not in others and p not in mixed}
+    return {p: "bias" in roles for p, roles in found.items() if p not in others and len(roles) == 1}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kronecker_probe.errors import InvalidInputError
-from kronecker_probe.optim import checks
-from kronecker_probe.optim.options.combinations import check_together
+from kronecker_probe.optim.options.kinds import Recipe
+from kronecker_probe.optim.options.reading import read
 from kronecker_probe.optim.options.sections import SECTIONS
-from kronecker_probe.optim.preconditioners.base import Recipe
 
 Group = dict[str, Any]
 
@@ -27,33 +28,30 @@ NOT_OPTIONS = (
 
 # What each group must have.
 OPTIONS = ("lr", "betas", "weight_decay", "momentum", "nesterov", "scale_by_shape", *SECTIONS)
+_READ = ("betas", "nesterov", "scale_by_shape", *SECTIONS)
+
+# Fields that tensors of the state, or their meaning, depend on: all of a section, or some.
+_STRUCTURE = {
+    "statistics": ("rule", "q", "accumulate", "bias_correction", "every", "initial",
+                   "loss_reduction"),
+    "shapes": ("block_size", "max_dim", "merge", "vectors"),
+    "storage": ("factors", "roots"),
+    "spectrum": ("eigenvalues", "root"),
+    "inverse": ("structure", "precision"),
+    "basis": ("solver",),
+    "magnitude": ("grafting",),
+}  # fmt: skip
 
 
-def recipe_of(group: Mapping[str, Any]) -> Recipe:
-    """The choices of a group."""
-    beta1, beta2 = group["betas"]
-    return Recipe(
-        statistics=group["statistics"],
-        basis=group["basis"],
-        spectrum=group["spectrum"],
-        inverse=group["inverse"],
-        magnitude=group["magnitude"],
-        shapes=group["shapes"],
-        storage=group["storage"],
-        betas=(beta1, beta2),
-        nesterov=group["nesterov"],
-    )
-
-
-def check_group(group: Mapping[str, Any], where: str) -> None:
-    """Refuse options out of range, and choices that do not go together.
+def checked_recipe(group: Mapping[str, Any], where: str) -> Recipe:
+    """The choices of a group, whose options are in range and go together.
 
     Args:
         group: All options.
         where: Which group, for messages.
 
     Raises:
-        InvalidInputError: One of them; the message says which.
+        InvalidInputError: An option that is absent, out of range or not one of the chosen kind.
     """
     for name in OPTIONS:
         if name not in group:
@@ -65,54 +63,52 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
                 "fields where the group is added."
             )
     for name in ("lr", "weight_decay"):
-        checks.check_number(group[name], f"{name}{where}", lambda v: v >= 0, "at least 0")
-    checks.check_number(group["momentum"], f"momentum{where}", lambda v: 0 <= v < 1, "in [0, 1)")
-    checks.check_betas(group["betas"], f"betas{where}")
+        _check_number(group[name], f"{name}{where}", lambda v: v >= 0, "at least 0")
+    _check_number(group["momentum"], f"momentum{where}", lambda v: 0 <= v < 1, "in [0, 1)")
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise InvalidInputError(f"betas{where} is {betas!r}; it must be two numbers in [0, 1).")
+    for one in betas:
+        text = "in [0, 1); for a sum of statistics use statistics={'accumulate': 'sum'}"
+        _check_number(one, f"betas{where}", lambda v: 0 <= v < 1, text)
     for name in ("nesterov", "scale_by_shape"):
         if not isinstance(group[name], bool):
             raise InvalidInputError(f"{name}{where} is {group[name]!r}; give True or False.")
-    if group["nesterov"] and group["spectrum"].eigenvalues != "polar":
-        raise InvalidInputError(
-            f"nesterov{where} is about the average of a polar factor; use "
-            "spectrum.eigenvalues='polar', or drop it."
-        )
-    check_together(**{name: group[name] for name in SECTIONS})
+    return recipe_of(group)
 
 
-def check_change(before: Recipe, after: Recipe, where: str) -> None:
-    """Refuse changes of choices that the state was built for.
+def recipe_of(group: Mapping[str, Any]) -> Recipe:
+    """The choices of a checked group; the same object for equal options."""
+    return read(**{**{name: group[name] for name in _READ}, "betas": tuple(group["betas"])})
 
-    Args:
-        before: The choices of the last step.
-        after: Those of this step.
-        where: Which group, for messages.
+
+def structure(group: Mapping[str, Any]) -> dict[str, object]:
+    """What the state depends on, by the name of the option."""
+    found = {
+        f"{section}.{name}": getattr(group[section], name)
+        for section, names in _STRUCTURE.items()
+        for name in names
+    }
+    found["basis.tolerance is None"] = group["basis"].tolerance is None
+    found["betas[0] > 0"] = group["betas"][0] > 0
+    return found
+
+
+def check_change(before: Mapping[str, object], group: Mapping[str, Any], where: str) -> None:
+    """Refuse options that the state built with those of ``before`` does not fit.
 
     Raises:
-        InvalidInputError: One that needs another state.
+        InvalidInputError: The message names the option, and both values.
     """
-    old, new = _structure(before), _structure(after)
-    for name, value in new.items():
-        if value != old[name]:
+    for name, value in structure(group).items():
+        if value != before[name]:
             raise InvalidInputError(
-                f"{name}{where} was {old[name]!r} and is {value!r} now, which the state built by "
-                "the steps so far does not fit. Set it back, or build another optimizer."
+                f"{name}{where} was {before[name]!r} and is {value!r} now, which the state built "
+                "by the steps so far does not fit. Set it back, or build another optimizer."
             )
 
 
-def _structure(recipe: Recipe) -> dict[str, object]:
-    """What the tensors of the state, or what they mean, depend on."""
-    statistics, magnitude = recipe.statistics.as_dict(), recipe.magnitude.grafting
-    del statistics["batch_size"]
-    found: dict[str, object] = {f"statistics.{name}": v for name, v in statistics.items()}
-    found |= {f"shapes.{name}": v for name, v in recipe.shapes.as_dict().items()}
-    found |= {f"storage.{name}": v for name, v in recipe.storage.as_dict().items()}
-    return found | {
-        "spectrum.eigenvalues": recipe.spectrum.eigenvalues,
-        "spectrum.root": recipe.spectrum.root,
-        "inverse.structure": recipe.inverse.structure,
-        "inverse.precision": recipe.inverse.precision,
-        "basis.solver": recipe.basis.solver,
-        "basis.tolerance is None": recipe.basis.tolerance is None,
-        "magnitude.grafting": magnitude,
-        "betas[0] > 0": recipe.beta1 > 0,
-    }
+def _check_number(value: object, name: str, holds: Callable[[float], bool], text: str) -> None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and holds(float(value))):  # type: ignore[arg-type]
+        raise InvalidInputError(f"{name} is {value!r}; it must be a finite number, {text}.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.options.base import Config
 
 RULES = ("gradient", "whitened", "kfac")
@@ -61,31 +60,7 @@ class Statistics(Config):
         self._count("every")
         self._count("batch_size")
         self._nonnegative("initial")
-        if self.initial > 0 and self.bias_correction and self.accumulate == "average":
-            raise InvalidInputError(
-                f"statistics.initial is {self.initial}, which a bias correction would blow up; use "
-                "bias_correction=False, or start from 0."
-            )
-        if self.rule == "whitened" and self.initial > 0:
-            raise InvalidInputError(
-                f"statistics.initial is {self.initial}, but rule='whitened' starts in the units of "
-                "the first gradient; use 0."
-            )
-        if self.rule != "whitened" and self.q != 0:
-            raise InvalidInputError(
-                f"statistics.q is {self.q}, and rule={self.rule!r} has none; use rule='whitened'."
-            )
         self._one_of("loss_reduction", REDUCTIONS)
-        if self.rule != "kfac" and self.loss_reduction != "mean":
-            raise InvalidInputError(
-                f"statistics.loss_reduction is {self.loss_reduction!r}, which only rule='kfac' "
-                "asks for; drop it."
-            )
-        if self.rule == "kfac" and (self.initial > 0 or self.batch_size != 1):
-            raise InvalidInputError(
-                "statistics.initial and batch_size are about gradients of batches, and rule='kfac' "
-                "has those of every datum; drop them."
-            )
 
 
 SOLVERS = ("eigh", "qr")
@@ -138,12 +113,6 @@ class Basis(Config):
         """The step of the first refresh."""
         return self.frequency if self.start is None else self.start
 
-    def is_due(self, step: int, offset: int) -> bool:
-        """Whether a block is refreshed, or tested, at its step."""
-        if step == self.first:
-            return True
-        return step > self.first and (step - self.first + offset) % self.frequency == 0
-
 
 EIGENVALUES = ("kronecker", "corrected", "polar", "inverse-free")
 ROOTS = ("eigh", "newton", "matmul")
@@ -180,17 +149,6 @@ class Spectrum(Config):
     relative: bool = False
     root: str = "eigh"
 
-    @property
-    def surely_damps(self) -> bool:
-        """Whether epsilon keeps every denominator positive, those of zero moments too."""
-        return self.epsilon > 0 and not self.relative
-
-    def exponent_of(self, factors: int) -> float:
-        """The power of each of so many factors."""
-        if self.exponent is not None:
-            return self.exponent
-        return -self.power if self.trace_scale else -self.power / max(1, factors)
-
     def check(self) -> None:
         self._one_of("eigenvalues", EIGENVALUES)
         self._number("power", lambda value: 0 < value <= 1, "a number in (0, 1]")
@@ -200,21 +158,6 @@ class Spectrum(Config):
         self._nonnegative("epsilon")
         self._flag("relative")
         self._one_of("root", ROOTS)
-        if self.trace_scale and self.exponent is not None and self.exponent != -self.power:
-            raise InvalidInputError(
-                f"spectrum.exponent is {self.exponent}, but L kron R / Tr L to the power "
-                f"-{self.power} takes exponent {-self.power}; drop one of them."
-            )
-        if self.eigenvalues == "corrected" and self.root != "eigh":
-            raise InvalidInputError(
-                f"spectrum.root is {self.root!r}, but corrected eigenvalues need eigenbases, which "
-                "it does not find; use root='eigh'."
-            )
-        if self.eigenvalues == "corrected" and self.trace_scale:
-            raise InvalidInputError(
-                "spectrum.trace_scale scales a Kronecker product, and corrected eigenvalues have "
-                "their scale from the gradients; drop it, or use eigenvalues='kronecker'."
-            )
 
 
 STRUCTURES = ("dense", "diagonal")
@@ -274,11 +217,6 @@ class Magnitude(Config):
         self._one_of("grafting", GRAFTING)
         if self.beta2 is not None:
             self._decay("beta2")
-            if self.grafting not in ("rmsprop", "adam"):
-                raise InvalidInputError(
-                    f"magnitude.beta2 is {self.beta2}, but grafting={self.grafting!r} averages "
-                    "nothing; drop it, or use 'adam' or 'rmsprop'."
-                )
         self._nonnegative("epsilon")
 
 

@@ -6,114 +6,61 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.linalg.memory import available_bytes
-from kronecker_probe.linalg.precision import state_dtype
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.optim.blocks.scratch import Scratch
 from kronecker_probe.optim.layers.samples import LayerSamples
-from kronecker_probe.optim.options.sections import (
-    Basis,
-    Inverse,
-    Magnitude,
-    Shapes,
-    Spectrum,
-    Statistics,
-    Storage,
-)
+from kronecker_probe.optim.options.kinds import Kind
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The choices of a parameter group."""
-
-    statistics: Statistics
-    basis: Basis
-    spectrum: Spectrum
-    inverse: Inverse
-    magnitude: Magnitude
-    shapes: Shapes
-    storage: Storage
-    betas: tuple[float, float]
-    nesterov: bool = False
-
-    @property
-    def beta1(self) -> float:
-        """Decay of the gradient's average."""
-        return self.betas[0]
-
-    @property
-    def beta2(self) -> float | None:
-        """Decay of second moments; None for a sum."""
-        return None if self.statistics.accumulate == "sum" else self.betas[1]
-
-    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the state of a parameter of this dtype."""
-        inverse_free = self.spectrum.eigenvalues == "inverse-free"
-        if inverse_free and self.inverse.precision == "bfloat16":
-            return torch.bfloat16
-        return state_dtype(dtype)
-
-    def weights(self, steps: int = 1) -> tuple[float, float]:
-        """What an update keeps of second moments, and the weight of what is new.
-
-        Args:
-            steps: Since the last update.
-        """
-        if self.beta2 is None:
-            return 1.0, float(self.statistics.batch_size)
-        kept = self.beta2**steps
-        return kept, (1.0 - kept) * self.statistics.batch_size
-
-    def correction(self, steps: int) -> float:
-        """What second moments that hold so many steps are divided by."""
-        if self.beta2 is None or not self.statistics.bias_correction:
-            return 1.0
-        return 1.0 - self.beta2**steps
+OptionsT = TypeVar("OptionsT", bound=Kind)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A factor that was not refreshed.
-
-    Attributes:
-        block: Which of those given.
-        side: Which dimension.
-        what: What was not found.
-    """
+    """A factor that was not refreshed: of which of the blocks, on which side, and what failed."""
 
     block: int
     side: int
     what: str
 
 
-class Preconditioner(abc.ABC):
+class Preconditioner(abc.ABC, Generic[OptionsT]):
     """Equal blocks [K, *block], whose state is a dict of tensors with K first.
 
     Args:
-        recipe: The choices.
+        options: Of this kind.
+        beta1: Decay of the gradient's average; 0 for none.
         block: Shape of a block.
         sides: Its dimensions that have a factor.
+        scratch: Memory for intermediate results.
 
     Attributes:
-        layers: What was recorded of the layers of the blocks of this step, for
-            statistics.rule="kfac".
-        scratch: Memory for intermediate results.
+        layers: What was recorded of the layers of the blocks of this step, for factors of inputs
+            and output gradients.
     """
 
     layers: Sequence[LayerSamples] = ()
 
-    def __init__(self, recipe: Recipe, block: tuple[int, ...], sides: tuple[int, ...]) -> None:
-        self.recipe = recipe
+    def __init__(
+        self,
+        options: OptionsT,
+        beta1: float,
+        block: tuple[int, ...],
+        sides: tuple[int, ...],
+        scratch: Scratch,
+    ) -> None:
+        self.options = options
+        self.beta1 = beta1
         self.block = block
         self.sides = sides
-        self.scratch = Scratch()
+        self.scratch = scratch
 
     @abc.abstractmethod
     def initial(self, like: Tensor) -> State:
@@ -124,7 +71,7 @@ class Preconditioner(abc.ABC):
         """Take in the gradients [K, *block] of a step, counted from 1."""
 
     def refresh(self, state: State, step: int) -> list[Failure]:
-        """Renew what is due; what fails is kept as it was, and told."""
+        """Renew what is due; what fails stays as it was, and is reported."""
         return []
 
     @abc.abstractmethod
@@ -138,9 +85,14 @@ class Preconditioner(abc.ABC):
         """M [K, *block], the running average that this step's direction is of."""
         return state.get("momentum", gradients)
 
+    @property
+    def first(self) -> int:
+        """The first step with a preconditioner."""
+        return 1
+
     def ready(self, state: State, step: int) -> Tensor | bool:
         """Whether the blocks have a preconditioner: all, none, or which of them, [K]."""
-        return True
+        return step >= self.first
 
     @property
     def rule(self) -> str | None:
@@ -159,25 +111,13 @@ class Preconditioner(abc.ABC):
         """M <- beta1 M + (1 - beta1) G, and M."""
         if "momentum" not in state:
             return gradients
-        return state["momentum"].lerp_(gradients, 1 - self.recipe.beta1)
+        return state["momentum"].lerp_(gradients, 1 - self.beta1)
 
     def with_momentum(self, state: State, like: Tensor) -> State:
         """``state`` with an average of the gradients, if there is one."""
-        if self.recipe.beta1 > 0:
+        if self.beta1 > 0:
             state["momentum"] = torch.zeros_like(like)
         return state
-
-    def updates(self, step: int) -> int:
-        """Updates of the statistics in so many steps: the first step has one."""
-        return (step - 1) // self.recipe.statistics.every + 1
-
-    def updates_now(self, step: int) -> bool:
-        """Whether this step updates the statistics."""
-        return (step - 1) % self.recipe.statistics.every == 0
-
-    def correction(self, step: int) -> float:
-        """What the statistics are divided by."""
-        return self.recipe.correction(self.recipe.statistics.every * self.updates(step))
 
     @property
     def missing(self) -> int:

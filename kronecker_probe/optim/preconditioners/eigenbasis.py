@@ -11,10 +11,10 @@ from torch import Tensor
 from kronecker_probe.linalg.basis_refresh import BasisRefresh
 from kronecker_probe.operators.structures.eigen import EigenOperator
 from kronecker_probe.optim.blocks.contractions import along, contract, per_block
+from kronecker_probe.optim.options.kinds import CorrectedOptions, FromGradients, FromLayers
 from kronecker_probe.optim.preconditioners.base import Failure, State
 from kronecker_probe.optim.preconditioners.diagonal import damped_power, divided
 from kronecker_probe.optim.preconditioners.factored import Factored
-from kronecker_probe.optim.preconditioners.kronecker import refreshed_basis
 
 # Rounds of row and column scalings to the marginals.
 _SCALINGS = 3
@@ -22,12 +22,12 @@ _SCALINGS = 3
 _FLOOR = 1e-12
 # Roots of D within this many roundings of the largest are those of the rotation, and no gradients.
 _ROUNDINGS = 32
-# What D in the bases of the factors is, by the rule of their statistics.
-_RULES = {"gradient": "eigen-corrected", "kfac": "ekfac"}
+# What D in the bases of the factors is, by what those are of.
+_RULES = {FromGradients: "eigen-corrected", FromLayers: "ekfac"}
 
 
 @final
-class Rotated(Factored):
+class Rotated(Factored[CorrectedOptions]):
     """Q_L ((Q_L^T M Q_R) / (D^power + epsilon)) Q_R^T, D the second moment of Q_L^T G Q_R.
 
     M is kept in the rotated frame: bases are complete, so that turning it with them is exact, and
@@ -41,14 +41,14 @@ class Rotated(Factored):
     @property
     def rule(self) -> str | None:
         whole = len(self.sides) == 2 and len(self.block) == 2
-        return _RULES.get(self.recipe.statistics.rule) if whole else None
+        return _RULES.get(type(self.options.source)) if whole else None
 
     def initial(self, like: Tensor) -> State:
         state = self.factors(like)
         for side, end in self.each():
             eye = torch.eye(self.block[side], dtype=like.dtype, device=like.device)
             state[f"basis_{end}"] = eye.repeat(len(like), 1, 1)
-        state["second_moment"] = torch.full_like(like, self.recipe.statistics.initial)
+        state["second_moment"] = torch.full_like(like, self.options.moments.initial)
         state["null_floor"] = like.new_zeros(len(like))
         return self.with_momentum(state, like)
 
@@ -58,43 +58,40 @@ class Rotated(Factored):
             return []
         failures: list[Failure] = []
         marginals: dict[int, Tensor] = {}
-        quotients = self.recipe.basis.marginals or self._whitens
+        quotients = self.options.marginals or self._whitens
         sound = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for place, (side, end) in enumerate(self.each()):
             factor = self.full_factor(state, end, step, rows)
-            old = state[f"basis_{end}"][rows]
-            found = refreshed_basis(self.recipe.basis, factor, old, quotients=quotients)
+            found = self.refreshed_basis(state, place, rows, factor, self.options.solver, quotients)
             ok = found.ok.to(rows.device)
             marginals[side] = found.diagonal.clamp_min(0)
-            self.count_tests(state, place, rows, found)
             # a basis that passed its test is as good as a new one
             state["refreshed"][rows.cpu()[found.ok.cpu()], place] = step
             if bool(found.refreshed.any()):
-                self._turn(state, side, rows, old, found)
+                self._turn(state, side, rows, found)
             damped = marginals[side] + self._epsilon(marginals[side])
             self.hold_whitener(state, end, rows[ok], damped[found.ok], found.vectors[found.ok])
             failures += self.count_failures(state, place, rows, found.ok, "eigenbasis")
             sound &= ok
-        if self.recipe.basis.marginals:
+        if self.options.marginals:
             chosen = {side: values[sound.to(values.device)] for side, values in marginals.items()}
             self._due_marginals = rows[sound], chosen
         return failures
 
     def _epsilon(self, values: Tensor) -> Tensor:
         """What damps the factors that whiten, [b, 1]."""
-        spectrum = self.recipe.spectrum
+        epsilon = self.options.epsilon
         largest = values.amax(1, keepdim=True)
-        return spectrum.epsilon * (largest if spectrum.relative else torch.ones_like(largest))
+        return epsilon.value * (largest if epsilon.relative else torch.ones_like(largest))
 
-    def _turn(
-        self, state: State, side: int, rows: Tensor, old: Tensor, found: BasisRefresh
-    ) -> None:
+    def _turn(self, state: State, side: int, rows: Tensor, found: BasisRefresh) -> None:
         """Let the averages follow a basis."""
+        old = state[f"basis_{side}"][rows]
         state[f"basis_{side}"][rows] = found.vectors
         overlap = found.vectors.mT @ old
         if "momentum" in state:
             state["momentum"][rows] = contract(state["momentum"][rows], overlap, side)
-        follow = kept if self.recipe.basis.carry == "keep" else contract
+        follow = contract if self.options.transport else kept
         moment = state["second_moment"][rows]
         state["second_moment"][rows] = follow(moment, overlap.square(), side)
 
@@ -107,7 +104,7 @@ class Rotated(Factored):
             return
         rows, marginals = self._due_marginals
         self._due_marginals = None
-        moment = state["second_moment"][rows] / self.recipe.correction(step)
+        moment = state["second_moment"][rows] / self.options.moments.correction(step)
         for _ in range(_SCALINGS):
             for side, wanted in marginals.items():
                 others = [k for k in range(1, moment.ndim) if k != side + 1]
@@ -115,11 +112,11 @@ class Rotated(Factored):
                 target = along(wanted, side, moment)
                 floor = _FLOOR * target.amax(dim=side + 1, keepdim=True)
                 moment = moment * torch.where(sums > floor, target / sums, 1.0)
-        state["second_moment"][rows] = moment * self.recipe.correction(step)
+        state["second_moment"][rows] = moment * self.options.moments.correction(step)
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         rotated = self._rotate(state, gradients)
-        keep, weight = self.recipe.weights()
+        keep, weight = self.options.moments.weights()
         moment = state["second_moment"].mul_(keep)
         for row, layer in enumerate(self.layers):
             left, right = (state[f"basis_{end}"][row] for _, end in self.each())
@@ -135,7 +132,7 @@ class Rotated(Factored):
             # on a CPU to look costs less than to mask; an accelerator would wait for the answer
             if not moment.is_cpu or bool((moment.flatten(1).amin(1) <= floor).any()):
                 denominator.masked_fill_(moment <= per_block(floor, moment), math.inf)
-        damped = self._has_null or self.recipe.spectrum.surely_damps
+        damped = self._has_null or self.options.epsilon.surely_damps
         return self._rotate_back(state, divided(average, denominator, damped=damped))
 
     @property
@@ -145,8 +142,7 @@ class Rotated(Factored):
         The gradients of K-FAC's statistics can be others than those that are averaged, and a
         relative epsilon bounds every quotient.
         """
-        kfac = self.recipe.statistics.rule == "kfac"
-        return not (kfac or self.recipe.spectrum.relative)
+        return not (isinstance(self.options.source, FromLayers) or self.options.epsilon.relative)
 
     def _set_floor(self, state: State, rotated: Tensor) -> None:
         """Below it D is rounding, and nothing is known of the sign of a gradient.
@@ -161,9 +157,9 @@ class Rotated(Factored):
         state["null_floor"].copy_(now * (_ROUNDINGS * torch.finfo(now.dtype).eps) ** 2)
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
-        spectrum = self.recipe.spectrum
-        power = spectrum.power if spectrum.exponent is None else -spectrum.exponent
-        return damped_power(moment, self.recipe.correction(step), power, spectrum, self.scratch)
+        one = self.options
+        correction = one.moments.correction(step)
+        return damped_power(moment, correction, one.root, one.epsilon, self.scratch)
 
     def filtered(self, state: State, gradients: Tensor, step: int) -> Tensor:
         if "momentum" not in state:
@@ -190,7 +186,7 @@ class Rotated(Factored):
 
     def operator(self, state: State, block: int, step: int) -> EigenOperator:
         held = state["second_moment"][block : block + 1]
-        power = self.recipe.spectrum.power
+        power = self.options.power
         values = self._denominator(held.double(), step).pow(1 / power)
         if self._has_null:
             values = values.masked_fill(held <= state["null_floor"][block], 0.0)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from kronecker_probe.linalg.basis_refresh import BasisRefresh
+from kronecker_probe.linalg.basis_refresh import (
+    BasisRefresh,
+    refresh_by_eigh,
+    renewed,
+    warm_qr,
+)
 from kronecker_probe.optim.blocks.contractions import (
     add_outer,
     completed,
@@ -17,13 +22,17 @@ from kronecker_probe.optim.blocks.contractions import (
     per_block,
     unfold,
 )
+from kronecker_probe.optim.options.kinds import CorrectedOptions, KroneckerOptions, Solver, Whitened
 from kronecker_probe.optim.preconditioners.base import Failure, Preconditioner, State
 
 # The step of the last refresh; tests, refreshes, iterations, and failures in a row.
 COUNTERS = ("refreshed", "tests", "refreshes", "iterations", "failures")
 
 
-class Factored(Preconditioner):
+FactoredT = TypeVar("FactoredT", KroneckerOptions, CorrectedOptions)
+
+
+class Factored(Preconditioner[FactoredT]):
     """Factors of a stack of blocks: one for each side, "factor_0", "factor_1", ...
 
     With ``statistics.rule`` "whitened", what is held of the other sides whitens the gradient:
@@ -38,14 +47,13 @@ class Factored(Preconditioner):
     def factors(self, like: Tensor) -> State:
         """Their state before the first step."""
         state: State = {}
-        statistics = self.recipe.statistics
         for side, end in self.each():
             size = self.block[side]
             eye = torch.eye(size, dtype=like.dtype, device=like.device)
             # a partial trace of initial I
-            initial = statistics.initial * (math.prod(self.block) // size)
+            initial = self.options.moments.initial * (math.prod(self.block) // size)
             held = packed_identity(size, like)
-            held = (initial * held).to(self._factor_dtype(like.dtype))
+            held = (initial * held).to(torch.bfloat16 if self.options.bfloat16 else like.dtype)
             state[f"factor_{end}"] = held.repeat(len(like), *[1] * held.ndim)
             if self._whitens:
                 state[f"whitener_{end}"] = eye.repeat(len(like), 1, 1)
@@ -55,18 +63,18 @@ class Factored(Preconditioner):
         return state
 
     def update(self, state: State, gradients: Tensor, step: int) -> None:
-        if not self.updates_now(step):
+        moments, update = self.options.moments, self.options.moments.update_at(step)
+        if update is None:
             return
         if self._whitens:
             self._start_whiteners(state, gradients)
-        keep, weight = self.recipe.weights(self.recipe.statistics.every)
-        update = self.updates(step)
+        keep, weight = moments.weights(moments.every)
         for row, layer in enumerate(self.layers):
             for side, end in self.each():
                 layer.add_factor(state[f"factor_{end}"][row], side, keep, weight, update)
         if self.layers:
             return
-        if self.recipe.statistics.rule == "whitened":
+        if isinstance(self.options.source, Whitened):
             weight /= self.missing  # sides without a factor are whitened by the identity
         for side, end in self.each():
             rows = gradients
@@ -74,12 +82,14 @@ class Factored(Preconditioner):
                 rows = self._whitened(state, gradients, side)
             add_outer(state[f"factor_{end}"], unfold(rows, side), keep, weight, update)
 
-    def _factor_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if self.recipe.storage.factors == "bfloat16" else dtype
+    @property
+    def _q(self) -> float:
+        assert isinstance(self.options.source, Whitened)
+        return self.options.source.q
 
     @property
     def _whitens(self) -> bool:
-        return self.recipe.statistics.rule == "whitened" and len(self.sides) > 1
+        return isinstance(self.options.source, Whitened) and len(self.sides) > 1
 
     def _start_whiteners(self, state: State, gradients: Tensor) -> None:
         """Let factors of the first gradient that is not zero be whitened in its own units.
@@ -93,7 +103,7 @@ class Factored(Preconditioner):
         if not bool(unset.any()):
             return
         scale = square[unset].pow(1 / len(self.sides))
-        q = self.recipe.statistics.q
+        q = self._q
         for side, end in self.each():
             state[f"whitener_{end}"][unset] *= scale.pow((q - 1) / 2)[:, None, None]
             state[f"whitened_trace_{end}"][unset] = self.block[side] * scale.pow(q)
@@ -122,7 +132,7 @@ class Factored(Preconditioner):
         """
         if not self._whitens:
             return
-        q = self.recipe.statistics.q
+        q = self._q
         some = values[:, 0] > 0
         rows, values, vectors = rows[some.to(rows.device)], values[some], vectors[some]
         null = values <= 0
@@ -147,30 +157,63 @@ class Factored(Preconditioner):
         counts[where, place] = torch.where(ok, 0, counts[where, place] + 1)
         return [Failure(block, self.sides[place], what) for block in where[~ok].tolist()]
 
-    def count_tests(self, state: State, place: int, rows: Tensor, found: BasisRefresh) -> None:
-        """Count tests, refreshes and QR iterations of one side's bases."""
+    def refreshed_basis(
+        self,
+        state: State,
+        place: int,
+        rows: Tensor,
+        factor: Tensor,
+        solver: Solver,
+        quotients: bool,
+    ) -> BasisRefresh:
+        """Bases [b, r, r] of one side's factors A after a refresh, or a test, which are counted.
+
+        Args:
+            state: Of the stack, with the bases until now; they are not replaced.
+            place: Which of the sides.
+            rows: Which blocks.
+            factor: A, [b, r, r].
+            solver: How.
+            quotients: Whether diag(Q^T A Q) is asked for.
+        """
+        old = state[f"basis_{self.sides[place]}"][rows]
+        by_qr = solver.method == "qr"
+        if solver.tolerance is None:
+            iterations = solver.max_iterations if by_qr else None
+            found = renewed(factor, old, iterations, quotients=quotients)
+        elif by_qr:
+            found = warm_qr(factor, old, solver.tolerance, solver.max_iterations)
+        else:
+            found = refresh_by_eigh(factor, old, solver.tolerance)
         where = rows.cpu()
-        state["tests"][where, place] += int(self.recipe.basis.tolerance is not None)
+        state["tests"][where, place] += int(solver.tolerance is not None)
         state["refreshes"][where, place] += found.refreshed.cpu().long()
         state["iterations"][where, place] += found.iterations.cpu()
+        return found
 
     def full_factor(self, state: State, end: str, step: int, rows: Tensor) -> Tensor:
         """A / b of some blocks, [b, r, r], both triangles, in the dtype of the state."""
         factor = state[f"factor_{end}"]
         chosen = factor if len(rows) == len(factor) else factor[rows]
         dtype = state[f"{self.renewed}_{end}"].dtype
-        return completed(chosen, self.block[int(end)]).to(dtype) / self.correction(step)
+        return completed(chosen, self.block[int(end)]).to(
+            dtype
+        ) / self.options.moments.correction_at(step)
 
     def due(self, state: State, step: int) -> Tensor:
         """The blocks whose turn it is to be refreshed in this step."""
-        basis, count = self.recipe.basis, len(state["offset"])
-        if not basis.stagger:
-            return torch.arange(count if basis.is_due(step, 0) else 0)
+        refresh, count = self.options.refresh, len(state["offset"])
+        if not refresh.stagger:
+            return torch.arange(count if refresh.is_due(step, 0) else 0)
         offsets = state["offset"].tolist()
-        return torch.tensor([k for k in range(count) if basis.is_due(step, offsets[k])]).long()
+        return torch.tensor([k for k in range(count) if refresh.is_due(step, offsets[k])]).long()
+
+    @property
+    def first(self) -> int:
+        return self.options.refresh.first
 
     def ready(self, state: State, step: int) -> Tensor | bool:
-        if step < self.recipe.basis.first:
+        if step < self.first:
             return False
         found = (state["refreshed"] > 0).all(dim=1)
         return True if bool(found.all()) else found

@@ -13,6 +13,7 @@ from kronecker_probe.operators.structures.diagonal import DiagonalOperator
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 from kronecker_probe.optim.blocks.contractions import along, contract, per_block, unfold
 from kronecker_probe.optim.blocks.rounding import store
+from kronecker_probe.optim.options.kinds import InverseFreeOptions
 from kronecker_probe.optim.preconditioners.base import Preconditioner, State
 
 # Entries of inverse factors: with four of them a direction stays within the range of float32.
@@ -20,7 +21,7 @@ _LARGEST = 2.0**25
 
 
 @final
-class InverseFree(Preconditioner):
+class InverseFree(Preconditioner[InverseFreeOptions]):
     """(C C^T) G (K K^T) with C and K updated by matrix products alone: no inverse, no root.
 
     Per factor K_i of dimension d_i, i = 1 ... N, every ``statistics.every`` steps::
@@ -38,22 +39,17 @@ class InverseFree(Preconditioner):
         state: State = {}
         for side, end in self.each():
             size = self.block[side]
-            shape = (size,) if self._diagonal else (size, size)
-            start = torch.ones(size) if self._diagonal else torch.eye(size)
+            shape = (size,) if self.options.diagonal else (size, size)
+            start = torch.ones(size) if self.options.diagonal else torch.eye(size)
             held = start.to(like).repeat(len(like), *[1] * len(shape))
             state[f"inverse_{end}"] = held
             state[f"velocity_{end}"] = torch.zeros_like(held)
         return self.with_momentum(state, like)
 
-    @property
-    def _diagonal(self) -> bool:
-        return self.recipe.inverse.structure == "diagonal"
-
     def update(self, state: State, gradients: Tensor, step: int) -> None:
-        if not self.updates_now(step):
+        rule, update = self.options, self.options.update_at(step)
+        if update is None:
             return
-        rule = self.recipe.inverse
-        batch = self.recipe.statistics.batch_size
         whitened = gradients
         for side in self.sides:
             whitened = self._times(state, whitened, side)
@@ -63,7 +59,7 @@ class InverseFree(Preconditioner):
         for side, end in self.each():
             others = [sizes[other] for other in self.sides if other != side]
             damping = rule.damping * math.prod(others, start=torch.ones_like(sizes[side]))
-            scale = batch * self.block[side] / entries
+            scale = rule.batch_size * self.block[side] / entries
             rows = unfold(whitened, side)
             found[end] = self._velocity(state[f"inverse_{end}"], rows, scale, damping)
         for end, new in found.items():  # all from the factors before the step
@@ -71,11 +67,11 @@ class InverseFree(Preconditioner):
             sound = new.flatten(1).isfinite().all(1)  # the product of huge numbers may overflow
             new = torch.where(per_block(sound, new), new, velocity)
             velocity.lerp_(new, 1 - rule.decay)
-            self._move(state[f"inverse_{end}"], velocity, self.updates(step))
+            self._move(state[f"inverse_{end}"], velocity, update)
 
     def _velocity(self, inverse: Tensor, rows: Tensor, scale: float, damping: Tensor) -> Tensor:
         """Half of [scale X X^T + damping K^T K - I], X the whitened gradient along one side."""
-        if self._diagonal:
+        if self.options.diagonal:
             outer = rows.square().sum(2) * scale
             return 0.5 * (outer + damping[:, None] * inverse.square() - 1.0)
         outer = torch.bmm(rows, rows.mT) * scale
@@ -84,11 +80,11 @@ class InverseFree(Preconditioner):
         return 0.5 * outer
 
     def _move(self, inverse: Tensor, velocity: Tensor, update: int) -> None:
-        rate = self.recipe.inverse.lr
-        dims = (1,) if self._diagonal else (1, 2)
+        rate = self.options.lr
+        dims = (1,) if self.options.diagonal else (1, 2)
         size = torch.linalg.vector_norm(velocity, dim=dims, keepdim=True).clamp_min(1.0)
         step = velocity * (rate / size)
-        change = inverse * step if self._diagonal else torch.bmm(inverse, step)
+        change = inverse * step if self.options.diagonal else torch.bmm(inverse, step)
         # without damping, an input that never fires makes its inverse grow for ever
         largest = inverse.flatten(1).abs().amax(1)
         change *= per_block(largest < _LARGEST, change)
@@ -100,7 +96,7 @@ class InverseFree(Preconditioner):
     def _times(self, state: State, blocks: Tensor, side: int) -> Tensor:
         """K^T along one dimension."""
         inverse = state[f"inverse_{side}"]
-        if self._diagonal:
+        if self.options.diagonal:
             return blocks * along(inverse, side, blocks)
         return contract(blocks, inverse.mT, side)
 
@@ -113,7 +109,7 @@ class InverseFree(Preconditioner):
         for side, end in self.each():
             direction = self._times(state, direction, side)
             inverse = state[f"inverse_{end}"]
-            if self._diagonal:
+            if self.options.diagonal:
                 direction = self._times(state, direction, side)
             else:
                 direction = contract(direction, inverse, side)
@@ -121,11 +117,11 @@ class InverseFree(Preconditioner):
 
     def operator(self, state: State, block: int, step: int) -> Operator:
         held = {side: state[f"inverse_{side}"][block].double() for side in self.sides}
-        if self._diagonal:
+        if self.options.diagonal:
             powers = {side: one.square().reciprocal().diag() for side, one in held.items()}
         else:
             powers = {side: torch.linalg.inv(one @ one.mT) for side, one in held.items()}
         left, right = self.product(state, powers)
-        if self._diagonal:
+        if self.options.diagonal:
             return DiagonalOperator(torch.outer(left.diagonal(), right.diagonal()))
         return KroneckerOperator(left, right)

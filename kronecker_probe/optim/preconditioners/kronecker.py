@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 
 from kronecker_probe.errors import UnsupportedError
-from kronecker_probe.linalg.basis_refresh import (
-    BasisRefresh,
-    refresh_by_eigh,
-    renewed,
-    warm_qr,
-)
 from kronecker_probe.linalg.damping import Damping
 from kronecker_probe.linalg.eigenbasis import eigh_descending, eigh_each
 from kronecker_probe.linalg.inverse_roots import inverse_root_minimax, inverse_root_newton
@@ -26,7 +20,13 @@ from kronecker_probe.optim.blocks.contractions import (
     packed_identity,
     per_block,
 )
-from kronecker_probe.optim.options.sections import Basis
+from kronecker_probe.optim.options.kinds import (
+    FromGradients,
+    FromLayers,
+    KroneckerOptions,
+    Solver,
+    Whitened,
+)
 from kronecker_probe.optim.preconditioners.base import Failure, State
 from kronecker_probe.optim.preconditioners.factored import Factored
 
@@ -39,7 +39,7 @@ _ITERATIONS = {"newton": inverse_root_newton, "matmul": inverse_root_minimax}
 
 
 @final
-class Kronecker(Factored):
+class Kronecker(Factored[KroneckerOptions]):
     """M times (A_k / b + epsilon I)^e along every side that has a factor A_k."""
 
     renewed: ClassVar[str] = "root"
@@ -47,34 +47,30 @@ class Kronecker(Factored):
     @property
     def exponent(self) -> float:
         """e."""
-        return self.recipe.spectrum.exponent_of(len(self.sides))
-
-    @property
-    def _holds_basis(self) -> bool:
-        basis = self.recipe.basis
-        return basis.solver == "qr" or basis.tolerance is not None
+        return self.options.exponent_of(len(self.sides))
 
     @property
     def rule(self) -> str | None:
         if len(self.sides) < 2 or len(self.block) > 2:
             return None
-        of_factor = -self.exponent / self.recipe.spectrum.power
-        if self.recipe.statistics.rule == "whitened":
-            q = self.recipe.statistics.q
-            return f"divergence:q={q:g}" if math.isclose(of_factor, 1.0) else None
-        if self.recipe.statistics.rule == "kfac":
-            return "kfac" if math.isclose(of_factor, 1.0) else None
-        # without the trace scale the square has another scale, and the same cosine
-        return next((name for e, name in _RULES.items() if math.isclose(e, of_factor)), None)
+        of_factor = -self.exponent / self.options.power
+        match self.options.source:
+            case Whitened(q):
+                return f"divergence:q={q:g}" if math.isclose(of_factor, 1.0) else None
+            case FromLayers():
+                return "kfac" if math.isclose(of_factor, 1.0) else None
+            case FromGradients():
+                # without the trace scale the square has another scale, and the same cosine
+                return next((k for e, k in _RULES.items() if math.isclose(e, of_factor)), None)
 
     def initial(self, like: Tensor) -> State:
         state = self.factors(like)
         for side, end in self.each():
             size = self.block[side]
             eye = torch.eye(size, dtype=like.dtype, device=like.device)
-            root = packed_identity(size, like) if self._packs else eye
+            root = packed_identity(size, like) if self.options.packed else eye
             state[f"root_{end}"] = root.repeat(len(like), *[1] * root.ndim)
-            if self._holds_basis:
+            if isinstance(self.options.roots, Solver):
                 state[f"basis_{end}"] = eye.repeat(len(like), 1, 1)
         return self.with_momentum(state, like)
 
@@ -87,7 +83,7 @@ class Kronecker(Factored):
             factor = self.full_factor(state, end, step, rows)
             ok = self._refresh_side(state, end, place, factor, rows)
             state["refreshed"][rows.cpu()[ok.cpu()], place] = step
-            if place == 0 and self.recipe.spectrum.trace_scale:
+            if place == 0 and self.options.trace_scale:
                 trace = factor.diagonal(dim1=1, dim2=2).sum(1)[ok]
                 good = rows[ok.to(rows.device)]
                 root = state[f"root_{end}"]
@@ -101,14 +97,14 @@ class Kronecker(Factored):
         With the trace T of each factor the product of k of them has T^k where H has T; an absent
         factor, of r rows, is the identity times T / r.
         """
-        return (trace.pow(len(self.sides) - 1) * self.missing).pow(self.recipe.spectrum.power)
+        return (trace.pow(len(self.sides) - 1) * self.missing).pow(self.options.power)
 
     def _refresh_side(
         self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
     ) -> Tensor:
         """Renew the roots of ``rows``; which of them succeeded, [b]."""
         solved = torch.zeros(len(rows), dtype=torch.bool, device=factor.device)
-        if self.recipe.spectrum.root != "eigh":
+        if self.options.roots in _ITERATIONS:
             solved = self._iterate(state, end, place, factor, rows)
             if bool(solved.all()):
                 return solved
@@ -120,15 +116,17 @@ class Kronecker(Factored):
         self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
     ) -> Tensor:
         """Roots from eigenvalues; those in a basis that passed its test are renewed too."""
-        if self._holds_basis:
-            values, vectors, solved = self._tested(state, end, place, factor, rows)
+        if isinstance(solver := self.options.roots, Solver):
+            found = self.refreshed_basis(state, place, rows, factor, solver, quotients=True)
+            state[f"basis_{end}"][rows] = found.vectors
+            values, vectors, solved = found.diagonal, found.vectors, found.ok
         else:
             values, vectors, solved = eigh_each(factor)
             state["refreshes"][rows.cpu()[solved.cpu()], place] += 1
         values = values.clamp_min(0)
         epsilon = self._epsilon(values)[:, None]
         damped = values + epsilon
-        if self.recipe.spectrum.epsilon == 0:
+        if self.options.epsilon.value == 0:
             rounding = values.shape[1] * torch.finfo(values.dtype).eps
             damped = damped.masked_fill(damped <= rounding * values.amax(1, keepdim=True), 0.0)
         powers = inverse_powers(damped, self.exponent)
@@ -139,20 +137,12 @@ class Kronecker(Factored):
         self.hold_whitener(state, end, good, damped[solved], vectors[solved])
         return solved
 
-    def _tested(
-        self, state: State, end: str, place: int, factor: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues and bases of ``rows``, and which are sound."""
-        found = refreshed_basis(self.recipe.basis, factor, state[f"basis_{end}"][rows])
-        state[f"basis_{end}"][rows] = found.vectors
-        self.count_tests(state, place, rows, found)
-        return found.diagonal, found.vectors, found.ok
-
     def _iterate(self, state: State, end: str, place: int, factor: Tensor, rows: Tensor) -> Tensor:
         """Roots by products alone; which of them are within the tolerance of their residual."""
-        spectrum = self.recipe.spectrum
-        damping = Damping(spectrum.epsilon, "largest" if spectrum.relative else "absolute")
-        roots = _ITERATIONS[spectrum.root](factor, round(-1 / self.exponent), damping)
+        epsilon, method = self.options.epsilon, self.options.roots
+        assert isinstance(method, str)
+        damping = Damping(epsilon.value, "largest" if epsilon.relative else "absolute")
+        roots = _ITERATIONS[method](factor, round(-1 / self.exponent), damping)
         good = rows[roots.ok.to(rows.device)]
         self._hold_root(state, end, good, roots.values[roots.ok])
         state["refreshes"][good.cpu(), place] += 1
@@ -160,10 +150,10 @@ class Kronecker(Factored):
         return roots.ok
 
     def _epsilon(self, values: Tensor) -> Tensor:
-        epsilon = self.recipe.spectrum.epsilon
-        if self.recipe.spectrum.relative:
-            return epsilon * values.amax(1)
-        return torch.full_like(values[:, 0], epsilon)
+        epsilon = self.options.epsilon
+        if epsilon.relative:
+            return epsilon.value * values.amax(1)
+        return torch.full_like(values[:, 0], epsilon.value)
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         average = self.average(state, gradients)
@@ -172,12 +162,8 @@ class Kronecker(Factored):
             average = contract(average, self._root(state, end), side, scratch, "contracted")
         return average
 
-    @property
-    def _packs(self) -> bool:
-        return self.recipe.storage.roots == "packed"
-
     def _hold_root(self, state: State, end: str, rows: Tensor, roots: Tensor) -> None:
-        state[f"root_{end}"][rows] = packed(roots) if self._packs else roots
+        state[f"root_{end}"][rows] = packed(roots) if self.options.packed else roots
 
     def _root(self, state: State, end: str, rows: slice = slice(None)) -> Tensor:
         return completed(state[f"root_{end}"][rows], self.block[int(end)])
@@ -208,11 +194,11 @@ class Kronecker(Factored):
             values = values.clamp_min(0)
             if damped:
                 values = values + self._epsilon(values[None])
-            powers[side] = (vectors * values.pow(-self.exponent / self.recipe.spectrum.power)) @ (
+            powers[side] = (vectors * values.pow(-self.exponent / self.options.power)) @ (
                 vectors.mT
             )
-            if side == self.sides[0] and self.recipe.spectrum.trace_scale:
-                power = self.recipe.spectrum.power
+            if side == self.sides[0] and self.options.trace_scale:
+                power = self.options.power
                 scale = float(self._scale(factor.trace()).pow(-1 / power))
         left, right = self.product(state, powers)
         return KroneckerOperator(left * scale, right)
@@ -221,37 +207,17 @@ class Kronecker(Factored):
         """A^(-1/power) of a held inverse root A, the pseudo-inverse where epsilon is 0."""
         values, vectors = eigh_descending(root.double())
         rounding = torch.finfo(root.dtype).eps * values[0]
-        power = -1.0 / self.recipe.spectrum.power
-        if self.recipe.spectrum.epsilon == 0:
+        power = -1.0 / self.options.power
+        if self.options.epsilon.value == 0:
             null = values <= rounding * len(values)
             values = values.masked_fill(null, math.inf)
         elif values[-1] <= _RESOLUTION * rounding:
             raise UnsupportedError(
                 f"the inverse root of dimension {side} is not resolved in {root.dtype}: its "
                 f"eigenvalues reach from {float(values[-1]):.3g} to {float(values[0]):.3g}. Raise "
-                f"spectrum.epsilon ({self.recipe.spectrum.epsilon:g})."
+                f"spectrum.epsilon ({self.options.epsilon.value:g})."
             )
         return (vectors * values.pow(power)) @ vectors.mT
-
-
-def refreshed_basis(
-    basis: Basis, factor: Tensor, held: Tensor, *, quotients: bool = True
-) -> BasisRefresh:
-    """Bases after a refresh, or a test, by the rule of ``basis``.
-
-    Args:
-        basis: The rule.
-        factor: A, [b, r, r].
-        held: The bases until now.
-        quotients: Whether diag(Q^T A Q) is asked for.
-    """
-    by_qr = basis.solver == "qr"
-    if basis.tolerance is None:
-        iterations = basis.max_iterations if by_qr else None
-        return renewed(factor, held, iterations, quotients=quotients)
-    if by_qr:
-        return warm_qr(factor, held, basis.tolerance, basis.max_iterations)
-    return refresh_by_eigh(factor, held, basis.tolerance)
 
 
 def inverse_powers(values: Tensor, exponent: float) -> Tensor:

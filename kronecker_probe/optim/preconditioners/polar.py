@@ -10,11 +10,12 @@ from torch import Tensor
 from kronecker_probe.errors import UnsupportedError
 from kronecker_probe.linalg.polar import newton_schulz, polar
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
+from kronecker_probe.optim.options.kinds import PolarOptions
 from kronecker_probe.optim.preconditioners.base import Preconditioner, State
 
 
 @final
-class Polar(Preconditioner):
+class Polar(Preconditioner[PolarOptions]):
     """U V^T of M = U S V^T, exact ("eigh") or by five Newton-Schulz steps ("matmul").
 
     Where the exact one is not found, Newton-Schulz takes its place.
@@ -32,14 +33,14 @@ class Polar(Preconditioner):
     def filtered(self, state: State, gradients: Tensor, step: int) -> Tensor:
         if "momentum" not in state:
             return gradients
-        if not self.recipe.nesterov:
+        if not self.options.nesterov:
             return state["momentum"]
-        return torch.lerp(state["momentum"], gradients, 1 - self.recipe.beta1)
+        return torch.lerp(state["momentum"], gradients, 1 - self.beta1)
 
     def direction(self, state: State, gradients: Tensor, step: int) -> Tensor:
         self.average(state, gradients)
         filtered = self.filtered(state, gradients, step)
-        if self.recipe.spectrum.root == "eigh":
+        if self.options.exact:
             found = polar(filtered)
             if bool(found.isfinite().all()):
                 return found

@@ -1,20 +1,24 @@
-"""What a step refuses, before it changes anything."""
+"""From gradients and directions to weights: what a step refuses, and how it moves them."""
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
+from kronecker_probe.errors import NonFiniteError, UnsupportedError
 from kronecker_probe.linalg.precision import state_dtype
+from kronecker_probe.optim.options.groups import Group
+from kronecker_probe.optim.options.kinds import Recipe
+
+NameOf = Callable[[Tensor], str]
 
 
 def check_parameter(param: Tensor, name: str) -> None:
-    """Refuses parameters that are not real floating-point numbers.
+    """Refuse parameters that are not real floating-point numbers.
 
     Raises:
         UnsupportedError: Complex, integer or sparse.
@@ -26,44 +30,16 @@ def check_parameter(param: Tensor, name: str) -> None:
         )
 
 
-def check_number(value: object, name: str, holds: Callable[[float], bool], text: str) -> None:
-    """Refuses what is no finite number in a range.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and holds(float(value))):  # type: ignore[arg-type]
-        raise InvalidInputError(f"{name} is {value!r}; it must be a finite number, {text}.")
-
-
-def check_betas(value: object, name: str) -> None:
-    """Refuses what are no two decays.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InvalidInputError(f"{name} is {value!r}; it must be two numbers in [0, 1).")
-    for one in value:
-        text = "in [0, 1); for a sum of statistics use statistics={'accumulate': 'sum'}"
-        check_number(one, name, lambda v: 0 <= v < 1, text)
-
-
 def check_gradients(
-    params: Sequence[Tensor],
-    name_of: Callable[[Tensor], str],
-    *,
-    weight: float = 1.0,
-    skip: bool = False,
+    params: Sequence[Tensor], name_of: NameOf, *, weight: float, skip: bool
 ) -> bool:
-    """Refuses gradients that would spoil the state, with one transfer from each device and dtype.
+    """Refuse gradients that would spoil the state, with one transfer per device and dtype.
 
     Args:
         params: Parameters with a gradient.
         name_of: The name of a parameter in messages, asked for only when one is refused.
         weight: What squares are multiplied by: B of root-free methods.
-        skip: Answer False instead where one is not finite.
+        skip: Return False instead where one is not finite.
 
     Returns:
         Whether the step may be taken.
@@ -101,22 +77,12 @@ def check_gradients(
 
 
 def check_updates(
-    params: Sequence[Tensor],
-    updates: Sequence[Tensor],
-    name_of: Callable[[Tensor], str],
-    *,
-    skip: bool = False,
+    params: Sequence[Tensor], updates: Sequence[Tensor], name_of: NameOf, *, skip: bool
 ) -> bool:
-    """Refuses steps that would write a NaN or an infinity into a weight.
-
-    Args:
-        params: Parameters.
-        updates: Of each.
-        name_of: The name of a parameter in messages.
-        skip: Answer False instead where one is not finite.
+    """Refuse updates that would write a NaN or an infinity into a weight.
 
     Returns:
-        Whether the weights may be changed.
+        Whether the weights may be changed; False only with ``skip``.
 
     Raises:
         NonFiniteError: A NaN or an infinity.
@@ -134,15 +100,62 @@ def check_updates(
     return True
 
 
-def _norms(gradients: Sequence[Tensor]) -> list[float]:
+def apply_updates(
+    group: Group,
+    recipe: Recipe,
+    params: Sequence[Tensor],
+    updates: list[Tensor],
+    states: Sequence[dict[str, Any]],
+) -> None:
+    """W <- (1 - lr weight_decay) W - lr U, or by way of the momentum, in place.
+
+    Parameters of less precision than their state are stepped in that of the state and rounded once.
+    The ``updates`` U, before the bias correction of M, are used up; ``states`` get the momentum.
+    """
+    lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
+    rates = [recipe.rate(state["step"], p.shape) for p, state in zip(params, states, strict=True)]
+    wide = [
+        p.to(torch.promote_types(p.dtype, u.dtype)) for p, u in zip(params, updates, strict=True)
+    ]
+    if mu > 0:
+        torch._foreach_mul_(updates, rates)
+        if decay > 0:
+            torch._foreach_add_(updates, _like(wide, updates), alpha=decay)
+        for param, state in zip(params, states, strict=True):
+            if "momentum_buffer" not in state:
+                dtype = recipe.state_dtype(param.dtype)
+                state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+        buffers = [state["momentum_buffer"] for state in states]
+        torch._foreach_mul_(buffers, mu)
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(wide, _like(buffers, wide), alpha=-lr)
+    else:
+        updates = _like(updates, wide)
+        if decay > 0:
+            torch._foreach_mul_(wide, 1 - lr * decay)
+        if len(set(rates)) > 1:
+            torch._foreach_mul_(updates, rates)
+            rates = [1.0]
+        torch._foreach_add_(wide, updates, alpha=-lr * rates[0])
+    for param, full in zip(params, wide, strict=True):
+        if param is not full:
+            param.copy_(full)
+
+
+def _like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` in the dtypes of ``others``."""
+    return [one.to(other.dtype) for one, other in zip(tensors, others, strict=True)]
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
     """Frobenius norms; not finite where an entry is not, or where the squares overflow."""
     batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, gradient in enumerate(gradients):
-        key = gradient.device, state_dtype(gradient.dtype)
+    for index, tensor in enumerate(tensors):
+        key = tensor.device, state_dtype(tensor.dtype)
         batches.setdefault(key, []).append(index)
-    norms = [0.0] * len(gradients)
+    norms = [0.0] * len(tensors)
     for (_, dtype), indices in batches.items():
-        found = torch._foreach_norm([gradients[index] for index in indices], 2, dtype=dtype)
+        found = torch._foreach_norm([tensors[index] for index in indices], 2, dtype=dtype)
         for index, norm in zip(indices, torch.stack(found).tolist(), strict=True):
             norms[index] = norm
     return norms
