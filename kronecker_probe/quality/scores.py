@@ -28,9 +28,10 @@ class Scores:
             index, all of the sample; with kind "population" also "norm", and "noise_floor", the
             cosine of the sample matrix to the population's: the plug-in cosine that H itself
             would get at this number of samples. "dropped_energy" is the share of Tr H that a
-            truncation left out, where it is not 0. "skipped" rows name the parameters that were not measured and say why. Metrics other than the cosine, its
-            errors and the best scale are of the sample matrix only: they have rows of kind
-            "plugin", whatever estimates were asked for.
+            truncation left out, where it is not 0. "skipped" rows name the parameters that were
+            not measured and say why. Metrics other than the cosine, its errors and the best scale
+            are of the sample matrix only: they have rows of kind "plugin", whatever estimates
+            were asked for.
     """
 
     table: pd.DataFrame
