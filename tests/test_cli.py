@@ -540,7 +540,7 @@ def test_every_option_reaches_the_measurement(
     probe = load_workload("digits-mlp", 5).probe(11, 5)
     assert all(map(torch.equal, given.pop("probe"), probe))
     config = {"workload": "digits-mlp", "checkpoint": None, "probe_size": 11}
-    assert given == {"out": tmp_path / "one", "target": "fisher", "layers": ["0.*"], "seed": 5,
+    assert given == {"out": tmp_path / "one", "target": "fisher", "layers": ("0.*",), "seed": 5,
                      "label_draws": 2, "target_batch_size": 6, "approximations": ("kfac",),
                      "metrics": ("cosine", "trace_ratio"), "estimates": ("held-out",),
                      "config": config, "overwrite": True, "start": 0}  # fmt: skip

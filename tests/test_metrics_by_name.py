@@ -56,7 +56,7 @@ def test_other_errors_are_those_of_approximate(metric: Callable[..., Any]) -> No
     H = target()
     with pytest.raises(UnknownNameError, match="kfac"):
         metric(H, "kfca")
-    with pytest.raises(InvalidInputError, match=r"'kfac' is fitted to draws.*DenseOperator"):
+    with pytest.raises(InvalidInputError, match=r"is fitted to samples.*DenseOperator"):
         metric(kp.DenseOperator(H.to_dense(), H.shape), "kfac")
     matrices = kp.SecondMoment(kp.GradientSamples.from_matrices(torch.randn(9, 4, 3)))
     with pytest.raises(UnsupportedError, match="K-FAC"):

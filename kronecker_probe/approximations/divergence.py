@@ -7,7 +7,7 @@ With phi(P) = Tr P^q / (q (q - 1)) the stationary points of D(H, L kron R) are
 Frobenius at q = 2, von Neumann at q = 1 (a closed form, Shampoo^2), SQ at q = 1/2, and log-det
 or KL at q = 0, the maximum-likelihood matrix normal. X -> X^{q-1} contracts the Thompson metric
 by |q - 1| and E[G X G^T] expands nothing, so for 0 < q < 2 alternating the two equations has one
-fixed point, which is reached at the rate (q - 1)^2 or better whatever the draws. The ends have no
+fixed point, which is reached at the rate (q - 1)^2 or better whatever the samples. The ends have no
 such guarantee: q = 2 has the leading singular vectors of R(H), q = 0 may have no minimizer.
 """
 
@@ -34,7 +34,7 @@ from kronecker_probe.operators.factors.factor import Factor, MatrixFactor, Sampl
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.operators.structures.kronecker import KroneckerOperator
 
-# Relative change of R by a round at which the iteration has converged; of draws in float32.
+# Relative change of R by a round at which the iteration has converged; of samples in float32.
 TOLERANCE, TOLERANCE_OF_SINGLE = 1e-11, 1e-6
 # Likewise of an iteration in float32, before it goes on in float64; which it also does after so
 # many rounds without a smaller residual.
@@ -61,7 +61,7 @@ def divergence(target: SecondMoment, q: float) -> KroneckerOperator:
         q: From 0 to 2: 0 for KL, 1/2 for SQ, 1 for von Neumann, 2 for Frobenius.
 
     Raises:
-        UnsupportedError: q = 0 and the draws have no unique minimizer: there are too few.
+        UnsupportedError: q = 0 and the samples have no unique minimizer: there are too few.
     """
     if q == 2:
         return leading_kronecker(target)
@@ -121,7 +121,7 @@ def _kl(target: SecondMoment, steps: HalfSteps) -> _FixedPoint:
 
 
 def _solve(steps: HalfSteps, q: float, start: Tensor) -> _FixedPoint:
-    """The fixed point: large layers of float32 draws iterate in float32 before float64."""
+    """The fixed point: large layers of float32 samples iterate in float32 before float64."""
     if not steps.single:
         return _iterate(steps, q, start)
     spent = 0

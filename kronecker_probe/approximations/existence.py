@@ -1,6 +1,6 @@
-"""When the KL product (q = 0) exists: the matrix normal needs enough draws.
+"""When the KL product (q = 0) exists: the matrix normal needs enough gradient samples.
 
-A minimizer exists and is unique where the draws are stable: G_i Y within X for all i only for
+A minimizer exists and is unique where the samples are stable: G_i Y within X for all i only for
 subspaces with dim X / m > dim Y / n (Derksen and Makam, 2021, arXiv 2007.10206; m and n stand for
 the ranks of L and R). That is checked in three ways: by counting, before anything is computed; by
 factors that lose rank, during the iteration; and by the second singular value of the whitened
@@ -34,9 +34,9 @@ def no_minimizer(samples: GradientSamples, ranks: tuple[int, int], why: str) -> 
     draws = int((samples.weights > 0).sum())
     columns = "" if samples.n_columns == 1 else f" of C={samples.n_columns} columns"
     return UnsupportedError(
-        f"divergence with q=0 (KL): {why}. There are N={draws} draws{columns} of an m x n = "
-        f"{m} x {n} matrix, whose factors have ranks {ranks[0]} and {ranks[1]}. Use more draws, "
-        "or q > 0, which has a minimizer for any draws (q=1/2, or q=1)."
+        f"divergence with q=0 (KL): {why}. There are N={draws} samples{columns} of an m x n = "
+        f"{m} x {n} matrix, whose factors have ranks {ranks[0]} and {ranks[1]}. Use more samples, "
+        "or q > 0, which has a minimizer for any gradient samples (q=1/2, or q=1)."
     )
 
 
@@ -44,30 +44,31 @@ def check_enough_draws(samples: GradientSamples, ranks: tuple[int, int]) -> None
     """Refuse what counting alone rules out.
 
     Raises:
-        UnsupportedError: Too few draws for a unique minimizer.
+        UnsupportedError: Too few gradient samples for a unique minimizer.
     """
     (m, n), positions = ranks, samples.n_positions
     draws = int((samples.weights > 0).sum())
     count = draws * samples.n_columns
-    # stable draws are an open set of dimension m^2 + n^2 - 1 at most, so the generic count binds
+    # stable samples are an open set of dimension m^2 + n^2 - 1 at most, so the generic count binds
     excess = m * m + n * n - count * m * n
     if excess > 1 or (excess == 0 and math.gcd(m, n) > 1):
         raise no_minimizer(
             samples,
             ranks,
-            "too few draws for a unique minimizer, which needs m^2 + n^2 - N C m n <= 1 (and not 0 "
-            f"where m and n share a divisor), and for the ranks of the factors it is {excess}",
+            "too few samples for a unique minimizer, which needs m^2 + n^2 - N C m n <= 1 (and "
+            "not 0 where m and n share a divisor), and for the ranks of the factors it is "
+            f"{excess}",
         )
     if not isinstance(samples, FactoredSamples) or positions is None:
         return
     for ignored in range(1, draws):
-        # inputs orthogonal to all those of ``ignored`` draws only meet the others' outputs
+        # inputs orthogonal to all those of ``ignored`` samples only meet the others' outputs
         free, met = n - ignored * positions, (draws - ignored) * samples.n_columns * positions
         if free > 0 and met < m and m * free >= n * met:
             raise no_minimizer(
                 samples,
                 ranks,
-                f"too few draws for a unique minimizer: {free} of {n} dimensions of inputs meet "
+                f"too few samples for a unique minimizer: {free} of {n} dimensions of inputs meet "
                 f"only {met} of {m} dimensions of output gradients, and a larger share is needed",
             )
 
@@ -92,7 +93,7 @@ def check_unique(samples: GradientSamples, steps: HalfSteps, left: Tensor, right
     is unique where all others are smaller.
 
     Args:
-        samples: The draws.
+        samples: The gradient samples.
         steps: Their half steps.
         left: L of a minimizer.
         right: R of it.

@@ -20,7 +20,7 @@ from kronecker_probe.operators.second_moment.target import SecondMoment
 
 # Eigenvalues of L and R below this share of the largest are rounding of Grams.
 SMALLEST_SHARE = 1e-13
-# Likewise of draws in float32: softmax gradients p - y of a fitted model leave about 1e-9 along
+# Likewise of samples in float32: softmax gradients p - y of a fitted model leave about 1e-9 along
 # their null direction, because they are differences of numbers near one.
 SINGLE_SHARE = 4e-9
 # They leave more the better the fit, but then far below the rest: a fall to a share of the one
@@ -62,7 +62,7 @@ class HalfSteps(abc.ABC):
         """(r, s)."""
 
     single = False
-    """Whether float32 products are worth their while, and the draws hold no more than that."""
+    """Whether float32 products are worth their while, and the samples hold no more than that."""
 
     @abc.abstractmethod
     def left(self, right: Tensor) -> Step:
@@ -77,7 +77,7 @@ def half_steps(target: SecondMoment, q: float) -> HalfSteps:
     """Half steps of H / Tr H for powers q - 1 within its ranges; H must not be zero.
 
     Negative powers enlarge what is small, so for q < 1 the ranges leave out what the dtype of the
-    draws does not resolve. For q = 0, where any linear map passes through, they are whitened.
+    samples does not resolve. For q = 0, where any linear map passes through, they are whitened.
     """
     left, right = target.left_factor, target.right_factor
     scale = 1.0 / target.trace()
@@ -95,7 +95,7 @@ def half_steps(target: SecondMoment, q: float) -> HalfSteps:
 
 
 def _rank(values: Tensor, dtype: torch.dtype) -> int:
-    """How many of the descending eigenvalues of L or R the draws in ``dtype`` resolve."""
+    """How many of the descending eigenvalues of L or R the samples in ``dtype`` resolve."""
     shares = values / values[0]
     if dtype == torch.float64 or not dtype.is_floating_point:
         return int((shares > SMALLEST_SHARE).sum())
@@ -131,7 +131,7 @@ class Side:
 
 @final
 class SampleHalfSteps(HalfSteps):
-    """Unshared draws: an image is a vector of N weights on d d^T or a a^T.
+    """Unshared gradient samples: an image is a vector of N weights on d d^T or a a^T.
 
     Args:
         outputs: d.
@@ -168,10 +168,10 @@ class SampleHalfSteps(HalfSteps):
 
 @final
 class FactoredHalfSteps(HalfSteps):
-    """Shared draws, whose factors d T_L and a T_R take the place of d and a.
+    """Shared gradient samples, whose factors d T_L and a T_R take the place of d and a.
 
     Args:
-        samples: The draws.
+        samples: The gradient samples.
         scale: In front of H.
         left: T_L.
         right: T_R.
@@ -200,7 +200,7 @@ class FactoredHalfSteps(HalfSteps):
 
 @final
 class ParameterHalfSteps(HalfSteps):
-    """Draws that have no such factors, through m x m and n x n matrices.
+    """Gradient samples that have no such factors, through m x m and n x n matrices.
 
     Args:
         target: H.

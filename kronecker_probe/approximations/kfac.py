@@ -52,7 +52,7 @@ def tkfac(target: SecondMoment) -> KroneckerOperator:
 
     Trace-restricted K-FAC (Gao et al., 2021), with delta = E[|a|^2 |d|^2]. With T > 1 shared
     positions the expand form: every position counts as a draw d_t a_t^T of its own, so delta is
-    Tr H without the products between positions. On unshared draws it is Shampoo^2.
+    Tr H without the products between positions. On unshared gradient samples it is Shampoo^2.
 
     Raises:
         UnsupportedError: The samples have no factors.

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kronecker_probe.cli.interruption import resumable
+from kronecker_probe.cli.exits import resumable
 from kronecker_probe.cli.terminal import errors, progress_shown, show_probes
 from kronecker_probe.errors import (
     InvalidInputError,

@@ -21,17 +21,17 @@ class Scores:
     """Quality numbers of one set of samples.
 
     Attributes:
-        table: One row a number; columns parameter, m, n, n_examples, n_columns, n_positions, draws,
-            approximation, metric, index, kind ("plugin", "held-out", "population"), value,
-            stderr, low and high (the 95 % interval), n_eff (effective draws), note. Rows without
+        table: One row per number; columns parameter, m, n, n_examples, n_columns, n_positions,
+            target, approximation, metric, index, kind ("plugin", "held-out", "population"), value,
+            stderr, low and high (the 95 % interval), n_eff (effective samples), note. Rows without
             an approximation describe the target: "norm", "trace", "singular_value" with its
             index, all of the sample; with kind "population" also "norm", and "noise_floor", the
             cosine of the sample matrix to the population's: the plug-in cosine that H itself
-            would get at this number of draws. "dropped_energy" is the share of Tr H that a
-            truncation left out of draws, told where it is not 0. "skipped" rows name the
-            parameters that were not measured and say why. Metrics other than the cosine, its
-            errors and the best scale are of the sample matrix only: they have rows of kind
-            "plugin", whatever estimates were asked for.
+            would get at this number of samples. "dropped_energy" is the share of Tr H that a
+            truncation left out, where it is not 0. "skipped" rows name the parameters that were
+            not measured and say why. Metrics other than the cosine, its errors and the best scale
+            are of the sample matrix only: they have rows of kind "plugin", whatever estimates
+            were asked for.
     """
 
     table: pd.DataFrame

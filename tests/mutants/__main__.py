@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = "kronecker_probe"
 FOLDERS = (PACKAGE, "tests", "analyses", "benchmarks", "docs", "figures")
-COPIED = (*FOLDERS, "pyproject.toml", "README.md")
+COPIED = (*FOLDERS, "pyproject.toml", "README.md", "CONTRIBUTING.md")
 COLUMNS = ("mutant", "room", "mistake", "outcome", "test")
 # A test that a mutant keeps from ending is as good as one that fails.
 TIMEOUT = 900

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kronecker_probe.approximations.operands import as_operator
+from kronecker_probe.approximations import as_operator
 from kronecker_probe.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from kronecker_probe.linalg.lanczos import damped_powers
 from kronecker_probe.operators.base import Operator
@@ -100,21 +100,21 @@ def direction_agreement(
 
     p = 1/2 is full-matrix Adam's power (and that of Shampoo's ideal), p = 1 natural gradient's,
     p = 1/4 half of the first (Eschenhagen et al., 2025; Morwani et al., 2024). P + d I is damped
-    on its eigenvalues, not factor by factor. H is exact through the N C x N C Gram of its draws,
+    on its eigenvalues, not factor by factor. H is exact through the N C x N C Gram of its samples,
     or as an mn x mn matrix, while one of the two is at most 4096; beyond, Lanczos runs until a
     bound on the relative error falls below 1e-8.
 
     Args:
         target: H.
         approximation: P, with exact eigenvalues; or the name of an approximation of H.
-        gradients: g, [m, n] or [k, m, n]; by default some of the draws of H, the C columns of a
-            datum combined with random signs. Draws lie in the range of H, where a preconditioner
-            fitted to them knows more than it will of the next gradient: for that, give fresh
-            gradients.
+        gradients: g, [m, n] or [k, m, n]; by default some of the gradient samples of H, the C
+            columns of an example combined with random signs. These lie in the range of H, where a
+            preconditioner fitted to them knows more than it will of the next gradient: for that,
+            give fresh gradients.
         powers: p, or several, in (0, 1].
         damping: rho, for d = rho Tr H / (mn); or d itself, in units of H.
         relative: Whether ``damping`` is rho.
-        n_gradients: How many draws, where ``gradients`` are not given.
+        n_gradients: How many gradient samples, where ``gradients`` are not given.
         seed: Of that choice.
 
     Returns:
@@ -124,7 +124,7 @@ def direction_agreement(
     Raises:
         InvalidInputError: A power outside (0, 1], a damping that is not positive, gradients of
             another shape, or a P that is not PSD.
-        UnsupportedError: P, or an H that holds no draws, is too large for exact eigenvalues.
+        UnsupportedError: P, or an H that holds no samples, is too large for exact eigenvalues.
     """
     exponents = _check_powers(powers)
     operator = as_operator(target, approximation)
@@ -229,7 +229,7 @@ def _damped_power(d: float, p: float) -> Callable[[Tensor], Tensor]:
 def _draws(target: Operator, count: int, seed: int) -> Iterator[Tensor]:
     if not isinstance(target, SecondMoment):
         raise InvalidInputError(
-            f"direction_agreement needs gradients=: a {type(target).__name__} holds no draws."
+            f"direction_agreement needs gradients=: a {type(target).__name__} holds no samples."
         )
     return SampleRows(target.samples).gradients(count, seed)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronecker_probe.approximations.operands import as_operator
+from kronecker_probe.approximations import as_operator
 from kronecker_probe.linalg.lanczos import quadratic_log
 from kronecker_probe.linalg.memory import require_memory
 from kronecker_probe.operators.base import Operator
@@ -33,7 +33,7 @@ from kronecker_probe.quality.metrics.undefined import (
     warn_undefined,
 )
 
-# Numbers of the transformed draws that are held at once, 1 GB of float64; beyond, probes.
+# Numbers of the transformed samples that are held at once, 1 GB of float64; beyond, probes.
 HELD_ELEMENTS = 1 << 27
 # Random vectors of a stochastic log-determinant.
 PROBES = 32
@@ -77,7 +77,7 @@ def kl_divergence(
         relative: Whether ``damping`` is rho.
 
     Returns:
-        The divergence. It is exact unless both mn and the number N C of draws are above 4096:
+        The divergence. It is exact unless both mn and the number N C of samples are above 4096:
         then log det(H + d) is estimated from random vectors, with its standard error. NaN with
         an UndefinedMetricWarning when H is zero.
 
@@ -113,7 +113,7 @@ def stein_divergence(
 
     Returns:
         The divergence, exact or with a standard error as for :func:`kl_divergence`, but where
-        the draws hold more than 2^27 numbers it is stochastic too. NaN with an
+        the gradient samples hold more than 2^27 numbers it is stochastic too. NaN with an
         UndefinedMetricWarning when H is zero.
 
     Raises:
@@ -179,7 +179,7 @@ def _log_det_mean(
     if isinstance(target, SecondMoment):
         draws = SampleRows(target.samples)
         if draws.count < size and draws.count <= EXACT_SIZE and draws.count * size <= HELD_ELEMENTS:
-            require_memory(8 * draws.count * (size + draws.count), "The draws", target.device)
+            require_memory(8 * draws.count * (size + draws.count), "The samples", target.device)
             rows = draws.transformed(whiten)
             return base + _log_det_plus_one(rows @ rows.T / (2 * d)), 0.0
     if size <= EXACT_SIZE:

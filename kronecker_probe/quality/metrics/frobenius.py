@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronecker_probe.approximations.operands import as_operator
+from kronecker_probe.approximations import as_operator
 from kronecker_probe.errors import UndefinedMetricWarning
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.quality.metrics.metric import Metric, Values

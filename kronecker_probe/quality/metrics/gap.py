@@ -1,4 +1,4 @@
-"""Where a layer's Kronecker error comes from: a chain from the best product to what is held."""
+"""Where a layer's Kronecker error comes from, from the best product to the one in use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GapDecomposition:
     """The squared error 1 - cos^2 of each layer as a sum of contributions.
 
     Attributes:
-        table: One row a layer and component, in the order of the chain; columns parameter, m, n,
+        table: One row per layer and component, in the order of the chain; columns parameter, m, n,
             rule, component ("kronecker-limit", "rule", "labels", "batch-gradients",
             "staleness"), contribution (its part of the squared error, possibly negative), error
             (1 - cos^2 reached so far, the sum of the contributions up to it) and note (why a
@@ -94,27 +94,27 @@ def decompose_gap(
 
     1. "kronecker-limit": P = the optimal Kronecker product of H; 1 - sigma_1^2 / |H|^2, which no
        rule can avoid.
-    2. "rule": P = the rule applied to the draws of H.
-    3. "labels": the rule on draws for the true labels, as optimizers see them.
+    2. "rule": P = the rule applied to the gradient samples of H.
+    3. "labels": the rule on gradient samples for the true labels, as optimizers see them.
     4. "batch-gradients": the rule on mini-batch gradients.
-    5. "staleness": what is held: the optimizer's live operator, or the rule on the draws of an
-       older checkpoint.
+    5. "staleness": the preconditioner in use: the optimizer's operator, or the rule on the
+       gradient samples of an older checkpoint.
 
-    Steps without data are left out. The contributions add up to the error at the end of the
+    Links that are not given are left out. The contributions add up to the error at the end of the
     chain exactly; each but the first may be negative, where one cause undoes another. Where a
     link is undefined or does not fit into memory, so is its contribution and the next one, which
     would include it; the notes say why. These are
-    plug-in numbers: with few draws much of the "kronecker-limit" is sampling noise, so compare
+    plug-in numbers: with few samples much of the "kronecker-limit" is sampling noise, so compare
     N with that of ``kp.samples_needed``.
 
     Args:
-        target: Draws of H, "ggn" or "fisher": what ``kp.capture`` returned, any mapping of names
+        target: Samples of H, "ggn" or "fisher": what ``kp.capture`` returned, any mapping of names
             to samples, or one set.
         rule: The name of an approximation, as for ``kp.approximate``.
-        labels: Draws for the true labels ("empirical-fisher"), in the same form.
+        labels: Gradient samples for the true labels ("empirical-fisher"), in the same form.
         batches: Mini-batch gradients (``kp.batch_gradients``), likewise. Where they are held as
             matrices, a rule that needs factors ("kfac") has none; its row says so.
-        held: Operators, or draws of an older checkpoint to which the rule is applied; layers
+        held: Operators, or samples of an older checkpoint to which the rule is applied; layers
             that it lacks have no "staleness".
 
     Raises:

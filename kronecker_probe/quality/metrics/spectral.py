@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from kronecker_probe.approximations.operands import as_operator
+from kronecker_probe.approximations import as_operator
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.spectral_form import (
     BlockForm,

@@ -81,7 +81,7 @@ def resolve_damping(target: Operator, damping: float, relative: bool) -> float:
     if not (math.isfinite(damping) and damping > 0):
         raise InvalidInputError(
             f"damping={damping!r}; give a positive number: H has at most as many nonzero "
-            "eigenvalues as draws, so that without damping no inverse power of it exists."
+            "eigenvalues as samples, so that without damping no inverse power of it exists."
         )
     m, n = target.shape
     return damping * target.trace() / (m * n) if relative else float(damping)
