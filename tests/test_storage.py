@@ -151,9 +151,17 @@ def test_the_probe_sees_the_floor_of_what_is_held() -> None:
 @pytest.mark.parametrize(
     ("name", "storage", "words"),
     [
-        ("soap", {"roots": "packed"}, "storage.roots is 'packed', .* no roots"),
-        ("muon", {"roots": "packed"}, "no roots"),
-        ("muon", {"factors": "bfloat16"}, "accumulates no factors; drop it"),
+        (
+            "soap",
+            {"roots": "packed"},
+            "storage.roots='packed' .* spectrum.eigenvalues='kronecker'",
+        ),
+        ("muon", {"roots": "packed"}, "storage.roots='packed' has no effect"),
+        (
+            "muon",
+            {"factors": "bfloat16"},
+            "'bfloat16' has no effect.*'kronecker' or 'corrected'",
+        ),
         ("inverse-free-shampoo", {"factors": "bfloat16"}, "use inverse.precision='bfloat16'"),
     ],
 )

@@ -12,7 +12,6 @@ from kronecker_probe.errors import InvalidInputError
 from kronecker_probe.optim.engine.engine import KroneckerOptimizer
 from kronecker_probe.optim.layers.attached import longest_side
 from kronecker_probe.optim.layers.recorder import layer_parameters
-from kronecker_probe.optim.options.base import Config
 from kronecker_probe.optim.options.sections import Basis, Shapes, Spectrum, Statistics
 from kronecker_probe.optim.presets import ADAM, Betas, built
 
@@ -41,20 +40,15 @@ def KFAC(
         betas: Decays of the gradient's average and of the statistics.
         epsilon: Added to the eigenvalues of each factor, relative to the largest: what is right at
             all widths (arXiv 2312.12226), unlike a split of one damping by the traces.
-        loss_reduction: Whether the loss is a "mean" or a "sum" over data.
+        loss_reduction: Whether the loss is a "mean" or a "sum" over examples.
         diagonal_lr: Learning rate of Adam.
         options: Of :class:`KroneckerOptimizer`, for the layers, sections also as dicts.
 
     Raises:
         InvalidInputError: The model has no such layer, or an option is out of range.
     """
-    sections: dict[str, Config] = {
-        "statistics": Statistics(rule="kfac", loss_reduction=loss_reduction),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(power=1.0, exponent=-1.0, epsilon=epsilon, relative=True),
-        "shapes": Shapes(max_dim=8192),
-    }
-    return _attached(model, lr, betas, sections, diagonal_lr, options)
+    spectrum = Spectrum(power=1.0, exponent=-1.0, epsilon=epsilon, relative=True)
+    return _attached(model, lr, betas, spectrum, loss_reduction, diagonal_lr, options)
 
 
 def EKFAC(
@@ -72,22 +66,18 @@ def EKFAC(
     refreshed as ``basis`` says. Arguments as in :func:`KFAC`, ``epsilon`` relative to the largest
     entry of the second moment.
     """
-    sections: dict[str, Config] = {
-        "statistics": Statistics(rule="kfac", loss_reduction=loss_reduction),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(eigenvalues="corrected", power=1.0, epsilon=epsilon, relative=True),
-        "shapes": Shapes(max_dim=8192),
-    }
-    return _attached(model, lr, betas, sections, diagonal_lr, options)
+    spectrum = Spectrum(eigenvalues="corrected", power=1.0, epsilon=epsilon, relative=True)
+    return _attached(model, lr, betas, spectrum, loss_reduction, diagonal_lr, options)
 
 
 def _attached(
     model: nn.Module,
     lr: float,
     betas: Betas,
-    sections: Mapping[str, Config],
+    spectrum: Spectrum,
+    loss_reduction: str,
     diagonal_lr: float,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> KroneckerOptimizer:
     """The optimizer of the layers' parameters and, in a second group, of all others."""
     if not isinstance(model, nn.Module):
@@ -95,23 +85,28 @@ def _attached(
             f"K-FAC takes the model, an nn.Module, as it hooks its layers; got "
             f"{type(model).__name__}. Pass the model in place of its parameters."
         )
-    given = options.get("shapes", {})
-    own = sections["shapes"].replace(**given) if isinstance(given, Mapping) else Shapes.of(given)
-    assert isinstance(own, Shapes)
+    shapes = Shapes(max_dim=8192)
+    if given := options.get("shapes"):
+        shapes = shapes.replace(**given) if isinstance(given, Mapping) else Shapes.of(given)
     known = layer_parameters(model)
     layers: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
-            fits = param in known and longest_side(param) <= own.max_dim
+            fits = param in known and longest_side(param) <= shapes.max_dim
             (layers if fits else others).append((name, param))
     if not layers:
         raise InvalidInputError(
             "The model has no nn.Linear, and no nn.Conv1d, 2d or 3d with groups=1, whose weight "
-            f"requires a gradient and is within shapes.max_dim={own.max_dim}: K-FAC has nothing to "
-            "do. Use another preset, such as EShampoo."
+            f"requires a gradient and is within shapes.max_dim={shapes.max_dim}: K-FAC has nothing "
+            "to do. Use another preset, such as EShampoo."
         )
-    optimizer = built(layers, lr, betas, sections, options)
+    optimizer = built(
+        layers, lr, betas, {**options, "shapes": shapes},
+        statistics=Statistics(rule="kfac", loss_reduction=loss_reduction),
+        basis=Basis(start=1),
+        spectrum=spectrum,
+    )  # fmt: skip
     if others:
         optimizer.add_param_group({"params": others, "lr": diagonal_lr, **ADAM})
     optimizer.attach(model)

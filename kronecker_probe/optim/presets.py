@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch.optim.optimizer import ParamsT
 
@@ -48,16 +48,25 @@ ADAM: Mapping[str, Any] = MappingProxyType(
 """Options that make a parameter group one of Adam, in whatever preset."""
 
 
+class Preset(Protocol):
+    """What most presets are called with."""
+
+    def __call__(
+        self,
+        params: ParamsT,
+        lr: float = ...,
+        betas: Betas = ...,
+        epsilon: float = ...,
+        **options: Any,
+    ) -> KroneckerOptimizer: ...
+
+
 def built(
-    params: ParamsT,
-    lr: float,
-    betas: Betas,
-    sections: Mapping[str, Config],
-    options: dict[str, Any],
+    params: ParamsT, lr: float, betas: Betas, options: Mapping[str, Any], **own: Any
 ) -> KroneckerOptimizer:
-    """The optimizer of a preset's sections with what the caller changes."""
+    """The optimizer of a preset's ``own`` options with what the caller changes."""
     known = [name for name in inspect.signature(KroneckerOptimizer).parameters if name != "params"]
-    chosen: dict[str, Any] = dict(sections)
+    chosen: dict[str, Any] = {"betas": betas, **own}
     for name, value in options.items():
         if name not in known:
             raise unknown_name("option", name, known)
@@ -66,135 +75,132 @@ def built(
         if name in SECTIONS and isinstance(value, Mapping):
             value = chosen.get(name, SECTIONS[name]()).replace(**value)
         chosen[name] = value
-    return KroneckerOptimizer(params, lr, **{"betas": betas, **chosen})
+    return KroneckerOptimizer(params, lr, **chosen)
 
 
-def Shampoo(
-    params: ParamsT,
-    lr: float = 1e-2,
-    betas: Betas = (0.9, 0.999),
-    epsilon: float = 1e-8,
-    **options: Any,
-) -> KroneckerOptimizer:
-    """Shampoo (arXiv 1802.09568) as in Distributed Shampoo (2309.06497): L^-1/4 M R^-1/4, grafted.
+_ARGS = """
 
     Args:
         params: Parameters, named parameters or groups.
-        lr: With Adam grafting that of Adam transfers.
+        lr: Learning rate.
         betas: Decays of the gradient's average and of the statistics.
-        epsilon: Added to the eigenvalues of the factors, in units of squared gradients.
+        epsilon: {epsilon}
         options: Of :class:`KroneckerOptimizer`, sections also as dicts.
     """
-    sections = {
-        "statistics": Statistics(),
-        "spectrum": Spectrum(epsilon=epsilon),
-        "magnitude": Magnitude(grafting="adam"),
-    }
-    return built(params, lr, betas, sections, options)
+_ABSOLUTE = "Added to the eigenvalues of the factors, in units of squared gradients."
+_RELATIVE = "Added to the eigenvalues of each factor, in units of the largest."
+_OF_ROOTS = "Added to the roots of the second moments, as in Adam."
 
 
-def ShampooSquared(
-    params: ParamsT,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    epsilon: float = 1e-3,
-    **options: Any,
-) -> KroneckerOptimizer:
+def _preset(
+    name: str,
+    doc: str,
+    lr: float,
+    betas: Betas,
+    epsilon: float,
+    about_epsilon: str,
+    spectrum: Spectrum | None = None,
+    **sections: Config,
+) -> Preset:
+    """A preset whose ``epsilon`` is that of the spectrum, as a function with these defaults."""
+
+    def build(
+        params: ParamsT,
+        lr: float = lr,
+        betas: Betas = betas,
+        epsilon: float = epsilon,
+        **options: Any,
+    ) -> KroneckerOptimizer:
+        damped = (spectrum or Spectrum()).replace(epsilon=epsilon)
+        return built(params, lr, betas, options, spectrum=damped, **sections)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = doc + _ARGS.format(epsilon=about_epsilon)
+    return build
+
+
+Shampoo = _preset(
+    "Shampoo",
+    """Shampoo (arXiv 1802.09568) as in Distributed Shampoo (2309.06497): L^-1/4 M R^-1/4, grafted.
+
+    With its Adam grafting a learning rate of Adam transfers.""",
+    lr=1e-2,
+    betas=(0.9, 0.999),
+    epsilon=1e-8,
+    about_epsilon=_ABSOLUTE,
+    magnitude=Magnitude(grafting="adam"),
+)
+
+ShampooSquared = _preset(
+    "ShampooSquared",
     """Power 1/2 with the trace scale: L kron R / Tr L as the estimate of H (arXiv 2406.17748).
 
     It divides by more than Shampoo does; so ``epsilon`` is relative to the largest eigenvalue of
-    each factor, as an absolute 1e-12 diverges. Roots are there from the first step on, which makes
-    the steps free of the loss's scale; the first, singular factors need an epsilon of about 1e-3,
-    and a later ``basis.start`` trains with less of it.
-    Arguments as in :func:`Shampoo`.
-    """
-    sections = {
-        "statistics": Statistics(),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(trace_scale=True, epsilon=epsilon, relative=True),
-    }
-    return built(params, lr, betas, sections, options)
+    each factor: an absolute 1e-12 diverges. The first roots are found in the first step, which
+    makes the steps independent of the loss's scale; the first, singular factors need an epsilon of
+    about 1e-3, and a later ``basis.start`` trains with less of it.""",
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    epsilon=1e-3,
+    about_epsilon=_RELATIVE,
+    basis=Basis(start=1),
+    spectrum=Spectrum(trace_scale=True, relative=True),
+)
 
+EShampoo = _preset(
+    "EShampoo",
+    "Corrected eigenvalues in Shampoo's bases (arXiv 2506.03595): a rate of Adam transfers.",
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    epsilon=1e-8,
+    about_epsilon=_OF_ROOTS,
+    basis=Basis(start=1),
+    spectrum=Spectrum(eigenvalues="corrected"),
+)
 
-def EShampoo(
-    params: ParamsT,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    epsilon: float = 1e-8,
-    **options: Any,
-) -> KroneckerOptimizer:
-    """Corrected eigenvalues in Shampoo's bases (arXiv 2506.03595): Adam's rate transfers.
-
-    Arguments as in :func:`Shampoo`; ``epsilon`` is Adam's.
-    """
-    sections = {
-        "statistics": Statistics(),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
-    }
-    return built(params, lr, betas, sections, options)
-
-
-def SOAP(
-    params: ParamsT,
-    lr: float = 3e-3,
-    betas: Betas = (0.95, 0.95),
-    epsilon: float = 1e-8,
-    **options: Any,
-) -> KroneckerOptimizer:
+SOAP = _preset(
+    "SOAP",
     """Adam in Shampoo's bases (arXiv 2409.11321): one QR iteration every 10 steps, Adam on vectors.
 
-    Arguments as in :func:`Shampoo`. It is EShampoo with other defaults: an average that is turned
-    with complete bases is the average of the parameter's own frame.
-    """
-    sections = {
-        "statistics": Statistics(),
-        "basis": Basis(start=1, solver="qr"),
-        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
-        "shapes": Shapes(vectors="diagonal", max_dim=10_000),
-    }
-    return built(params, lr, betas, sections, options)
+    It is EShampoo with other defaults: an average that is turned with complete bases is the average
+    of the parameter's own frame.""",
+    lr=3e-3,
+    betas=(0.95, 0.95),
+    epsilon=1e-8,
+    about_epsilon=_OF_ROOTS,
+    basis=Basis(start=1, solver="qr"),
+    spectrum=Spectrum(eigenvalues="corrected"),
+    shapes=Shapes(vectors="diagonal", max_dim=10_000),
+)
 
-
-def KLShampoo(
-    params: ParamsT,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.98),
-    epsilon: float = 1e-3,
-    **options: Any,
-) -> KroneckerOptimizer:
+KLShampoo = _preset(
+    "KLShampoo",
     """Factors that minimize KL (arXiv 2509.03378), power 1/2, no grafting.
 
-    Arguments as in :func:`ShampooSquared`. ``epsilon`` bounds what the null space of the first,
-    singular factors does to the steps until the next refresh.
-    """
-    sections = {
-        "statistics": Statistics(rule="whitened"),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(exponent=-0.5, epsilon=epsilon, relative=True),
-        "shapes": Shapes(vectors="diagonal"),
-    }
-    return built(params, lr, betas, sections, options)
+    ``epsilon`` bounds what the null space of the first, singular factors does to the steps until
+    the next refresh.""",
+    lr=1e-3,
+    betas=(0.9, 0.98),
+    epsilon=1e-3,
+    about_epsilon=_RELATIVE,
+    statistics=Statistics(rule="whitened"),
+    basis=Basis(start=1),
+    spectrum=Spectrum(exponent=-0.5, relative=True),
+    shapes=Shapes(vectors="diagonal"),
+)
 
-
-def KLSOAP(
-    params: ParamsT,
-    lr: float = 3e-3,
-    betas: Betas = (0.9, 0.98),
-    epsilon: float = 1e-8,
-    **options: Any,
-) -> KroneckerOptimizer:
-    """SOAP in the bases of the factors that minimize KL (arXiv 2509.03378).
-
-    Arguments as in :func:`SOAP`.
-    """
-    sections = {
-        "statistics": Statistics(rule="whitened"),
-        "basis": Basis(start=1, solver="qr"),
-        "spectrum": Spectrum(eigenvalues="corrected", epsilon=epsilon),
-        "shapes": Shapes(vectors="diagonal", max_dim=10_000),
-    }
-    return built(params, lr, betas, sections, options)
+KLSOAP = _preset(
+    "KLSOAP",
+    "SOAP in the bases of the factors that minimize KL (arXiv 2509.03378).",
+    lr=3e-3,
+    betas=(0.9, 0.98),
+    epsilon=1e-8,
+    about_epsilon=_OF_ROOTS,
+    statistics=Statistics(rule="whitened"),
+    basis=Basis(start=1, solver="qr"),
+    spectrum=Spectrum(eigenvalues="corrected"),
+    shapes=Shapes(vectors="diagonal", max_dim=10_000),
+)
 
 
 def RootFreeShampoo(
@@ -211,35 +217,49 @@ def RootFreeShampoo(
     from the identity, as a step without the root has the units of 1 / G: from 0 the first ones
     would be huge. The update's own momentum is .9.
     """
-    sections = {
-        "statistics": Statistics(bias_correction=False, batch_size=batch_size, initial=1.0),
-        "basis": Basis(start=1),
-        "spectrum": Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
-        "shapes": Shapes(vectors="diagonal"),
-    }
-    return built(params, lr, betas, sections, {"momentum": 0.9, **options})
+    return built(
+        params, lr, betas, options,
+        statistics=Statistics(bias_correction=False, batch_size=batch_size, initial=1.0),
+        basis=Basis(start=1),
+        spectrum=Spectrum(power=1.0, trace_scale=True, epsilon=epsilon, relative=True),
+        shapes=Shapes(vectors="diagonal"),
+        momentum=0.9,
+    )  # fmt: skip
 
 
 def InverseFreeShampoo(
-    params: ParamsT,
-    lr: float = 1e-2,
-    batch_size: int = 1,
-    **options: Any,
+    params: ParamsT, lr: float = 1e-2, batch_size: int = 1, **options: Any
 ) -> KroneckerOptimizer:
     """(C C^T) G (K K^T) with inverse factors found by products alone (arXiv 2402.03496).
 
-    Args:
-        params: As in :func:`Shampoo`.
-        lr: Learning rate.
-        batch_size: B, the batch over which the loss is a mean.
-        options: As in :func:`Shampoo`. The update's own momentum is .9, ``inverse`` has the rates
-            of the factors.
+    Arguments as in :func:`RootFreeShampoo`. The update's own momentum is .9, ``inverse`` has the
+    rates of the factors.
     """
-    sections = {
-        "statistics": Statistics(bias_correction=False, batch_size=batch_size),
-        "spectrum": Spectrum(eigenvalues="inverse-free", power=1.0),
-    }
-    return built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+    return built(
+        params, lr, (0.0, 0.0), options,
+        statistics=Statistics(bias_correction=False, batch_size=batch_size),
+        spectrum=Spectrum(eigenvalues="inverse-free", power=1.0),
+        momentum=0.9,
+    )  # fmt: skip
+
+
+def _entrywise(
+    params: ParamsT,
+    lr: float,
+    beta2: float,
+    epsilon: float,
+    options: Mapping[str, Any],
+    statistics: Statistics,
+) -> KroneckerOptimizer:
+    """g / (s + epsilon) with a second moment s that starts from 1."""
+    return built(
+        params, lr, (0.0, beta2), options,
+        statistics=statistics,
+        spectrum=Spectrum(power=1.0, epsilon=epsilon),
+        basis=Basis(start=1),
+        shapes=Shapes(max_dim=1),
+        momentum=0.9,
+    )  # fmt: skip
 
 
 def RMSpropRootFree(
@@ -252,21 +272,10 @@ def RMSpropRootFree(
 ) -> KroneckerOptimizer:
     """g / (s + epsilon), s <- beta2 s + (1 - beta2) B g^2 from s = 1 (arXiv 2402.03496).
 
-    Args:
-        params: As in :func:`Shampoo`.
-        lr: Learning rate.
-        beta2: Of s.
-        epsilon: Added to s.
-        batch_size: B, the batch over which the loss is a mean.
-        options: As in :func:`Shampoo`. The update's own momentum is .9.
+    Arguments as in :func:`RootFreeShampoo`. The update's own momentum is .9.
     """
-    sections = {
-        "statistics": Statistics(bias_correction=False, batch_size=batch_size, initial=1.0),
-        "spectrum": Spectrum(power=1.0, epsilon=epsilon),
-        "basis": Basis(start=1),
-        "shapes": Shapes(max_dim=1),
-    }
-    return built(params, lr, (0.0, beta2), sections, {"momentum": 0.9, **options})
+    moments = Statistics(bias_correction=False, batch_size=batch_size, initial=1.0)
+    return _entrywise(params, lr, beta2, epsilon, options, moments)
 
 
 def AdaGradRootFree(
@@ -280,13 +289,8 @@ def AdaGradRootFree(
 
     Arguments as in :func:`RMSpropRootFree`.
     """
-    sections = {
-        "statistics": Statistics(accumulate="sum", batch_size=batch_size, initial=1.0),
-        "spectrum": Spectrum(power=1.0, epsilon=epsilon),
-        "basis": Basis(start=1),
-        "shapes": Shapes(max_dim=1),
-    }
-    return built(params, lr, (0.0, 0.0), sections, {"momentum": 0.9, **options})
+    moments = Statistics(accumulate="sum", batch_size=batch_size, initial=1.0)
+    return _entrywise(params, lr, 0.0, epsilon, options, moments)
 
 
 def Muon(
@@ -295,21 +299,17 @@ def Muon(
     """The polar factor of the averaged gradient by Newton-Schulz (Jordan et al., 2024).
 
     Shampoo without memory, times max(1, m / n)^1/2. Meant for hidden matrices: give it the groups
-    of :func:`hidden_groups`, in which vectors, embeddings and heads have Adam.
-
-    Args:
-        params: As in :func:`Shampoo`.
-        lr: Learning rate.
-        beta1: Of the average, taken once more with the newest gradient (Nesterov).
-        options: As in :func:`Shampoo`; spectrum={"root": "eigh"} takes the exact polar factor.
+    of :func:`hidden_groups`, in which vectors, embeddings and heads have Adam. The average, of
+    decay ``beta1``, is taken once more with the newest gradient (Nesterov);
+    spectrum={"root": "eigh"} takes the exact polar factor.
     """
-    sections = {
-        "statistics": Statistics(bias_correction=False),
-        "spectrum": Spectrum(eigenvalues="polar", root="matmul"),
-    }
     return built(
-        params, lr, (beta1, 0.0), sections, {"nesterov": True, "scale_by_shape": True, **options}
-    )
+        params, lr, (beta1, 0.0), options,
+        statistics=Statistics(bias_correction=False),
+        spectrum=Spectrum(eigenvalues="polar", root="matmul"),
+        nesterov=True,
+        scale_by_shape=True,
+    )  # fmt: skip
 
 
 PRESETS: MappingProxyType[str, Callable[..., KroneckerOptimizer]] = MappingProxyType(

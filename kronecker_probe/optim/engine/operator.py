@@ -93,7 +93,7 @@ def _member_operators(
         try:
             operator = of_block(stack, row, step)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{name}: {error}") from error
+            raise UnsupportedError(f"{name}: {error}", error.code) from error
         i, j = divmod(k, columns)
         found[first[0] + i * tile.block[0], first[1] + j * width] = operator
     return found

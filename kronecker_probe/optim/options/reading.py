@@ -85,6 +85,8 @@ _HAVING: dict[str, dict[str, tuple[str, ...]]] = {
         "magnitude.epsilon": ("adagrad", "rmsprop", "adam"),
     },
 }
+# What to use instead of an option, by the choice that does not have it.
+_INSTEAD = {("storage.factors", "inverse-free"): "inverse.precision='bfloat16'"}
 _DEFAULTS: dict[str, Config] = {name: kind() for name, kind in SECTIONS.items()}
 
 
@@ -143,10 +145,11 @@ def _refuse_foreign(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None
             rest = f"{option.partition('.')[0]}.*"
             kinds = having.get(option, having.get(rest))
             if kinds is not None and chosen[choice] not in kinds:
-                known = " or ".join(repr(kind) for kind in kinds)
+                having_it = f"{choice}={' or '.join(repr(kind) for kind in kinds)}"
+                instead = _INSTEAD.get((option, chosen[choice]), having_it)
                 raise InvalidInputError(
                     f"{option}={value!r} has no effect with {choice}={chosen[choice]!r}: drop it, "
-                    f"or use {choice}={known}, which has this option."
+                    f"or use {instead}."
                 )
 
 
