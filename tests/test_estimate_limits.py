@@ -131,7 +131,7 @@ def test_a_layer_that_does_not_fit_is_told_and_the_others_are_measured(
     ({"estimates": None}, "estimates=None"),
     ({"metrics": ()}, "No metric"),
     ({"metrics": 3}, "metrics=3"),
-    ({"metrics": "cosine:power=2"}, "takes no options"),
+    ({"metrics": "cosine:power=2"}, "no option"),
     ({"singular_values": "a"}, "singular_values='a'"),
 ])  # fmt: skip
 def test_requests_for_nothing_or_of_a_wrong_type_are_refused(

@@ -172,8 +172,9 @@ class LayerFacts:
         top = self.cosines.get(OPTIMAL)
         if top is None or not self.stepwise:
             return None
-        rows = self.rows[(self.rows["approximation"] == OPTIMAL) & self.rows["value"].notna()]
-        rows = rows[(rows["metric"] == "cosine") & (rows["step"] < self.last)]
+        of = self.rows
+        rows = of[(of["metric"] == "cosine") & (of["approximation"] == OPTIMAL)]
+        rows = rows[rows["value"].notna() & (rows["step"] < self.last)]
         for step in sorted(rows["step"].unique()):
             here = rows[rows["step"] == step].to_dict("records")
             found = numbers(here, self.noise).get(OPTIMAL)

@@ -16,6 +16,7 @@ from kronecker_probe.table.numbers import CLOSE
 
 # Less than this of the squared error is nothing.
 NEGLIGIBLE = 0.005
+_EVENTS = ("refreshes", "tests")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,16 @@ class Ages:
     @staticmethod
     def of(rows: pd.DataFrame, name: str) -> Ages:
         """Read off the rows of one parameter."""
-        rows = rows[rows["metric"].isin(["refreshes", "tests", "steps_since_refresh", STALENESS])]
-        events = pd.concat([_by_step(rows, "refreshes"), _by_step(rows, "tests")])
-        counts = events.groupby(level=0).max()
-        ages, costs = _by_step(rows, "steps_since_refresh"), _by_step(rows, STALENESS)
+        of = rows[rows["metric"].isin(["refreshes", "tests", "steps_since_refresh", STALENESS])]
+        found: dict[str, dict[int, float]] = {}  # metric -> step -> the largest value of both sides
+        for metric, step, value in zip(of["metric"], of["step"], of["value"], strict=True):
+            if not math.isnan(value):
+                by_step = found.setdefault("events" if metric in _EVENTS else metric, {})
+                by_step[step] = max(value, by_step.get(step, -math.inf))
+        ages, costs, counts = (
+            pd.Series(found.get(metric, {}), dtype="float64").sort_index()
+            for metric in ("steps_since_refresh", STALENESS, "events")
+        )
         return Ages(name, ages, _period(counts), costs[costs.index.isin(ages.index)])
 
     @property
@@ -83,12 +90,6 @@ def _cost(seen: Sequence[Ages]) -> list[Finding]:
     remedy = Remedy.REFRESH if cost >= CLOSE else Remedy.NONE
     details = {"layer": worst.name, "step": step}
     return [Finding("notice", Code.STALENESS_COST, None, evidence, remedy, details=details)]
-
-
-def _by_step(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
-    """The largest value of both sides at each step."""
-    of = rows[(rows["metric"] == metric) & rows["value"].notna()]
-    return of.groupby("step")["value"].max().sort_index().astype("float64")
 
 
 def _period(counts: pd.Series[float]) -> float:

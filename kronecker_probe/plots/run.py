@@ -51,7 +51,8 @@ from kronecker_probe.table.read import (
     vectors_told,
 )
 
-MAX_PANELS = 24  # unless parameters= asks for more
+# All layers are drawn up to the first number, beyond it the second one, unless parameters= asks.
+MAX_PANELS, OF_MANY = 24, 12
 _ROUNDING = 1e-9  # singular values below this share of the first are not resolved
 _FEW_LINES = 3  # up to so many, all have their intervals drawn
 _DIRECT_LABELS = 6  # beyond so many panels, one legend takes the place of labels at the lines
@@ -371,7 +372,8 @@ def _chosen(
     known = [str(name) for name in available]
     if parameters is None:
         narrow = set(vectors(table))
-        return ([name for name in known if name not in narrow] or known)[:MAX_PANELS]
+        found = [name for name in known if name not in narrow] or known
+        return found if len(found) <= MAX_PANELS else found[:OF_MANY]
     asked = [parameters] if isinstance(parameters, str) else list(parameters)
     asked = [printable(name, keep="") for name in asked]
     for name in asked:

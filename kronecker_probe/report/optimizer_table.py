@@ -51,7 +51,8 @@ def inside_table(table: pd.DataFrame) -> InsideTable | None:
     """
     now = at_step(table, None)
     inside = now[now["approximation"].isna() & now["metric"].isin([*CAUSES, *_FACTORS])]
-    by_layer = dict(iter(now.groupby("parameter", sort=False)))
+    read = now[now["metric"].isin([*CAUSES, *_FACTORS, "cosine", "in_use_rule"])]
+    by_layer = dict(iter(read.groupby("parameter", sort=False)))
     cells = {str(name): _row(by_layer[name]) for name in inside["parameter"].dropna().unique()}
     if not cells:
         return None
@@ -66,11 +67,15 @@ def _some(cells: dict[str, dict[str, str]], column: str) -> bool:
 
 def _row(rows: pd.DataFrame) -> dict[str, str]:
     """The cells of one parameter."""
-    found = {"in-use": _cosine(rows), "its rule on H": _rule(rows)}
+    values: dict[str, list[float]] = {}
+    for metric, value in zip(rows["metric"], rows["value"], strict=True):
+        if not math.isnan(value):
+            values.setdefault(metric, []).append(float(value))
+    found = {"in-use": _cosine(rows), "its rule on H": _rule(rows, values.get(FRESH, []))}
     for metric, cause in CAUSES.items():
-        found[f"{cause} costs"] = _shown(_values(rows, metric), max, digits)
+        found[f"{cause} costs"] = _shown(values.get(metric, []), max, digits)
     for metric, (column, worst, text) in _FACTORS.items():
-        found[column] = _shown(_values(rows, metric), worst, text)
+        found[column] = _shown(values.get(metric, []), worst, text)
     return found
 
 
@@ -81,17 +86,11 @@ def _cosine(rows: pd.DataFrame) -> str:
     return _shown(of["value"].dropna().tolist(), max, digits)
 
 
-def _rule(rows: pd.DataFrame) -> str:
+def _rule(rows: pd.DataFrame, errors: list[float]) -> str:
     """The rule's cosine and, where the table has it, its name."""
-    errors = _values(rows, FRESH)
     value = digits(math.sqrt(max(0.0, 1.0 - errors[-1]))) if errors else ""
     name = followed_rule(rows)
     return " ".join(filter(None, (value, label(name) if name else ""))) or _ABSENT
-
-
-def _values(rows: pd.DataFrame, metric: str) -> list[float]:
-    of = rows.loc[rows["metric"] == metric, "value"]
-    return [float(value) for value in of.dropna()]
 
 
 def _shown(
