@@ -53,7 +53,7 @@ def test_the_factors_are_those_of_the_gradient() -> None:
     left, right = found.factors
     torch.testing.assert_close(left.factor, gradient @ gradient.T)
     torch.testing.assert_close(right.factor, gradient.T @ gradient)
-    assert (left.side, right.side, left.block, left.age, left.refreshes) == (0, 1, 0, 0, 1)
+    assert (left.side, right.side, left.block, left.staleness, left.refreshes) == (0, 1, 0, 0, 1)
     assert found.rule == "shampoo"
     assert found.block_size is None
 
@@ -71,7 +71,7 @@ def test_a_large_factor_has_both_triangles() -> None:
     optimizer = stepped("shampoo", [gradient], basis={"start": 9, "frequency": 9})
     found = optimizer.inspect(optimizer.param_groups[0]["params"][0])
     torch.testing.assert_close(found.factors[0].factor, gradient @ gradient.T)
-    assert found.factors[0].age is None
+    assert found.factors[0].staleness is None
 
 
 def test_the_numbers_of_a_known_spectrum() -> None:

@@ -32,7 +32,7 @@ from kronecker_probe.linalg.inverse_roots import TOLERANCE
 from kronecker_probe.linalg.newton import integer_power, newton_inverse_root
 from kronecker_probe.linalg.residuals import root_residual
 from kronecker_probe.optim import KroneckerOptimizer
-from kronecker_probe.optim.engine.inspection import HeldFactor
+from kronecker_probe.optim.engine.inspection import FactorInUse
 
 from .methods import DECAY, GPT, MOMENTUM, Params, Preset, Row, trained, workload_of
 
@@ -106,7 +106,7 @@ def _with_roots(
 
 def write_roots(optimizer: KroneckerOptimizer, how: str) -> list[float]:
     """Replace all held roots by those computed from the held factors; the residuals of these."""
-    found: dict[tuple[int, int], list[tuple[Tensor, HeldFactor]]] = {}
+    found: dict[tuple[int, int], list[tuple[Tensor, FactorInUse]]] = {}
     for param in optimizer.param_groups[0]["params"]:
         for held in optimizer.inspect(param).factors:
             # one batch for all of one size and power

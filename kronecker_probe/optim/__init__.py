@@ -1,4 +1,10 @@
-"""The embedded optimizers: presets of one engine, and the choices that they are made of."""
+"""The embedded optimizers: presets of one engine, and the choices that they are made of.
+
+In: parameters (or a model, for K-FAC) and options as sections, dicts or text.
+Out: a torch optimizer that steps, and the operator that it has in use of each parameter.
+May import: operators, gradients, linalg, errors; inside: presets and build on engine, on
+preconditioners, on layers, on blocks, on options.
+"""
 
 from __future__ import annotations
 

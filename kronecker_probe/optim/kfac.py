@@ -30,7 +30,7 @@ def KFAC(
     K-FAC (Martens and Grosse, 2015), where positions are shared in the expand form (arXiv
     2311.00636), for nn.Linear and ungrouped nn.Conv1d, 2d and 3d. A bias has a block of its own,
     B^-1. With training labels these are of the empirical Fisher matrix; ``optimizer.sampling()``
-    takes drawn ones. Norms, embeddings, weights that are shared with them, subclasses of layers,
+    takes sampled ones. Norms, embeddings, weights that are shared with them, subclasses of layers,
     and sides above shapes.max_dim get Adam in a second parameter group. How passes through the
     model count: :meth:`KroneckerOptimizer.attach`, which has been called.
 
@@ -62,7 +62,7 @@ def EKFAC(
 ) -> KroneckerOptimizer:
     """M over E[(Q_B^T G_i Q_A)^2] in the eigenbases of K-FAC's factors (George et al., 2018).
 
-    The second moment is one of the gradients of single data, updated in every step; the bases are
+    The second moment is that of single examples' gradients, updated in every step; the bases are
     refreshed as ``basis`` says. Arguments as in :func:`KFAC`, ``epsilon`` relative to the largest
     entry of the second moment.
     """

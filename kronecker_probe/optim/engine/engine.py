@@ -112,21 +112,17 @@ class KroneckerOptimizer(ModelOptimizer):
         nonfinite: str = "raise",
         failures: int = 3,
     ) -> None:
+        sections = (statistics, basis, spectrum, inverse, magnitude, shapes, storage)
         defaults: Group = {
             "lr": lr,
             "betas": tuple(betas) if isinstance(betas, list) else betas,
             "weight_decay": weight_decay,
             "momentum": momentum,
-            "statistics": Statistics.of(statistics or {}),
-            "basis": Basis.of(basis or {}),
-            "spectrum": Spectrum.of(spectrum or {}),
-            "inverse": Inverse.of(inverse or {}),
-            "magnitude": Magnitude.of(magnitude or {}),
-            "shapes": Shapes.of(shapes or {}),
-            "storage": Storage.of(storage or {}),
             "nesterov": nesterov,
             "scale_by_shape": scale_by_shape,
         }
+        for (name, kind), given in zip(SECTIONS.items(), sections, strict=True):
+            defaults[name] = kind.of(given or {})
         checked_recipe(defaults, "")
         if nonfinite not in NONFINITE:
             raise unknown_name("nonfinite", nonfinite, NONFINITE)
@@ -151,12 +147,10 @@ class KroneckerOptimizer(ModelOptimizer):
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; options that it does not set are those of the optimizer.
+        """Add a group; options that it does not set are those of the optimizer.
 
         Raises:
-            InvalidInputError: An option out of range, or choices that do not go together.
-            UnknownNameError: An unknown option.
-            UnsupportedError: A parameter that is not dense, real and floating-point.
+            InvalidInputError, UnknownNameError, UnsupportedError: As the class raises them.
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise InvalidInputError(
@@ -190,11 +184,8 @@ class KroneckerOptimizer(ModelOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter with a gradient.
 
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
         Returns:
-            The closure's loss.
+            The loss of ``closure``, which evaluates the model again.
 
         Raises:
             NonFiniteError: A gradient is not finite or its squares overflow; no weight and no
@@ -250,8 +241,7 @@ class KroneckerOptimizer(ModelOptimizer):
         layers: Mapping[int, LayerSamples],
     ) -> list[Tensor]:
         """The directions of a group's parameters, from their state as this step changes it."""
-        recipe = recipe_of(group)
-        stacks = self._stacks.of(number, group, params, self.state)
+        stacks, shapes = self._stacks.of(number, group, params, self.state), group["shapes"]
         steps = {}
         for param in params:
             state = self.state[param]
@@ -264,31 +254,29 @@ class KroneckerOptimizer(ModelOptimizer):
                 turn = stack.step(now, step, layers)
                 parts |= turn.directions
                 self._stacks.note(turn.failures, step, self.allowed_failures)
-        return [_assembled(param, recipe.shapes, parts) for param in params]
+        cuts = [(param, layout(param.shape, shapes)) for param in params]
+        return [
+            cut.assemble([parts[id(param), k] for k in range(len(cut.tiles))], param)
+            for param, cut in cuts
+        ]
 
     def operator(self, param: Tensor) -> Operator:
-        """The preconditioner in use: P with direction = P^{-power} M, as held right now.
+        """The preconditioner in use: P with direction = P^{-power} M.
 
         The direction is that before grafting, bias correction of M, and weight decay; ``power`` is
         that of ``spectrum``. It is stale, damped and cut into blocks as the optimizer's is.
 
-        Args:
-            param: A parameter of this optimizer, seen as an m x n matrix.
-
         Returns:
-            An operator on R^{m x n} in float64, on the device of the parameter.
+            An operator on R^{m x n}, the parameter seen as a matrix, in float64 and on its device.
 
         Raises:
             InvalidInputError: Not a parameter of this optimizer.
             UnsupportedError: There is none yet, or it cannot be resolved; the message says why.
         """
-        return self.inspect(param).held()
+        return self.inspect(param).in_use()
 
     def inspect(self, param: Tensor) -> Inspection:
-        """What is held of a parameter: its factors with bases and counters, and what P lacks.
-
-        Args:
-            param: A parameter of this optimizer.
+        """A parameter's factors with bases and counters; P with and without its damping.
 
         Raises:
             InvalidInputError: Not a parameter of this optimizer.
@@ -306,9 +294,6 @@ class KroneckerOptimizer(ModelOptimizer):
     def rule(self, param: Tensor) -> str | None:
         """The approximation of H that :meth:`operator` would be, fresh and undamped.
 
-        Args:
-            param: A parameter of this optimizer.
-
         Returns:
             Its name for ``kp.approximate``; None where there is none (blocks, a single factor,
             other exponents), or no step was taken.
@@ -321,18 +306,6 @@ class KroneckerOptimizer(ModelOptimizer):
         except UnsupportedError:  # no step
             return None
         return None if found.block_size else found.rule
-
-    def _group_of(self, param: Tensor) -> int:
-        number = next(
-            (k for k, g in enumerate(self.param_groups) if any(param is p for p in g["params"])),
-            None,
-        )
-        if number is None:
-            raise InvalidInputError(
-                f"A tensor of shape {list(param.shape)} is not a parameter of this optimizer. "
-                "Pass one of those that it was built with."
-            )
-        return number
 
     def state_dict(self) -> StateDict:
         """As torch has it, with the sections of options as plain dicts."""
@@ -352,16 +325,15 @@ class KroneckerOptimizer(ModelOptimizer):
             InvalidInputError: Not a state of this optimizer on parameters of these shapes;
                 nothing was changed.
         """
-        incoming: list[tuple[Tensor, dict[str, Any]]] = []
+        incoming: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Optimizer, loaded: StateDict) -> StateDict:
             groups = checked_groups(loaded, self.param_groups, self.defaults)
-            incoming.extend(checked_states(loaded, groups, self.param_groups, self._name))
+            incoming.update(checked_states(loaded, groups, self.param_groups, self._name))
             return {**loaded, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
-            for param, state in incoming:
-                self.state[param] = state
+            self.state.update(incoming)
             for number, group in enumerate(self.param_groups):
                 self._stacks.of(number, group, [], self.state)
 
@@ -376,18 +348,3 @@ class KroneckerOptimizer(ModelOptimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _name(self, param: Tensor) -> str:
-        for index, group in enumerate(self.param_groups):
-            for position, other in enumerate(group["params"]):
-                if other is param:
-                    if "param_names" in group:
-                        return f"parameter {group['param_names'][position]!r}"
-                    shape = list(param.shape)
-                    return f"parameter {position} of group {index}, of shape {shape}"
-        raise AssertionError("a parameter of this optimizer")
-
-
-def _assembled(param: Tensor, shapes: Shapes, parts: Mapping[tuple[int, int], Tensor]) -> Tensor:
-    cut = layout(param.shape, shapes)
-    return cut.assemble([parts[id(param), k] for k in range(len(cut.tiles))], param)

@@ -23,7 +23,7 @@ from kronecker_probe.optim.preconditioners.kronecker import Kronecker
 
 @final
 @dataclass(frozen=True)
-class HeldFactor:
+class FactorInUse:
     """A factor of one block.
 
     Attributes:
@@ -35,7 +35,8 @@ class HeldFactor:
         epsilon: ``spectrum.epsilon``; None where it is not added to eigenvalues of the factor.
         relative: Whether it counts in the largest eigenvalue.
         exponent: The power taken of A + epsilon I; None where epsilon is.
-        age: Steps since the last refresh (or test that found none needed); None before the first.
+        staleness: Steps since the last refresh, or test that found none needed; None before the
+            first.
         tests: Of the basis.
         refreshes: Of basis or root.
         iterations: Of QR or Newton, in all.
@@ -49,7 +50,7 @@ class HeldFactor:
     epsilon: float | None
     relative: bool
     exponent: float | None
-    age: int | None
+    staleness: int | None
     tests: int
     refreshes: int
     iterations: int
@@ -76,14 +77,18 @@ class Inspection:
         lines = [f"{self.name}, step {self.step}: {self.rule or 'no single rule'}"]
         lines += [
             f"  block {one.block}, side {one.side}: {len(one.factor)} rows in {one.dtype}, "
-            + ("no refresh yet" if one.age is None else f"refreshed {one.age} steps ago")
+            + (
+                "no refresh yet"
+                if one.staleness is None
+                else f"refreshed {one.staleness} steps ago"
+            )
             + f", {one.refreshes} refreshes"
             for one in self.factors
         ]
         return "\n".join(lines)
 
     @property
-    def factors(self) -> tuple[HeldFactor, ...]:
+    def factors(self) -> tuple[FactorInUse, ...]:
         """Those of all blocks; none where the preconditioner accumulates none."""
         return tuple(
             factor
@@ -106,7 +111,13 @@ class Inspection:
                 return max(max(tile.block) for tile in member.layout.tiles)
         return None
 
-    def held(self) -> Operator:
+    @property
+    def epsilon(self) -> float | None:
+        """``spectrum.epsilon`` where it is added to eigenvalues of factors; None elsewhere."""
+        found = [one.epsilon for one in self.factors if one.epsilon is not None]
+        return max(found, default=None)
+
+    def in_use(self) -> Operator:
         """The preconditioner in use: stale, damped and cut into blocks.
 
         Raises:
@@ -160,7 +171,7 @@ def _undamped(stack: Stack, row: int, step: int) -> Operator:
     return same.operator(stack.state, row, step)
 
 
-def _factors(one: Factored[Any], stack: Stack, member: Member, step: int) -> Iterator[HeldFactor]:
+def _factors(one: Factored[Any], stack: Stack, member: Member, step: int) -> Iterator[FactorInUse]:
     state, epsilon = stack.state, one.options.epsilon
     damps = isinstance(one, Kronecker)
     first = sum(tile.count for tile in member.layout.tiles[: member.tile])
@@ -169,7 +180,7 @@ def _factors(one: Factored[Any], stack: Stack, member: Member, step: int) -> Ite
         for place, (side, end) in enumerate(one.each()):
             refreshed = int(state["refreshed"][row, place])
             held = state.get(f"basis_{end}") if refreshed else None
-            yield HeldFactor(
+            yield FactorInUse(
                 block=first + k,
                 side=side,
                 factor=one.full_factor(state, end, step, torch.tensor([row]))[0],
@@ -178,7 +189,7 @@ def _factors(one: Factored[Any], stack: Stack, member: Member, step: int) -> Ite
                 epsilon=epsilon.value if damps else None,
                 relative=epsilon.relative,
                 exponent=one.exponent if isinstance(one, Kronecker) else None,
-                age=step - refreshed if refreshed else None,
+                staleness=step - refreshed if refreshed else None,
                 tests=int(state["tests"][row, place]),
                 refreshes=int(state["refreshes"][row, place]),
                 iterations=int(state["iterations"][row, place]),

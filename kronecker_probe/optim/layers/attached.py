@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -16,26 +15,50 @@ from kronecker_probe.optim.layers.samples import LayerSamples
 from kronecker_probe.optim.options.groups import Group
 
 
-class ModelOptimizer(Optimizer, abc.ABC):
-    """An optimizer that can be attached to its model, for groups with statistics.rule="kfac"."""
+class ModelOptimizer(Optimizer):
+    """An optimizer that finds its parameters by name, and can be attached to its model.
+
+    The latter is for groups with statistics.rule="kfac".
+    """
 
     # not of a copy, whose model is another one
     _recorder: LayerRecorder | None = None
 
-    @abc.abstractmethod
     def _name(self, param: Tensor) -> str:
         """A parameter in messages."""
+        for index, group in enumerate(self.param_groups):
+            for position, other in enumerate(group["params"]):
+                if other is param:
+                    if "param_names" in group:
+                        return f"parameter {group['param_names'][position]!r}"
+                    shape = list(param.shape)
+                    return f"parameter {position} of group {index}, of shape {shape}"
+        raise AssertionError("a parameter of this optimizer")
+
+    def _group_of(self, param: Tensor) -> int:
+        for number, group in enumerate(self.param_groups):
+            if any(param is one for one in group["params"]):
+                return number
+        raise InvalidInputError(
+            f"A tensor of shape {list(param.shape)} is not a parameter of this optimizer. Pass one "
+            "of those that it was built with."
+        )
 
     def attach(self, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
         """Record, from now on, what layers of ``model`` read and the gradients of their outputs.
 
         What counts are forward passes that a backward pass to the gradient of now followed, since
-        the last step or since it was zeroed. The N data of several backward passes (gradient
+        the last step or since it was zeroed. The N examples of several backward passes (gradient
         accumulation) are one batch, of whose mean (or sum) the gradient is; so losses that are
-        means are divided by the number of passes, as ever. Calls in one backward pass add up datum
-        by datum, as shared positions. The first dimension of a layer's input is that of data.
-        Inputs and output gradients are held until the step. Losses that are scaled need to be
-        known as such: without ``scaler`` statistics are off by the square of the scale.
+        means are divided by the number of passes, as ever. Calls in one backward pass add up
+        example by example, as shared positions. The first dimension of a layer's input is that of
+        the examples. Inputs and output gradients are held until the step.
+
+        Reads of a weight are recorded in all modules of the model, also by functions such as
+        F.linear, and accounted for by the graph of what the model returns: a step refuses a
+        parameter that is also read by an operation whose gradient has no factors. Penalties on
+        weights in the loss are no part of the statistics. Pass the ``scaler`` of
+        scaled losses: without it statistics are off by the square of the scale.
 
         Copies of an optimizer, by deepcopy or pickle, are attached to no model until this is
         called. Hooks that were there before are removed.

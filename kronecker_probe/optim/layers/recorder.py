@@ -77,17 +77,19 @@ class LayerRecorder:
         self._by_id = {id(ref()): ref for ref in self._params.values()}
         self._model_name = type(model).__name__
         self.clear()
-        self._open: list[_Forward | None] = []  # of the modules that run right now
+        # of the modules that run right now; the outermost one has what its pass is recorded with
+        self._open: list[tuple[Recorder, dict[str, nn.Parameter], set[Any]] | None] = []
         own = weakref.ref(self)
         self._handles: list[RemovableHandle] = []
         for module in model.modules():
             if any(id(param) in self._biases for param in module.parameters()):
+                enter, leave = _Hook(own, "enter", slice(1, 3)), _Hook(own, "leave", 2)
                 self._handles += [
-                    module.register_forward_pre_hook(_Enter(own), with_kwargs=True),
-                    module.register_forward_hook(_Leave(own), always_call=True),
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, always_call=True),
                 ]
         for ref in self._params.values():
-            self._handles.append(ref().register_post_accumulate_grad_hook(_Reach(own)))  # type: ignore[union-attr]
+            self._handles.append(ref().register_post_accumulate_grad_hook(_Hook(own, "reach", 0)))  # type: ignore[union-attr]
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -135,38 +137,47 @@ class LayerRecorder:
             self._open.append(None)
             return
         params = {n: p for n, ref in self._params.items() if isinstance(p := ref(), nn.Parameter)}
-        forward = _Forward(params, self._model_name, _nodes(inputs))
-        self._open.append(forward)
-        forward.mode.__enter__()  # type: ignore[no-untyped-call]
+        mode = Recorder(Recording(), params, self._model_name)
+        nodes = {x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        self._open.append((mode, params, nodes - {None}))
+        mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, outputs: object) -> None:
         """The last module that started ends; its calls wait for their output gradients."""
-        forward = self._open.pop() if self._open else None
-        if forward is None:
+        if not self._open or (entered := self._open.pop()) is None:
             return
-        forward.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        mode, params, ends = entered
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         roots = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
-        record = forward.mode.record
-        if not roots or not (record.calls or record.problems):
+        if not roots or not (mode.record.calls or mode.record.problems):
             return
-        found = account(roots, record, forward.params, forward.inputs)
-        own = weakref.ref(self)
-        problems = {id(forward.params[name]): why for name, why in found.unaccounted.items()}
-        self._problems |= problems
-        for call in record.calls:
+        problems = account(roots, mode.record, params, ends).unaccounted
+        self._problems |= {id(params[name]): why for name, why in problems.items()}
+        for call in mode.record.calls:
             if call.edge is None:
                 continue
             reads = {
-                id(forward.params[read.parameter]): problems.get(id(forward.params[read.parameter]))
-                or _misfit(call, role)
-                or ("" if self._biases[id(forward.params[read.parameter])] == (role == "bias")
-                    else "it is read as a weight and as a bias")
+                id(params[read.parameter]): problems.get(read.parameter)
+                or self._misfit(call, role, params[read.parameter])
                 for role, read in call.reads.items()
-            }  # fmt: skip
+            }
             # without the edge: the node would hold itself by its own hook
-            kept = dataclasses.replace(_batch_first(call), edge=None)
-            receive = _Receive(own, kept, reads, call.edge.output_nr)
+            layout = Layout(1, math.prod(call.lead[1:]))
+            kept = dataclasses.replace(call, edge=None, layout=layout)
+            receive = _Receive(weakref.ref(self), kept, reads, call.edge.output_nr)
             call.edge.node.register_prehook(receive)
+
+    def _misfit(self, call: Call, role: str, param: Tensor) -> str:
+        """Why a call has no factors of the whole parameter; empty if it has."""
+        if self._biases[id(param)] != (role == "bias"):
+            return "it is read as a weight and as a bias"
+        if call.reads[role].rows is not None:
+            return f"layer {call.name!r} reads some of its rows"
+        if call.rule.form(role, call) is not (Form.VECTOR if role == "bias" else Form.FACTORS):
+            return (
+                f"it is also read by {call.rule.function.__name__}, which K-FAC has no factors for"
+            )
+        return ""
 
     def add(self, call: Call, gradient: Tensor, reads: Mapping[int, str]) -> None:
         """Take in a call, in the backward pass that goes on right now."""
@@ -255,47 +266,26 @@ class LayerRecorder:
         )
 
 
-class _Forward:
-    """A forward pass that is recorded: the mode, and what its graph is looked at for."""
-
-    def __init__(self, params: dict[str, nn.Parameter], name: str, inputs: set[Any]) -> None:
-        self.params = params
-        self.inputs = inputs
-        self.mode = Recorder(Recording(), params, name)
-
-
+@final
 class _Hook:
-    """Reaches a recorder while it lives; a copy, with that of a model, does nothing."""
+    """Calls a method of a recorder while it lives; a copy, with that of a model, does nothing."""
 
-    def __init__(self, recorder: Callable[[], LayerRecorder | None]) -> None:
+    def __init__(
+        self, recorder: Callable[[], LayerRecorder | None], method: str, argument: int | slice
+    ) -> None:
         self._recorder = recorder
+        self._method = method
+        self._argument = argument
+
+    def __call__(self, *args: Any) -> None:
+        if recorder := self._recorder():
+            getattr(recorder, self._method)(args[self._argument])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self)(_nobody)
+        return _Hook(_nobody, self._method, self._argument)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (_nobody,)
-
-
-@final
-class _Enter(_Hook):
-    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
-        if recorder := self._recorder():
-            recorder.enter((args, kwargs))
-
-
-@final
-class _Leave(_Hook):
-    def __call__(self, module: nn.Module, args: object, outputs: object) -> None:
-        if recorder := self._recorder():
-            recorder.leave(outputs)
-
-
-@final
-class _Reach(_Hook):
-    def __call__(self, param: Tensor) -> None:
-        if recorder := self._recorder():
-            recorder.reach(param)
+        return _Hook, (_nobody, self._method, self._argument)
 
 
 @final
@@ -330,27 +320,6 @@ class _Receive:
 
 def _nobody() -> None:
     return None
-
-
-def _nodes(inputs: object) -> set[Any]:
-    """Where the graph of a forward pass ends: the nodes of its inputs."""
-    found = {x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor)}
-    return found - {None}
-
-
-def _batch_first(call: Call) -> Call:
-    """The call with examples in its first dimension; with one where it has no batch."""
-    return dataclasses.replace(call, layout=Layout(1, math.prod(call.lead[1:])))
-
-
-def _misfit(call: Call, role: str) -> str:
-    """Why a call has no factors of the whole parameter; empty if it has."""
-    if call.reads[role].rows is not None:
-        return f"layer {call.name!r} reads some of its rows"
-    wanted = Form.VECTOR if role == "bias" else Form.FACTORS
-    if call.rule.form(role, call) is not wanted:
-        return f"it is also read by {call.rule.function.__name__}, which K-FAC has no factors for"
-    return ""
 
 
 def layer_parameters(model: nn.Module) -> dict[Tensor, bool]:

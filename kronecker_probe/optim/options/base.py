@@ -1,4 +1,4 @@
-"""What the sections of an optimizer's options share."""
+"""What the sections of an optimizer's options share: fields that say which values they take."""
 
 from __future__ import annotations
 
@@ -10,17 +10,71 @@ from typing import Any, ClassVar, Self
 
 from kronecker_probe.errors import InvalidInputError, unknown_name
 
+# Refuses a value, by its full name: section.field.
+Check = Callable[[str, Any], None]
+
+
+def option(default: Any, *, check: Check) -> Any:
+    """A field of a section, with its default and the check of its values."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def number(text: str, holds: Callable[[float], bool]) -> Check:
+    """A finite number for which ``holds`` does; ``text`` says that in words."""
+
+    def check(name: str, value: Any) -> None:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (real and math.isfinite(value) and holds(value)):
+            raise InvalidInputError(f"{name} is {value!r}; it must be {text}.")
+
+    return check
+
+
+NONNEGATIVE = number("a finite number of at least 0", lambda value: value >= 0)
+DECAY = number("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def count(least: int) -> Check:
+    """An integer of at least so much."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(
+                f"{name} is {value!r}; it must be an integer of at least {least}."
+            )
+
+    return check
+
+
+def one_of(*names: str) -> Check:
+    """One of these names."""
+
+    def check(name: str, value: Any) -> None:
+        if value not in names:
+            raise unknown_name(name, value, names)
+
+    return check
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name} is {value!r}; give True or False.")
+
+
+def or_none(check: Check) -> Check:
+    """None, or what ``check`` takes."""
+    return lambda name, value: None if value is None else check(name, value)
+
 
 class Config:
-    """A frozen dataclass whose fields are checked; in a state dict it is a dict of them."""
+    """A frozen dataclass of :func:`option`; in a state dict it is a dict of plain values."""
 
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raises InvalidInputError or UnknownNameError for a value out of range."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            field.metadata["check"](f"{self.section}.{field.name}", getattr(self, field.name))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as a state dict holds them."""
@@ -55,31 +109,3 @@ class Config:
                 "its fields."
             )
         return cls().replace(**given)
-
-    def _number(self, name: str, holds: Callable[[float], bool], text: str) -> None:
-        value = getattr(self, name)
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (real and math.isfinite(value) and holds(value)):
-            raise InvalidInputError(f"{self.section}.{name} is {value!r}; it must be {text}.")
-
-    def _nonnegative(self, name: str) -> None:
-        self._number(name, lambda value: value >= 0, "a finite number of at least 0")
-
-    def _decay(self, name: str) -> None:
-        self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
-
-    def _count(self, name: str, least: int = 1) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidInputError(
-                f"{self.section}.{name} is {value!r}; it must be an integer of at least {least}."
-            )
-
-    def _flag(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{self.section}.{name} is {value!r}; give True or False.")
-
-    def _one_of(self, name: str, names: tuple[str, ...]) -> None:
-        if getattr(self, name) not in names:
-            raise unknown_name(f"{self.section}.{name}", getattr(self, name), names)

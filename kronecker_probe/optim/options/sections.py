@@ -11,11 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kronecker_probe.optim.options.base import Config
-
-RULES = ("gradient", "whitened", "kfac")
-REDUCTIONS = ("mean", "sum")
-ACCUMULATES = ("average", "sum")
+from kronecker_probe.optim.options.base import (
+    DECAY,
+    NONNEGATIVE,
+    Config,
+    count,
+    flag,
+    number,
+    one_of,
+    option,
+    or_none,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Statistics(Config):
         rule: "gradient": L = E[G G^T], R = E[G^T G]. "whitened": each factor sees the other's
             inverse, L = E[G R^{q-1} G^T] / Tr R^q with what is held of R (the trace-power family;
             q = 0 is KL-Shampoo, arXiv 2509.03378). "kfac": L = E[d d^T], R = E[a a^T] of a layer's
-            inputs a and its output gradients d of every datum, for an optimizer that was attached
+            inputs a and its output gradients d of every example, for an optimizer that was attached
             to the model (K-FAC, expand form, arXiv 2311.00636).
         q: Order of "whitened": 0 or 1/2.
         accumulate: "average" with decay betas[1], or "sum", as in AdaGrad.
@@ -38,33 +44,19 @@ class Statistics(Config):
         initial: c of the estimate c I of H that is there before the first gradient; 0 with bias
             correction.
         loss_reduction: Of "kfac": whether the gradient of a step is the "mean" or the "sum" of
-            those of the data.
+            those of the examples.
     """
 
     section: ClassVar[str] = "statistics"
 
-    rule: str = "gradient"
-    q: float = 0.0
-    accumulate: str = "average"
-    bias_correction: bool = True
-    every: int = 1
-    batch_size: int = 1
-    initial: float = 0.0
-    loss_reduction: str = "mean"
-
-    def check(self) -> None:
-        self._one_of("rule", RULES)
-        self._number("q", lambda value: value in (0, 0.5), "0 or 1/2")
-        self._one_of("accumulate", ACCUMULATES)
-        self._flag("bias_correction")
-        self._count("every")
-        self._count("batch_size")
-        self._nonnegative("initial")
-        self._one_of("loss_reduction", REDUCTIONS)
-
-
-SOLVERS = ("eigh", "qr")
-CARRIES = ("keep", "transport")
+    rule: str = option("gradient", check=one_of("gradient", "whitened", "kfac"))
+    q: float = option(0.0, check=number("0 or 1/2", lambda value: value in (0, 0.5)))
+    accumulate: str = option("average", check=one_of("average", "sum"))
+    bias_correction: bool = option(True, check=flag)
+    every: int = option(1, check=count(1))
+    batch_size: int = option(1, check=count(1))
+    initial: float = option(0.0, check=NONNEGATIVE)
+    loss_reduction: str = option("mean", check=one_of("mean", "sum"))
 
 
 @dataclass(frozen=True)
@@ -87,35 +79,21 @@ class Basis(Config):
 
     section: ClassVar[str] = "basis"
 
-    frequency: int = 10
-    tolerance: float | None = None
-    solver: str = "eigh"
-    max_iterations: int = 1
-    start: int | None = None
-    carry: str = "keep"
-    marginals: bool = False
-    stagger: bool = False
-
-    def check(self) -> None:
-        self._count("frequency")
-        if self.tolerance is not None:
-            self._number("tolerance", lambda value: 0 < value < 1, "a number in (0, 1), or None")
-        self._one_of("solver", SOLVERS)
-        self._count("max_iterations")
-        if self.start is not None:
-            self._count("start")
-        self._one_of("carry", CARRIES)
-        self._flag("marginals")
-        self._flag("stagger")
+    frequency: int = option(10, check=count(1))
+    tolerance: float | None = option(
+        None, check=or_none(number("a number in (0, 1), or None", lambda value: 0 < value < 1))
+    )
+    solver: str = option("eigh", check=one_of("eigh", "qr"))
+    max_iterations: int = option(1, check=count(1))
+    start: int | None = option(None, check=or_none(count(1)))
+    carry: str = option("keep", check=one_of("keep", "transport"))
+    marginals: bool = option(False, check=flag)
+    stagger: bool = option(False, check=flag)
 
     @property
     def first(self) -> int:
         """The step of the first refresh."""
         return self.frequency if self.start is None else self.start
-
-
-EIGENVALUES = ("kronecker", "corrected", "polar", "inverse-free")
-ROOTS = ("eigh", "newton", "matmul")
 
 
 @dataclass(frozen=True)
@@ -141,27 +119,17 @@ class Spectrum(Config):
 
     section: ClassVar[str] = "spectrum"
 
-    eigenvalues: str = "kronecker"
-    power: float = 0.5
-    exponent: float | None = None
-    trace_scale: bool = False
-    epsilon: float = 1e-8
-    relative: bool = False
-    root: str = "eigh"
-
-    def check(self) -> None:
-        self._one_of("eigenvalues", EIGENVALUES)
-        self._number("power", lambda value: 0 < value <= 1, "a number in (0, 1]")
-        if self.exponent is not None:
-            self._number("exponent", lambda value: -1 <= value < 0, "a number in [-1, 0), or None")
-        self._flag("trace_scale")
-        self._nonnegative("epsilon")
-        self._flag("relative")
-        self._one_of("root", ROOTS)
-
-
-STRUCTURES = ("dense", "diagonal")
-PRECISIONS = ("full", "bfloat16")
+    eigenvalues: str = option(
+        "kronecker", check=one_of("kronecker", "corrected", "polar", "inverse-free")
+    )
+    power: float = option(0.5, check=number("a number in (0, 1]", lambda value: 0 < value <= 1))
+    exponent: float | None = option(
+        None, check=or_none(number("a number in [-1, 0), or None", lambda value: -1 <= value < 0))
+    )
+    trace_scale: bool = option(False, check=flag)
+    epsilon: float = option(1e-8, check=NONNEGATIVE)
+    relative: bool = option(False, check=flag)
+    root: str = option("eigh", check=one_of("eigh", "newton", "matmul"))
 
 
 @dataclass(frozen=True)
@@ -179,21 +147,11 @@ class Inverse(Config):
 
     section: ClassVar[str] = "inverse"
 
-    lr: float = 0.01
-    decay: float = 0.5
-    damping: float = 1e-3
-    structure: str = "dense"
-    precision: str = "full"
-
-    def check(self) -> None:
-        self._number("lr", lambda value: 0 < value <= 1, "a number in (0, 1]")
-        self._decay("decay")
-        self._nonnegative("damping")
-        self._one_of("structure", STRUCTURES)
-        self._one_of("precision", PRECISIONS)
-
-
-GRAFTING = ("none", "sgd", "adagrad", "rmsprop", "adam")
+    lr: float = option(0.01, check=number("a number in (0, 1]", lambda value: 0 < value <= 1))
+    decay: float = option(0.5, check=DECAY)
+    damping: float = option(1e-3, check=NONNEGATIVE)
+    structure: str = option("dense", check=one_of("dense", "diagonal"))
+    precision: str = option("full", check=one_of("full", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -209,18 +167,9 @@ class Magnitude(Config):
 
     section: ClassVar[str] = "magnitude"
 
-    grafting: str = "none"
-    beta2: float | None = None
-    epsilon: float = 1e-8
-
-    def check(self) -> None:
-        self._one_of("grafting", GRAFTING)
-        if self.beta2 is not None:
-            self._decay("beta2")
-        self._nonnegative("epsilon")
-
-
-VECTORS = ("kronecker", "diagonal")
+    grafting: str = option("none", check=one_of("none", "sgd", "adagrad", "rmsprop", "adam"))
+    beta2: float | None = option(None, check=or_none(DECAY))
+    epsilon: float = option(1e-8, check=NONNEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -238,21 +187,10 @@ class Shapes(Config):
 
     section: ClassVar[str] = "shapes"
 
-    block_size: int | None = None
-    max_dim: int = 1024
-    merge: int = 0
-    vectors: str = "kronecker"
-
-    def check(self) -> None:
-        if self.block_size is not None:
-            self._count("block_size", 2)
-        self._count("max_dim")
-        self._count("merge", 0)
-        self._one_of("vectors", VECTORS)
-
-
-FACTOR_STORAGE = ("full", "bfloat16")
-ROOT_STORAGE = ("full", "packed")
+    block_size: int | None = option(None, check=or_none(count(2)))
+    max_dim: int = option(1024, check=count(1))
+    merge: int = option(0, check=count(0))
+    vectors: str = option("kronecker", check=one_of("kronecker", "diagonal"))
 
 
 @dataclass(frozen=True)
@@ -268,12 +206,8 @@ class Storage(Config):
 
     section: ClassVar[str] = "storage"
 
-    factors: str = "full"
-    roots: str = "full"
-
-    def check(self) -> None:
-        self._one_of("factors", FACTOR_STORAGE)
-        self._one_of("roots", ROOT_STORAGE)
+    factors: str = option("full", check=one_of("full", "bfloat16"))
+    roots: str = option("full", check=one_of("full", "packed"))
 
 
 SECTIONS: dict[str, type[Config]] = {

@@ -16,7 +16,7 @@ from kronecker_probe.linalg.basis_refresh import off_diagonal_share
 from kronecker_probe.operators.base import Operator
 from kronecker_probe.operators.second_moment.target import SecondMoment
 from kronecker_probe.optim import KroneckerOptimizer
-from kronecker_probe.optim.engine.inspection import HeldFactor, Inspection
+from kronecker_probe.optim.engine.inspection import FactorInUse, Inspection
 from kronecker_probe.quality.metrics.factor_health import factor_health
 from kronecker_probe.quality.metrics.gap import Link, follow
 from kronecker_probe.quality.rows import Row
@@ -64,7 +64,7 @@ def inside_rows(
     ]
 
 
-def factor_rows(factors: Iterable[HeldFactor]) -> list[Row]:
+def factor_rows(factors: Iterable[FactorInUse]) -> list[Row]:
     """A row a number and side, over all blocks; the side is in ``index``."""
     numbers: dict[tuple[int, str], list[float]] = {}
     notes: dict[int, Reason] = {}
@@ -91,15 +91,15 @@ def factor_rows(factors: Iterable[HeldFactor]) -> list[Row]:
     return rows
 
 
-def _numbers(one: HeldFactor) -> tuple[dict[str, float], Reason]:
+def _numbers(one: FactorInUse) -> tuple[dict[str, float], Reason]:
     """The numbers of one factor, and why some are missing."""
     values: dict[str, float] = {
         "tests": one.tests, "refreshes": one.refreshes, "refresh_iterations": one.iterations
     }  # fmt: skip
     if one.epsilon is not None:
         values["factor_epsilon"] = one.epsilon
-    if one.age is not None:
-        values["steps_since_refresh"] = one.age
+    if one.staleness is not None:
+        values["steps_since_refresh"] = one.staleness
     if one.basis is not None:
         share = float(off_diagonal_share(one.factor.double(), one.basis.double())[0])
         if math.isfinite(share):
@@ -138,7 +138,7 @@ def _split(found: Inspection, samples: GradientSamples) -> list[Row]:
     if rule is None:
         return []
     try:
-        held = found.held()
+        held = found.in_use()
     except UnsupportedError:
         return []  # the row of "in-use" says why
     target = SecondMoment(samples)

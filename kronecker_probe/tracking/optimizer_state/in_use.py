@@ -108,9 +108,8 @@ def _rule_rows(optimizer: Optimizer, name: str, parameter: Tensor) -> list[Row]:
     if not isinstance(optimizer, KroneckerOptimizer):
         return []
     found = optimizer.inspect(parameter)
-    epsilons = [one.epsilon for one in found.factors if one.epsilon is not None]
     about: Row = {
-        "rule": found.rule, "block_size": found.block_size, "epsilon": max(epsilons, default=None)
+        "rule": found.rule, "block_size": found.block_size, "epsilon": found.epsilon
     }  # fmt: skip
     if found.rule is None and found.block_size is None:
         return []
